@@ -1,0 +1,487 @@
+"""Image tokenizers: the frozen autoencoders that the generators paint through, and reading / writing of weight files.
+
+Two classes cover every tokenizer of the three models. `Autoencoder` gives continuous latents: the KL-16 VAE of MAR and Harmon, the FLUX
+autoencoder of BAGEL. `LFQTokenizer` gives integer codes: MAGVIT-v2 of Show-o, whose "codebook" is the sign pattern of a few channels (lookup-free
+quantisation). Both are the same convolutional pyramid; the tiny ones for 48x48 pictures differ from the published ones in their config only.
+Module names are the published state-dict keys, so loading a checkpoint is a load and not a translation.
+
+Images are float (B, 3, H, W) in [-1, 1] everywhere in this file.
+"""
+import json
+import os
+import zipfile
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+# ---------------------------------------------------------------------------------------------------------------------
+# weight files
+
+
+def _read_safetensors(path, device):
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as f:
+            return {name: f.get_tensor(name) for name in f.keys()}
+    except SafetensorError as e:
+        raise ValueError(f"{path}: not a complete safetensors file ({e}; {os.path.getsize(path):,} bytes on disk): "
+                         "copy or download it again") from None
+
+
+def _read_pickle(path, device):
+    try:
+        # mmap: a 30 GB checkpoint is paged in tensor by tensor. Files from before torch 1.6 are no zip archives and cannot be mapped.
+        state = torch.load(path, map_location=device, weights_only=True, mmap=True if zipfile.is_zipfile(path) else None)
+    except Exception as e:  # truncated zip, foreign pickle, text file: torch raises half a dozen kinds, some with a page of advice
+        reason = str(e).strip().splitlines() or [type(e).__name__]
+        raise ValueError(f"{path}: cannot be read as a file of tensors ({reason[0][:160]}; {os.path.getsize(path):,} bytes on disk). It is truncated, "
+                         "not a PyTorch file, or holds Python objects, which are never executed here: copy it again or convert it to .safetensors") from None
+    for wrapper in ("model", "state_dict"):  # training checkpoints keep the weights beside optimizer state and counters
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds a {type(state).__name__}, expected a dict of tensors (or one under the key 'model' or 'state_dict')")
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{path}: entry {name!r} is a {type(value).__name__}, expected a tensor: save the plain state dict of the model")
+    return state
+
+
+WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+
+
+def read_weights(path, device="cpu"):
+    """Reads a checkpoint into {name: tensor} on `device`: a .safetensors file, a .pth/.pt/.bin/.ckpt pickle of tensors (read without
+    executing anything; {"model": ...} and {"state_dict": ...} are unwrapped), or a folder: with an index file all its shards, otherwise
+    model.safetensors, pytorch_model.bin, or the only weight file that it holds. Raises FileNotFoundError / ValueError with the path in the text."""
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        names = sorted(n for n in os.listdir(path) if n.endswith(WEIGHT_FILES))
+        for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+            if os.path.exists(os.path.join(path, index)):
+                with open(os.path.join(path, index)) as f:
+                    shards = sorted(set(json.load(f)["weight_map"].values()))
+                missing = [s for s in shards if s not in names]
+                if missing:
+                    raise FileNotFoundError(f"{path}: {len(missing)} of the {len(shards)} shards named in {index} are missing, the first is {missing[0]}")
+                return {k: v for shard in shards for k, v in read_weights(os.path.join(path, shard), device).items()}
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            if name in names:
+                names = [name]
+        if len(names) != 1:
+            raise FileNotFoundError(f"{path}: a folder with {len(names)} weight files {names}: name the one to read")
+        return read_weights(os.path.join(path, names[0]), device)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such weight file or folder")
+    if not path.endswith(WEIGHT_FILES):
+        raise ValueError(f"{path}: unknown kind of weight file, expected a name ending in {', '.join(WEIGHT_FILES)} or a folder of such files")
+    with open(path, "rb") as f:
+        if f.read(20).startswith(b"version https://git"):
+            raise ValueError(f"{path}: a git-lfs pointer of {os.path.getsize(path)} bytes, not the weights: run `git lfs pull` or download the file itself")
+    return _read_safetensors(path, device) if path.endswith(".safetensors") else _read_pickle(path, device)
+
+
+def read_metadata(path):
+    """The string metadata of a .safetensors file as a dict ({} if it has none)."""
+    with safe_open(os.fspath(path), framework="pt") as f:
+        return f.metadata() or {}
+
+
+def load_strict(module, state, what="model"):
+    """Loads `state` into `module`; every key must match in name and shape. Tensors take the dtype (and, unless the module was built on the meta
+    device, the device) of the module. Raises ValueError with a table of the missing, unexpected and wrongly shaped keys; nothing is loaded then."""
+    own = module.state_dict(keep_vars=True)
+    missing = [k for k in own if k not in state]
+    unexpected = [k for k in state if k not in own]
+    wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
+    if missing or unexpected or wrong:
+        lines = [f"{what}: the weights do not fit ({len(own)} keys expected, {len(state)} found; "
+                 f"{len(missing)} missing, {len(unexpected)} unexpected, {len(wrong)} of another shape): is it the right file and the right size?"]
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("shape", wrong)):
+            for k in keys[:20]:
+                found = f"found {tuple(state[k].shape)}" if k in state else ""
+                expected = f"expected {tuple(own[k].shape)}" if k in own else ""
+                lines.append(f"  {kind:10s} {k}  {', '.join(filter(None, (found, expected)))}")
+            if len(keys) > 20:
+                lines.append(f"  {kind:10s} ... and {len(keys) - 20} more")
+        raise ValueError("\n".join(lines))
+    if any(t.is_meta for t in own.values()):  # nothing to copy into: the tensors of the file become the parameters
+        state = {k: state[k].to(device=None if t.is_meta else t.device, dtype=t.dtype) for k, t in own.items()}
+        module.load_state_dict(state, strict=True, assign=True)
+        left = [k for k, b in module.named_buffers() if b.is_meta]
+        if left:
+            raise ValueError(f"{what}: buffers {left[:5]} are on the meta device and in no checkpoint: compute them after loading")
+    else:
+        module.load_state_dict(state, strict=True)
+
+
+def write_safetensors(path, state, metadata=None):
+    """Writes {name: tensor} so that `path` always holds either the old file or the complete new one: a temporary file in the same folder,
+    flushed to the disk, then renamed. Tied or overlapping tensors are stored once per name. metadata: dict; values that are no strings become JSON."""
+    path = os.fspath(path)
+    seen, tensors = set(), {}
+    for name, t in state.items():
+        t = t.detach()
+        storage = t.untyped_storage()
+        if storage.data_ptr() in seen or not t.is_contiguous() or storage.nbytes() != t.numel() * t.element_size():
+            t = t.clone(memory_format=torch.contiguous_format)  # the format refuses tensors that share memory
+        seen.add(storage.data_ptr())
+        tensors[name] = t
+    metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# configs
+
+
+@dataclass
+class AutoencoderConfig:
+    ch: int = 128  # width at full resolution
+    ch_mult: tuple = (1, 1, 2, 2, 4)  # width of each level in units of ch; every further level halves the picture
+    num_res_blocks: int = 2  # per level in the encoder; the decoder has one more
+    z_channels: int = 16
+    resolution: int = 256  # nominal picture size: it only decides which levels the next two lines mean, any size can be encoded
+    encoder_attn_resolutions: tuple = (16,)
+    decoder_attn_resolutions: tuple = ()
+    quant_conv: bool = True  # 1x1 convolutions on both sides of the latent
+    scale: float = 0.2325  # latent = (z - shift) * scale
+    shift: float = 0.0
+    in_channels: int = 3
+    groups: int = 32
+    kl_weight: float = 1e-4  # training only
+
+
+@dataclass
+class LFQConfig:
+    ch: int = 128
+    encoder_ch_mult: tuple = (1, 2, 2, 4, 4)
+    encoder_res_blocks: tuple = (4, 3, 4, 3, 4)
+    decoder_ch_mult: tuple = (1, 1, 2, 2, 4)
+    decoder_res_blocks: tuple = (4, 4, 3, 4, 3)
+    bits: int = 13  # channels of the latent; a token is one of 2**bits codes
+    in_channels: int = 3
+    groups: int = 32
+    commitment_weight: float = 0.1  # training only, the published values
+    beta: float = 0.25
+    entropy_weight: float = 0.1
+
+
+TOKENIZERS = {
+    "kl16": AutoencoderConfig(),
+    "flux": AutoencoderConfig(ch_mult=(1, 2, 4, 4), encoder_attn_resolutions=(), quant_conv=False, scale=0.3611, shift=0.1159),
+    "magvitv2": LFQConfig(),
+    # For 48x48 pictures: 3x3 latents (6x6 for flux, which BAGEL then cuts into 3x3 patches). Few channels at full resolution, since that is
+    # where a CPU spends its time. scale 1 and shift 0 because calibrate() makes the latents standard through the 1x1 convolutions.
+    "tiny-kl": AutoencoderConfig(ch=16, ch_mult=(1, 1, 2, 2, 3), num_res_blocks=1, resolution=48, encoder_attn_resolutions=(), scale=1.0, groups=8),
+    "tiny-flux": AutoencoderConfig(ch=16, ch_mult=(1, 1, 2, 3), num_res_blocks=1, z_channels=4, resolution=48, encoder_attn_resolutions=(), scale=1.0, groups=8),
+    "tiny-lfq": LFQConfig(ch=16, encoder_ch_mult=(1, 1, 2, 2, 3), encoder_res_blocks=(1,) * 5, decoder_ch_mult=(1, 1, 2, 2, 3), decoder_res_blocks=(1, 1, 2, 2, 2),
+                          bits=10, groups=8),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the convolutional pyramid
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class AttnBlock(nn.Module):
+    """One attention head over all pixels, residual."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.q = nn.Conv2d(c, c, 1)
+        self.k = nn.Conv2d(c, c, 1)
+        self.v = nn.Conv2d(c, c, 1)
+        self.proj_out = nn.Conv2d(c, c, 1)
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))  # (B, 1, H*W, C)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # zeros right and below only
+
+
+class Upsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _middle(c, groups):
+    return nn.ModuleDict({"block_1": ResnetBlock(c, c, groups), "attn_1": AttnBlock(c, groups), "block_2": ResnetBlock(c, c, groups)})
+
+
+def _run(level, x):
+    for i, block in enumerate(level["block"]):
+        x = block(x)
+        if len(level["attn"]):
+            x = level["attn"][i](x)
+    return x
+
+
+class Encoder(nn.Module):
+    """widths, blocks, attention: channels, number of ResnetBlocks, and whether an AttnBlock follows each, per level from full resolution down."""
+
+    def __init__(self, c_in, ch, widths, blocks, attention, c_out, groups):
+        super().__init__()
+        self.conv_in = nn.Conv2d(c_in, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, (width, count, attn) in enumerate(zip(widths, blocks, attention)):
+            level = nn.ModuleDict({"block": nn.ModuleList(), "attn": nn.ModuleList()})
+            for j in range(count):
+                level["block"].append(ResnetBlock(width if j else ch, width, groups))  # the first block of a level changes the width
+                if attn:
+                    level["attn"].append(AttnBlock(width, groups))
+            if i < len(widths) - 1:
+                level["downsample"] = Downsample(width)
+            ch = width
+            self.down.append(level)
+        self.mid = _middle(ch, groups)
+        self.norm_out = nn.GroupNorm(groups, ch, eps=1e-6)
+        self.conv_out = nn.Conv2d(ch, c_out, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down:
+            x = _run(level, x)
+            if "downsample" in level:
+                x = level["downsample"](x)
+        for block in self.mid.values():
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """The mirror image; `up.i` is counted from full resolution, as in the encoder, although the last one runs first."""
+
+    def __init__(self, c_in, widths, blocks, attention, c_out, groups):
+        super().__init__()
+        ch = widths[-1]
+        self.conv_in = nn.Conv2d(c_in, ch, 3, padding=1)
+        self.mid = _middle(ch, groups)
+        levels = []
+        for i in reversed(range(len(widths))):
+            level = nn.ModuleDict({"block": nn.ModuleList(), "attn": nn.ModuleList()})
+            for j in range(blocks[i]):
+                level["block"].append(ResnetBlock(widths[i] if j else ch, widths[i], groups))
+                if attention[i]:
+                    level["attn"].append(AttnBlock(widths[i], groups))
+            if i > 0:
+                level["upsample"] = Upsample(widths[i])
+            ch = widths[i]
+            levels.insert(0, level)
+        self.up = nn.ModuleList(levels)
+        self.norm_out = nn.GroupNorm(groups, ch, eps=1e-6)
+        self.conv_out = nn.Conv2d(ch, c_out, 3, padding=1)
+
+    def forward(self, z):
+        x = self.conv_in(z)
+        for block in self.mid.values():
+            x = block(x)
+        for level in reversed(self.up):
+            x = _run(level, x)
+            if "upsample" in level:
+                x = level["upsample"](x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def _check_images(images, channels, stride):
+    if images.ndim != 4 or images.shape[1] != channels or min(images.shape[2:]) < stride:
+        raise ValueError(f"images: shape {tuple(images.shape)}, expected (B, {channels}, H, W) with both sides at least {stride} pixels")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# continuous latents
+
+
+class Autoencoder(nn.Module):
+    """KL-regularised autoencoder (latent diffusion's): KL-16 of MAR / Harmon with the default config, FLUX's (BAGEL) and the tiny ones with others."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        widths = [c.ch * m for m in c.ch_mult]
+        sizes = [c.resolution >> i for i in range(len(widths))]
+        self.encoder = Encoder(c.in_channels, c.ch, widths, [c.num_res_blocks] * len(widths), [s in c.encoder_attn_resolutions for s in sizes], 2 * c.z_channels, c.groups)
+        self.decoder = Decoder(c.z_channels, widths, [c.num_res_blocks + 1] * len(widths), [s in c.decoder_attn_resolutions for s in sizes], c.in_channels, c.groups)
+        if c.quant_conv:
+            self.quant_conv = nn.Conv2d(2 * c.z_channels, 2 * c.z_channels, 1)
+            self.post_quant_conv = nn.Conv2d(c.z_channels, c.z_channels, 1)
+
+    @property
+    def stride(self):
+        return 2 ** (len(self.config.ch_mult) - 1)
+
+    def moments(self, images):
+        """images (B, 3, H, W) -> mean and log variance of the posterior, stacked: (B, 2*z_channels, H/stride, W/stride)."""
+        _check_images(images, self.config.in_channels, self.stride)
+        h = self.encoder(images)
+        return self.quant_conv(h) if self.config.quant_conv else h
+
+    def encode(self, images, noise=None):
+        """images (B, 3, H, W) -> latents (B, z_channels, h, w) as the generators see them: (z - shift) * scale, where z is the mean of the
+        posterior (Harmon), or a sample of it if standard normal `noise` of the latents' shape is given (BAGEL, also at inference)."""
+        mean, logvar = self.moments(images).chunk(2, dim=1)
+        z = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
+        return (z - self.config.shift) * self.config.scale
+
+    def decode(self, latents):
+        """latents (B, z_channels, h, w), scaled as encode() returns them -> images (B, 3, H, W), not clamped."""
+        z = latents / self.config.scale + self.config.shift
+        return self.decoder(self.post_quant_conv(z) if self.config.quant_conv else z)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# discrete codes
+
+
+class SignCodebook(nn.Module):
+    """Buffers of the published file: all 2**bits sign patterns (row = code) and the weight of each bit, channel 0 the most significant."""
+
+    def __init__(self, bits):
+        super().__init__()
+        powers = 2 ** torch.arange(bits - 1, -1, -1)
+        self.register_buffer("power_vals", powers)  # (bits,) int64
+        self.register_buffer("embedding", ((torch.arange(2 ** bits)[:, None] & powers) > 0).float() * 2 - 1)  # (2**bits, bits), -1 or +1
+
+
+class LFQTokenizer(nn.Module):
+    """MAGVIT-v2 image tokenizer with lookup-free quantisation (Show-o): a code is the sign pattern of `bits` channels."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        none = [False] * len(c.encoder_ch_mult)
+        self.encoder = Encoder(c.in_channels, c.ch, [c.ch * m for m in c.encoder_ch_mult], c.encoder_res_blocks, none, c.bits, c.groups)
+        self.decoder = Decoder(c.bits, [c.ch * m for m in c.decoder_ch_mult], c.decoder_res_blocks, none, c.in_channels, c.groups)
+        self.encoder.quant_conv = nn.Conv2d(c.bits, c.bits, 1)  # the published files keep these two inside encoder and decoder
+        self.decoder.post_quant_conv = nn.Conv2d(c.bits, c.bits, 1)
+        self.quantize = SignCodebook(c.bits)
+
+    @property
+    def stride(self):
+        return 2 ** (len(self.config.encoder_ch_mult) - 1)
+
+    def features(self, images):
+        """images (B, 3, H, W) -> the values before quantisation (B, bits, H/stride, W/stride)."""
+        _check_images(images, self.config.in_channels, self.stride)
+        return self.encoder.quant_conv(self.encoder(images))
+
+    def encode(self, images):
+        """images (B, 3, H, W) -> codes (B, H/stride, W/stride), int64 in [0, 2**bits). A value of exactly zero counts as bit 0."""
+        return ((self.features(images) > 0) * self.quantize.power_vals[:, None, None]).sum(1)
+
+    def decode(self, codes):
+        """codes (B, h, w) int64 -> images (B, 3, H, W), not clamped."""
+        return self.decode_signs(self.quantize.embedding[codes].permute(0, 3, 1, 2))
+
+    def decode_signs(self, q):
+        return self.decoder(self.decoder.post_quant_conv(q))
+
+    def quantizer_losses(self, z):
+        """z (B, bits, h, w), before quantisation -> (commitment loss, entropy loss), with the weights of the config.
+        Entropy: a bit is +1 with probability softmax(-(z-1)^2, -(z+1)^2) = sigmoid(4z). Each bit of each position should be sure of itself
+        (low entropy), while over all positions both values should be used (high entropy of the mean)."""
+        c = self.config
+        q = torch.where(z > 0, 1.0, -1.0)
+        commitment = c.commitment_weight * (1 + c.beta) * (q - z).square().mean()  # q has no gradient: the published pair of terms is this one
+        p = torch.sigmoid(4 * z.float())
+        sure = _binary_entropy(p).mean()
+        used = _binary_entropy(p.mean(dim=(0, 2, 3))).mean()
+        return commitment, c.entropy_weight * (sure - used)
+
+    def forward(self, images):
+        """Training: images -> (reconstruction, commitment loss, entropy loss). The decoder reads signs; its gradient passes to the encoder as if
+        quantisation were the identity (straight-through)."""
+        z = self.features(images)
+        q = z + (torch.where(z > 0, 1.0, -1.0) - z).detach()
+        return self.decode_signs(q), *self.quantizer_losses(z)
+
+
+def _binary_entropy(p):
+    """Entropy in nats of a coin with probability p; the clamp keeps the gradient finite at 0 and 1."""
+    p = p.clamp(1e-6, 1 - 1e-6)
+    return -p * p.log() - (1 - p) * (1 - p).log()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training the tiny ones
+
+
+def tokenizer_loss(model, images, generator):
+    """Loss of `train.py --stage tokenizer`: images (B, 3, H, W) -> (scalar loss, {name: detached scalar}). Reconstruction is L1 + MSE per pixel (no
+    perceptual or adversarial term: flat drawings do not need one); an Autoencoder adds kl_weight * KL per latent number, with posterior noise
+    from `generator`; an LFQTokenizer adds its commitment and entropy losses."""
+    if isinstance(model, Autoencoder):
+        c = model.config
+        mean, logvar = model.moments(images).chunk(2, dim=1)
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device if generator is not None else None).to(mean)
+        z = mean + torch.exp(0.5 * logvar) * noise
+        recon = model.decode((z - c.shift) * c.scale)
+        parts = {"kl": c.kl_weight * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()}
+    else:
+        recon, commitment, entropy = model(images)
+        parts = {"commitment": commitment, "entropy": entropy}
+    error = recon - images
+    parts = {"l1": error.abs().mean(), "mse": error.square().mean(), **parts}
+    return sum(parts.values()), {k: v.detach() for k, v in parts.items()}
+
+
+@torch.no_grad()
+def calibrate(model, images):
+    """Makes the latents of an Autoencoder easy to diffuse: afterwards encode(images) has mean 0 and standard deviation 1, and decode(encode(x)) is
+    what it was. With quant_conv this holds per channel, folded exactly into the two 1x1 convolutions (and scale = 1, shift = 0), so the file gets no
+    new keys; without it one scale and one shift for all channels go into model.config, as published for FLUX. Raises ValueError on a dead latent."""
+    z = model.moments(images).float().chunk(2, dim=1)[0]  # (B, C, h, w)
+    if not model.config.quant_conv:
+        model.config = replace(model.config, scale=1.0 / z.std(correction=0).item(), shift=z.mean().item())
+        return
+    mean, std = z.mean(dim=(0, 2, 3)), z.std(dim=(0, 2, 3), correction=0)
+    if std.min() < 1e-6:
+        raise ValueError(f"calibrate: latent channel {int(std.argmin())} is constant (standard deviation {std.min():.1e}): lower kl_weight or train longer")
+    channels = len(mean)
+    model.post_quant_conv.bias += model.post_quant_conv.weight[:, :, 0, 0] @ mean
+    model.post_quant_conv.weight *= std[:, None, None]  # over input channels
+    model.quant_conv.weight[:channels] /= std[:, None, None, None]
+    model.quant_conv.bias[:channels] = (model.quant_conv.bias[:channels] - mean) / std
+    model.quant_conv.bias[channels:] -= 2 * std.log()  # the posterior's log variance shrinks with its mean
+    model.config = replace(model.config, scale=1.0, shift=0.0)
