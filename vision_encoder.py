@@ -1,0 +1,249 @@
+"""Vision encoders: what the models see with. The understanding side of Show-o is `CLIPVision` (CLIP ViT-L/14-336), that of BAGEL `SigLIPNaViT` (SigLIP
+so400m/14 with NaViT packing: pictures of any size side by side in one sequence). The tiny ones for 48x48 pictures are the same two classes with
+small configs. Harmon has no encoder of its own here: it understands with its MAR encoder.
+
+Both are pre-norm ViTs of one kind of block and differ in the activation, the patch embedding, what surrounds the blocks, and which layer is read.
+Module names are the published state-dict keys. The preprocessing that belongs to the published weights (PIL image -> tensor) is at the end.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+from custom_kernels import attention, attention_plan
+from image_tokenizer import load_strict, read_weights
+
+
+@dataclass
+class CLIPConfig:
+    width: int = 1024
+    layers: int = 24  # blocks in the file
+    skip_last: int = 1  # so many of them are never run: the features are the penultimate hidden state, as in LLaVA
+    heads: int = 16
+    mlp_width: int = 4096
+    image_size: int = 336
+    patch: int = 14
+    eps: float = 1e-5
+
+
+@dataclass
+class SigLIPConfig:
+    width: int = 1152
+    layers: int = 26  # SigLIP has 27; BAGEL stores and runs 26
+    heads: int = 16
+    mlp_width: int = 4304
+    patch: int = 14
+    positions: int = 70  # rows and columns of the position table: pictures of up to 70*14 = 980 pixels a side
+    eps: float = 1e-6
+
+
+VISION_ENCODERS = {
+    "clip-vit-large-patch14-336": CLIPConfig(),
+    "siglip-so400m-14-980": SigLIPConfig(),
+    # 48x48 pictures in 9 patches, one for each cell of the shape world. No block is stored without being run.
+    "tiny-clip": CLIPConfig(width=128, layers=2, skip_last=0, heads=4, mlp_width=256, image_size=48, patch=16),
+    "tiny-siglip": SigLIPConfig(width=128, layers=2, heads=4, mlp_width=256, patch=16, positions=6),
+}
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+def gelu_tanh(x):
+    return F.gelu(x, approximate="tanh")
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, width, heads, mlp_width, eps, activation):
+        super().__init__()
+        self.heads, self.activation = heads, activation
+        self.layer_norm1 = nn.LayerNorm(width, eps=eps)
+        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
+        self.layer_norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp_width), "fc2": nn.Linear(mlp_width, width)})
+
+    def forward(self, x, plan=None):
+        """x (B, T, width); without a plan every row is one picture in which everything sees everything."""
+        B, T, width = x.shape
+        h = self.layer_norm1(x)
+        q, k, v = (self.self_attn[name](h).view(B, T, self.heads, -1).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))  # (B, heads, T, d)
+        h = F.scaled_dot_product_attention(q, k, v) if plan is None else attention(q, k, v, None, None, plan)
+        x = x + self.self_attn["out_proj"](h.transpose(1, 2).reshape(B, T, width))
+        return x + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLIP
+
+
+class CLIPEmbeddings(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.randn(c.width) * c.width ** -0.5)
+        self.patch_embedding = nn.Conv2d(3, c.width, c.patch, stride=c.patch, bias=False)
+        self.position_embedding = nn.Embedding((c.image_size // c.patch) ** 2 + 1, c.width)
+        nn.init.normal_(self.position_embedding.weight, std=c.width ** -0.5)
+
+    def forward(self, pixels):
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, N, width), row by row
+        first = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
+
+
+class CLIPVision(nn.Module):
+    """CLIP's vision tower as LLaVA and Show-o use it: patch features of the penultimate layer, no class token, no final norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.vision_model = nn.ModuleDict({
+            "embeddings": CLIPEmbeddings(c),
+            "pre_layrnorm": nn.LayerNorm(c.width, eps=c.eps),  # the published spelling
+            "encoder": nn.ModuleDict({"layers": nn.ModuleList(EncoderLayer(c.width, c.heads, c.mlp_width, c.eps, quick_gelu) for _ in range(c.layers))}),
+            "post_layernorm": nn.LayerNorm(c.width, eps=c.eps),  # in the file, not used
+        })
+        if c.skip_last == 0:  # from scratch: no parameters without a gradient
+            del self.vision_model["post_layernorm"]
+
+    @property
+    def num_tokens(self):
+        return (self.config.image_size // self.config.patch) ** 2
+
+    def forward(self, pixels):
+        """pixels (B, 3, image_size, image_size), normalised -> patch features (B, num_tokens, width), row by row."""
+        c, m = self.config, self.vision_model
+        if pixels.shape[1:] != (3, c.image_size, c.image_size):
+            raise ValueError(f"CLIPVision: pixels {tuple(pixels.shape)}, expected (B, 3, {c.image_size}, {c.image_size}): resize first")
+        x = m["pre_layrnorm"](m["embeddings"](pixels))
+        for layer in m["encoder"]["layers"][:c.layers - c.skip_last]:
+            x = layer(x)
+        return x[:, 1:]
+
+    def load_published(self, path):
+        """Loads `vision_model.*` from a CLIP checkpoint (file or folder); the text tower and the projections in it are left out. Strict otherwise."""
+        state = {k: v for k, v in read_weights(path).items() if k.startswith("vision_model.") and not k.endswith(".position_ids")}
+        load_strict(self, state, f"CLIP vision tower from {path}")
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SigLIP
+
+
+def patchify(images, patch):
+    """images (..., C, H, W) -> (..., H/patch * W/patch, patch*patch*C): patches row by row, inside a patch (row, column, channel)."""
+    *lead, C, H, W = images.shape
+    if H % patch or W % patch:
+        raise ValueError(f"patchify: a picture of {H}x{W} pixels cannot be cut into patches of {patch}x{patch}: resize it to multiples of {patch}")
+    x = images.reshape(*lead, C, H // patch, patch, W // patch, patch)
+    n = len(lead)
+    x = x.permute(*range(n), n + 1, n + 3, n + 2, n + 4, n)  # (..., h, w, patch, patch, C)
+    return x.reshape(*lead, (H // patch) * (W // patch), patch * patch * C)
+
+
+def grid_ids(rows, columns, stride, device=None):
+    """Position ids (rows*columns,) of a grid in the top left corner of a table with `stride` columns: row * stride + column."""
+    if max(rows, columns) > stride:
+        raise ValueError(f"grid_ids: a grid of {rows}x{columns} does not fit the {stride}x{stride} position table: make the picture smaller")
+    return (torch.arange(rows, device=device)[:, None] * stride + torch.arange(columns, device=device)).flatten()
+
+
+class SigLIPNaViT(nn.Module):
+    """SigLIP's vision tower with a linear patch embedding and packing, as in BAGEL: all layers, then the final norm; no pooling, no class token."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.vision_model = nn.ModuleDict({
+            "embeddings": nn.ModuleDict({"patch_embedding": nn.Linear(3 * c.patch ** 2, c.width), "position_embedding": nn.Embedding(c.positions ** 2, c.width)}),
+            "encoder": nn.ModuleDict({"layers": nn.ModuleList(EncoderLayer(c.width, c.heads, c.mlp_width, c.eps, gelu_tanh) for _ in range(c.layers))}),
+            "post_layernorm": nn.LayerNorm(c.width, eps=c.eps),
+        })
+        nn.init.normal_(self.vision_model["embeddings"]["position_embedding"].weight, std=c.width ** -0.5)
+
+    def pack(self, images):
+        """List of pictures (3, H, W), normalised, of any sizes -> patches (N, patch*patch*3), position ids (N,), patches per picture (len(images),)."""
+        c = self.config
+        patches = [patchify(image, c.patch) for image in images]
+        ids = [grid_ids(i.shape[1] // c.patch, i.shape[2] // c.patch, c.positions, i.device) for i in images]
+        return torch.cat(patches), torch.cat(ids), torch.tensor([len(p) for p in patches], device=patches[0].device)
+
+    def forward(self, patches, position_ids, seqlens=None):
+        """Pictures of one size: patches (B, N, patch*patch*3), position_ids (N,) or (B, N) -> (B, N, width).
+        Packed: patches (N, patch*patch*3), position_ids (N,), seqlens (pictures,) = patches of each -> (N, width); a picture sees only itself."""
+        m = self.vision_model
+        x = m["embeddings"]["patch_embedding"](patches) + m["embeddings"]["position_embedding"](position_ids)
+        plan = None
+        if seqlens is not None:
+            total = len(patches)
+            hi = torch.repeat_interleave(seqlens.cumsum(0), seqlens, output_size=total)  # output_size: no question to the GPU
+            lo = hi - torch.repeat_interleave(seqlens, seqlens, output_size=total)
+            plan, x = attention_plan(lo[None], hi[None], total), x[None]
+        for layer in m["encoder"]["layers"]:
+            x = layer(x, plan)
+        x = m["post_layernorm"](x)
+        return x if seqlens is None else x[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# preprocessing: PIL image -> normalised tensor, exactly as the published weights were trained
+
+
+def to_pixels(image, mean=0.5, std=0.5):
+    """PIL image -> float32 (3, H, W), x/255 normalised with mean and std (numbers, or one per channel). The defaults give [-1, 1]."""
+    x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    return ((x - torch.as_tensor(mean).view(-1, 1, 1)) / torch.as_tensor(std).view(-1, 1, 1)).contiguous()
+
+
+def _resize_shorter(image, size):
+    w, h = image.size
+    w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
+    return image.resize((w, h), Image.Resampling.BICUBIC)
+
+
+def clip_pixels(image, size=336):
+    """CLIP: shorter side to `size` (bicubic), centre crop (odd margins: the smaller one left and above), CLIP's mean and deviation."""
+    image = _resize_shorter(image.convert("RGB"), size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return to_pixels(image.crop((left, top, left + size, top + size)), (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+def magvit_pixels(image, size):
+    """Show-o's image tokenizer: as above into [-1, 1]; here an odd margin is halved with rounding to even."""
+    image = _resize_shorter(image.convert("RGB"), size)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return to_pixels(image.crop((left, top, left + size, top + size)))
+
+
+def square_pixels(image, size):
+    """Show-o's RecA data: resized to a square without cropping (bicubic; the aspect ratio is not kept), [-1, 1]."""
+    return to_pixels(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+
+
+def bagel_size(w, h, max_size, min_size, stride, max_pixels=14 * 14 * 9 * 1024, num_images=1):
+    """BAGEL's rule for the size of a picture -> (w, h), multiples of `stride`: long side at most max_size, short side at least min_size if that is
+    possible, at most max_pixels / num_images pixels. The pixel rule scales by the ratio itself and not by its root: so the weights were trained."""
+    def scaled(s):
+        return tuple(max(stride, round(round(v * s) / stride) * stride) for v in (w, h))
+
+    w, h = scaled(max(min(max_size / max(w, h), 1.0), min_size / min(w, h)))
+    if w * h > max_pixels / num_images:
+        w, h = scaled(max_pixels / num_images / (w * h))
+    if max(w, h) > max_size:
+        w, h = scaled(max_size / max(w, h))
+    return w, h
+
+
+def bagel_resize(image, max_size, min_size, stride, max_pixels=14 * 14 * 9 * 1024, num_images=1):
+    """PIL image -> RGB PIL image of BAGEL's size (bicubic); transparent pictures are put on white. to_pixels() of it is the input of both towers.
+    Settings: autoencoder (1024, 512, 16); SigLIP (980, 224, 14), in the editing benchmarks (980, 378, 14), in RecA (224, 224, 14)."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image.getchannel("A"))
+        image = white
+    return image.convert("RGB").resize(bagel_size(*image.size, max_size, min_size, stride, max_pixels, num_images), Image.Resampling.BICUBIC)
