@@ -258,48 +258,41 @@ Here is a picture. Describe it. | Here is an image. What do you see? | Draw it a
 """.replace("\n", "|").split("|") if t.strip()]
 
 # What the tiny vocabulary is trained on. Every word of the shape world becomes one token, with a leading space and (at the beginning of an
-# answer or an instruction) without; the words of LEADING may also start a sentence with a capital letter.
-WORLD_WORDS = """circle circles square squares triangle triangles star stars cross crosses shape shapes object objects
+# answer or an instruction) without; the words of LEADING may start a sentence. The English keeps ordinary sentences at two tokens per word.
+WORLD_WORDS = """circle circles square squares triangle triangles star stars cross crosses shape shapes object objects thing things all only
 red green blue yellow purple orange cyan pink white black gray brown color colors small large big medium tiny size bright pale striped
 left right above below top bottom middle center corner side between near under over next inside upper lower row column up down
 zero one two three four five six none no yes what how many which where is are there does do it its and or of with to at in on into by from
 a an the this that not than same other different instead another both empty plain dark light make remove add move change replace turn swap
-put delete draw keep image picture photo background ground scene place grid cell everything nothing else all only first second last""".split()
-LEADING = """A An The There This It In On One Two Three Four Five What How Which Where Is Are Does Do Make Remove Add Move Change Replace Turn
+put delete draw keep image picture photo background ground scene place grid cell everything nothing else first second last""".split()
+LEADING = """A An The There This It In On One Two Three Four Five What How Where Which Is Are Make Remove Add Replace Move Does Do Change Turn
 Swap Put Delete Draw Yes No Describe Generate Edit Keep Answer Question Red Green Blue Yellow Purple Orange Cyan Pink White Black
 Gray Small Large Medium""".split()
 ENGLISH = """
-The quick way to learn how something works is to build a small one and to look at it while it runs. People have always drawn pictures of
-the things they saw: animals, houses, trees, the sea, the sun and the moon, a man on a horse, a woman with a child, a dog under the table.
-When you read a book, the words make images in your mind; when you look at a photograph, the image makes words. A model that can do both
-should be able to tell you what is in a picture, and to paint what you ask for. "Is it true?" she asked. "I don't know, but we'll find
-out," he said. They're going to the city by train because it's late and the road isn't safe at night. She was born in 1984, and her brother
-came 3 years after that. You can have tea or coffee, bread, an apple, two eggs, and some water if you like. There were not many people in
-the street that morning; only an old man, who sat near the window of the shop and waited for the bus. He had worked here for over twenty
-years and would have been happy to go on. Every day has its own weather: rain, wind, snow, or a clear sky with a few white clouds. In the
-world of numbers, more data and more time usually give a better result, though not without a good question first. Please write your name,
-your address, and the date on the next line. The first part of this text is about things, and the second about how they are put together.
-Some of them are made of wood, others of glass, stone or metal; they may be round, flat, long, short, old, new, open or closed. It has been
-said that a picture is worth a thousand words, which could be just another way of saying that captions leave out most of what can be seen.
-What do you think about that? What would you like to do today? How long does it take to get there? Which one of these is the best, and
-why? Let me show you an example: a cat sits on a mat in front of a brown door, next to a pair of shoes, and looks at the camera. These are
-the details that matter. For each image, give the number of objects, their colors, sizes and places, the light, and what happens in the
-background. A bowl of fruit, a red car on the street, a person holding an umbrella, a group of friends at the beach, food on a plate.
+The quick way to learn how something works is to build a small one and to look at it while it runs. People have always drawn the things they
+saw: animals, houses, trees, the sea, the sun and the moon, a man on a horse, a woman with a child, a dog under the table. When you read a
+book, the words make images in your mind; when you look at a photograph, the image makes words. A model that can do both should be able to
+tell you what is in a picture, and to paint what you ask for. "Is it true?" she asked. "I don't know, but we'll find out," he said. They're
+going to the city by train because it's late and the road isn't safe at night. She was born in 1984, and her brother came 3 years after
+that. There were not many people in the street that morning; only an old man, who sat near the window of the shop and waited for the bus. He
+had worked here for over twenty years and would have been happy to go on. Every day has its own weather: rain, wind, snow, or a clear sky
+with a few white clouds. Some of them are made of wood, others of glass, stone or metal; they may be round, flat, long, short, old, new, open
+or closed. What do you think about that? How long does it take to get there? Which one of these is the best, and why? Let me show you an
+example: a cat sits on a mat in front of a brown door, next to a pair of shoes. For each image, give the number of objects, their colors,
+sizes and places, the light, and what happens in the background. A bowl of fruit, a red car on the street, a person holding an umbrella, a
+group of friends at the beach, food on a plate. I he she they we you me him her them us my your his their our who when why while then so but
+if as because until after before again also very too much most more less few any each such own just even still never often here now was were
+be been being am have has had having will would can could should may might must did done say says said see seen go gone get got come came
+give take made know look looks like want use find tell ask work feel leave call people girl boy bird house tree car bus train city room
+table chair window door water hand eye face day night time year life part line text good new little high young great sky grass wall
 """
-COMMON = """I he she they we you me him her them us my your his their our who when why while then so but if as because until after before again
-also very too much most more less few any each such own just even still never always often here now was were be been being am have has had
-having will would can could should may might must did done say says said see seen go going gone get got come came give take make made know
-think look looks like want use find tell ask work feel leave call people man woman child boy girl dog cat bird horse tree house car bus train
-street city room table chair window door water food book hand eye face day night time year way thing world life part number word line text
-good new old long little high young great round red sky sun grass wall glass wood holding wearing standing sitting"""
 
 
 def tokenizer_corpus():
     """Weighted texts [(text, weight)] for the tiny vocabulary: the shape world's words first, then the templates, then plain English."""
-    texts = [(f" {w}", 400) for w in WORLD_WORDS] + [(w, 200) for w in WORLD_WORDS] + [(w, 200) for w in LEADING]
-    texts += [(f" {w}", 100) for w in LEADING[:16]] + [(f" {w}", 2) for w in COMMON.split()]
-    texts += [(s, 200) for s in ("A photo of", "Generate an image:", "Generate an image.", "user", "assistant", "\n\n", "? ", ". ", ", ", "\n", ": ")]
-    return texts + [(" ".join(RECA_TEMPLATES), 20), *((t, 20) for t in RECA_TEMPLATES), (ENGLISH, 1)]
+    texts = [(f" {w}", 400) for w in WORLD_WORDS] + [(w, 200) for w in WORLD_WORDS + LEADING] + [(f" {w}", 100) for w in LEADING[:23]]
+    texts += [(s, 200) for s in ("Generate an image:", "Generate an image.", "user", "assistant", "\n\n", "? ", ". ", ", ", "\n", ": ")]
+    return texts + [(t, 20) for t in RECA_TEMPLATES] + [(ENGLISH.replace("\n", " "), 2)]
 
 
 def build_tokenizer(path=os.path.join(WEIGHTS, "tokenizer.tiktoken"), vocab_size=1024):
