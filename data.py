@@ -1,189 +1,201 @@
 """Data: text tokenizers, template requests for RecA, real images from folders / tar shards / LLaVA JSON, preprocessing, sample order.
 
     python data.py --check PATH...       what is in these folders, tar shards or LLaVA JSON files: counts, sizes, captions, problems
-    python data.py --build-tokenizer     train the tiny vocabulary again (weights/tokenizer.tiktoken; takes seconds)
+    python data.py --build-tokenizer     train the tiny vocabulary again (weights/tokenizer.tiktoken; takes a second)
 """
 import argparse
 import base64
+import hashlib
+import io
 import json
 import os
 import re
+import sys
+import tarfile
 import unicodedata
+import warnings
 from collections import Counter
 from functools import lru_cache
+from typing import NamedTuple
 
+import numpy as np
 import tiktoken
+import torch
+from PIL import Image
+from tqdm import tqdm
 
 WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
 
+
+def write_text(path, text):
+    """Write a small text file whole or not at all: a temporary name in the same folder, then a rename."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def one_line_errors(main):
+    """Run main(); what the user can put right (ValueError, missing or unreadable files) ends with its message alone and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except ValueError as e:
+        raise ValueError(f"{path}: not valid JSON ({e}); the file may be incomplete, fetch it again") from None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Text tokenizers. All are byte-level BPE run by tiktoken from ranks in a local file; nothing is ever downloaded.
-# ---------------------------------------------------------------------------------------------------------------------
 # The two ways published models cut a text into pieces before BPE.
-QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# What Qwen2.5 adds after its 151,643 BPE ids, in order of id; <tool_call> etc. included, as its published tokenizer does.
-QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
-                "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
-                "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
-                "<|repo_name|>", "<|file_sep|>"]
+TINY_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+# What Qwen2.5 adds after its 151,643 BPE ids, in order of id.
+QWEN_SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|>
+<|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|>
+<|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>""".split()
 # phi-1.5 adds runs of 31..2 spaces, then of 9..2 tabs, after GPT-2's 50,257 ids.
 PHI_WHITESPACE = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]
-TINY_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 
 
 class Tokenizer:
     """Text <-> ids: BPE ranks, a split pattern, special strings, and plain added strings (phi's runs of whitespace).
 
-    `special` (dict string -> id) is recognised by `encode` only, `added` by both. Both are cut out longest first BEFORE tiktoken sees
-    the text: given overlapping special tokens tiktoken does not take the longest one, and "    " must be one id, not two.
+    `special` (dict string -> id) is recognised by `encode` only, `added` by both. They are cut out longest first BEFORE tiktoken sees
+    the text: given overlapping special tokens, tiktoken does not take the longest one, and four spaces must be one id, not two.
     """
 
     def __init__(self, ranks, split, special, added=None, nfc=False):
         self.special, self.added, self.nfc = dict(special), dict(added or {}), nfc
-        self.bpe = tiktoken.Encoding("local", pat_str=split, mergeable_ranks=ranks, special_tokens={**self.special, **self.added})
-        self.vocab_size = max(self.bpe._special_tokens.values(), default=-1) + 1
-        self.vocab_size = max(self.vocab_size, max(ranks.values()) + 1)           # number of ids, special ones included
-        self.known = set(ranks.values()) | set(self.special.values()) | set(self.added.values())
-        self.eos = self.special["<|endoftext|>"]                                  # ends a document; a chat turn ends with <|im_end|>
-        longest = lambda strings: re.compile("(" + "|".join(re.escape(s) for s in sorted(strings, key=len, reverse=True)) + ")")
-        self.cut_all = longest([*self.special, *self.added])
-        self.cut_added = longest(self.added) if self.added else None
+        self.fixed = {**self.special, **self.added}
+        self.bpe = tiktoken.Encoding("local", pat_str=split, mergeable_ranks=ranks, special_tokens=self.fixed)
+        self.known = {*ranks.values(), *self.fixed.values()}
+        self.vocab_size = max(self.known) + 1                                    # number of ids, special ones included
+        self.eos = self.special["<|endoftext|>"]                                 # ends a document; a chat turn ends with <|im_end|>
 
-    def _encode(self, text, cut, fixed):
+        def longest_first(strings):
+            return re.compile("(" + "|".join(map(re.escape, sorted(strings, key=len, reverse=True))) + ")") if strings else None
+        self.cut_all, self.cut_added = longest_first(self.fixed), longest_first(self.added)
+
+    def _encode(self, text, cut):
         ids = []
-        for i, piece in enumerate(cut.split(text) if cut else [text]):            # odd pieces are the strings that were cut out
+        for i, piece in enumerate(cut.split(text) if cut else [text]):           # odd pieces are the strings that were cut out
             if i % 2:
-                ids.append(fixed[piece])
+                ids.append(self.fixed[piece])
             elif piece:
                 ids.extend(self.bpe.encode_ordinary(unicodedata.normalize("NFC", piece) if self.nfc else piece))
         return ids
 
     def encode(self, text):
         """Text -> list of ids; special strings such as <|im_start|> become their one id."""
-        return self._encode(text, self.cut_all, {**self.special, **self.added})
+        return self._encode(text, self.cut_all)
 
     def encode_ordinary(self, text):
         """Text -> list of ids; special strings are spelt out like any other text (for text that users or files bring)."""
-        return self._encode(text, self.cut_added, self.added)
+        return self._encode(text, self.cut_added)
 
     def decode(self, ids, skip_special=False):
         """Ids -> text. Ids outside the vocabulary (embedding tables are padded beyond it) and broken UTF-8 become U+FFFD."""
         drop = set(self.special.values()) if skip_special else ()
-        ids = [int(i) for i in ids if int(i) not in drop]
-        return b"".join(self.bpe.decode_single_token_bytes(i) if i in self.known else b"\xef\xbf\xbd" for i in ids).decode("utf-8", "replace")
+        parts = [self.bpe.decode_single_token_bytes(i) if i in self.known else b"\xef\xbf\xbd" for i in map(int, ids) if i not in drop]
+        return b"".join(parts).decode("utf-8", "replace")
 
 
-def _read_json(path):
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except ValueError as e:
-        raise ValueError(f"{path}: not valid JSON ({e}); the file may be incomplete, fetch it again") from None
+def _read_ranks(path):
+    """tiktoken's file format: one `base64-of-the-bytes rank` per line."""
+    ranks = {}
+    with open(path, "rb") as f:
+        for n, line in enumerate(f, 1):
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except ValueError:
+                raise ValueError(f"{path}: line {n} is {line[:40]!r}, expected a base64 token and its rank; fetch the file again") from None
+    if len(ranks) < 256 or sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f"{path}: {len(ranks)} tokens, ranks are not 0..{len(ranks) - 1}; the file is incomplete, fetch it again")
+    return ranks
 
 
-@lru_cache(None)
-def _byte_of():
-    """GPT-2's printable stand-ins: character in a vocab.json -> byte. Bytes without a printable character of their own get U+0100 onwards."""
+def _vocab_to_ranks(path, vocab, merges, skip):
+    """vocab.json (string -> id) and merges ([left, right], ...) -> {bytes: id}. tiktoken merges the pair of the lowest id first, so ids
+    must rise with the merges (true for Qwen2 and GPT-2; checked). Bytes without a printable character stand as U+0100 onwards."""
     own = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    other = [b for b in range(256) if b not in own]
-    return {**{chr(b): b for b in own}, **{chr(256 + i): b for i, b in enumerate(other)}}
-
-
-def _ranks_from_vocab(path, vocab, merges, skip):
-    """vocab (string -> id) + merges ([left, right] in order) -> {bytes: id}, checked: tiktoken merges the lowest id first."""
-    byte_of = _byte_of()
+    byte_of = {**{chr(b): b for b in own}, **{chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(own)))}}
     try:
         ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token not in skip}
         order = [ranks[bytes(byte_of[c] for c in left + right)] for left, right in merges]
     except (KeyError, ValueError) as e:
-        raise ValueError(f"{path}: token {e} is not of a byte-level BPE vocabulary, or a merge makes a token that the vocabulary lacks; "
-                         "vocab.json and merges.txt must be of the same Qwen2 or GPT-2/phi model") from None
+        raise ValueError(f"{path}: {e} is not in a byte-level BPE vocabulary; vocabulary and merges must be of one Qwen2 or phi-1.5 model") from None
     if order != sorted(order) or len(ranks) != len(set(order)) + 256:
-        raise ValueError(f"{path}: {len(ranks)} tokens but 256 bytes + {len(order)} merges, or ids that do not follow the order of the "
-                         "merges; the two files must be of the same Qwen2 or GPT-2/phi model")
+        raise ValueError(f"{path}: {len(ranks)} tokens against 256 bytes + {len(order)} merges, or ids that do not rise with the merges; "
+                         "vocabulary and merges must be of one Qwen2 or phi-1.5 model")
     return ranks
-
-
-def _tokenizer_json(path):
-    """Hugging Face tokenizer.json -> Tokenizer; the split pattern inside says whether it is Qwen2's or GPT-2's kind."""
-    j = _read_json(path)
-    model, pre = j.get("model", {}), json.dumps(j.get("pre_tokenizer"))
-    if model.get("type", "BPE") != "BPE" or "vocab" not in model:
-        raise ValueError(f"{path}: model type {model.get('type')!r}, expected BPE (Qwen2 or GPT-2/phi)")
-    added = {t["content"]: t["id"] for t in j.get("added_tokens", [])}
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    ranks = _ranks_from_vocab(path, model["vocab"], merges, skip=added)
-    if json.dumps(QWEN_SPLIT) in pre:
-        return _qwen(path, ranks, added)
-    if '"ByteLevel"' in pre and "Regex" not in pre:
-        return _phi(path, ranks, added)
-    raise ValueError(f"{path}: pre_tokenizer {pre[:80]}... is neither Qwen2's nor GPT-2's; use the tokenizer of a Qwen2/2.5 or phi-1.5 model")
-
-
-def _qwen(path, ranks, added=None):
-    special = added or {s: len(ranks) + i for i, s in enumerate(QWEN_SPECIAL)}
-    if missing := [s for s in TINY_SPECIAL[:3] if s not in special]:
-        raise ValueError(f"{path}: special tokens {missing} are missing; expected the tokenizer of a Qwen2/2.5 model")
-    return Tokenizer(ranks, QWEN_SPLIT, special, nfc=True)
-
-
-def _phi(path, ranks, added=None):
-    special = {s: i for s, i in (added or {}).items() if s.strip()} or {"<|endoftext|>": len(ranks)}
-    if "<|endoftext|>" not in special:
-        raise ValueError(f"{path}: special token <|endoftext|> is missing; expected the tokenizer of GPT-2 or phi-1.5")
-    runs = {s: i for s, i in (added or {}).items() if not s.strip()}
-    return Tokenizer(ranks, GPT2_SPLIT, special, runs or {s: len(ranks) + len(special) + i for i, s in enumerate(PHI_WHITESPACE)})
 
 
 @lru_cache(None)
 def load_tokenizer(name_or_path="tiny"):
     """"tiny" (ours, 1,024 ids), or a file or folder of Qwen2/2.5 or GPT-2/phi-1.5: tokenizer.json, vocab.json + merges.txt, *.tiktoken.
 
-    The kind is read from the files. GPT-2 vocabularies get phi-1.5's 38 runs of whitespace, since that is the model that uses them here.
-    Raises FileNotFoundError (nothing there, with what was looked for) and ValueError (another kind of tokenizer, files that disagree).
+    The kind is read from the files. GPT-2's vocabulary gets phi-1.5's 38 runs of whitespace, since phi is what uses it here.
+    Raises FileNotFoundError (nothing there; says what was looked for) or ValueError (another kind of tokenizer, files that disagree).
     """
     path = os.path.join(WEIGHTS, "tokenizer.tiktoken") if name_or_path == "tiny" else os.fspath(name_or_path)
+    partner = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
     if os.path.isdir(path):
-        pairs = [("tokenizer.json",), ("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), ("qwen.tiktoken",), ("tokenizer.tiktoken",)]
-        found = [p for p in pairs if all(os.path.isfile(os.path.join(path, f)) for f in p)]
+        names = ("tokenizer.json", "vocab.json", "encoder.json", "qwen.tiktoken", "tokenizer.tiktoken")
+        found = [n for n in names if os.path.isfile(os.path.join(path, n))]
         if not found:
-            raise FileNotFoundError(f"{path}: no text tokenizer in this folder; looked for " + ", ".join(" + ".join(p) for p in pairs))
-        path = os.path.join(path, found[0][0])
+            raise FileNotFoundError(f"{path}: no text tokenizer in this folder; looked for {', '.join(names)}")
+        path = os.path.join(path, found[0])
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such tokenizer; give \"tiny\", or a folder or file of a Qwen2/2.5 or phi-1.5 tokenizer")
+        raise FileNotFoundError(f'{path}: no such text tokenizer; give "tiny", or a folder or file of a Qwen2/2.5 or phi-1.5 tokenizer')
     folder, name = os.path.split(path)
+    added, gpt2 = {}, False
     if name.endswith(".tiktoken"):
-        ranks = {}
-        with open(path, "rb") as f:
-            for n, line in enumerate(f, 1):
-                try:
-                    token, rank = line.split()
-                    ranks[base64.b64decode(token, validate=True)] = int(rank)
-                except ValueError:
-                    raise ValueError(f"{path}: line {n} is {line[:40]!r}, expected a base64 token and its rank; fetch the file again") from None
-        if len(ranks) < 256 or sorted(ranks.values()) != list(range(len(ranks))):
-            raise ValueError(f"{path}: {len(ranks)} tokens whose ranks are not 0..{len(ranks) - 1}; the file is incomplete, fetch it again")
-        if len(ranks) == 151643:
-            return _qwen(path, ranks)
-        return Tokenizer(ranks, QWEN_SPLIT, {s: len(ranks) + i for i, s in enumerate(TINY_SPECIAL)}, nfc=True)
-    if name in ("merges.txt", "vocab.bpe"):
-        name = {"merges.txt": "vocab.json", "vocab.bpe": "encoder.json"}[name]
-    if name in ("vocab.json", "encoder.json"):
-        merges_path = os.path.join(folder, "merges.txt" if name == "vocab.json" else "vocab.bpe")
-        for p in (os.path.join(folder, name), merges_path):
-            if not os.path.isfile(p):
-                raise FileNotFoundError(f"{p}: missing; a vocabulary of this kind needs {name} and {os.path.basename(merges_path)} in one folder")
-        vocab = _read_json(os.path.join(folder, name))
+        ranks = _read_ranks(path)
+    elif name in partner:
+        merges_path = os.path.join(folder, partner[name])
+        if not os.path.isfile(merges_path):
+            raise FileNotFoundError(f"{merges_path}: missing; {name} needs {partner[name]} beside it")
+        vocab = read_json(path)
         with open(merges_path, encoding="utf-8") as f:
-            merges = [line.rstrip("\r\n").split(" ") for line in f if line.strip() and not line.startswith("#version")]
-        gpt2 = "<|endoftext|>" in vocab                                            # Qwen2 keeps its special tokens out of vocab.json
-        ranks = _ranks_from_vocab(path, vocab, merges, skip={"<|endoftext|>"})
-        return _phi(path, ranks, {"<|endoftext|>": vocab["<|endoftext|>"], **{s: len(vocab) + i for i, s in enumerate(PHI_WHITESPACE)}}
-                    if gpt2 else None) if gpt2 else _qwen(path, ranks)
-    if name.endswith(".json"):
-        return _tokenizer_json(path)
-    raise ValueError(f"{path}: unknown kind of tokenizer file; expected tokenizer.json, vocab.json + merges.txt or a .tiktoken file")
+            merges = [line.rstrip("\n").split(" ") for i, line in enumerate(f) if line.strip() and (i or not line.startswith("#version"))]
+        gpt2 = "<|endoftext|>" in vocab                                           # Qwen2 keeps its special tokens out of vocab.json
+        added = {s: vocab[s] for s in ("<|endoftext|>",) if gpt2}
+        ranks = _vocab_to_ranks(path, vocab, merges, skip=added)
+    elif name.endswith(".json"):
+        file = read_json(path)
+        if not isinstance(file, dict) or not {"vocab", "merges"} <= set(file.get("model") or ()):
+            raise ValueError(f"{path}: no BPE model with vocab and merges in it; expected the one of a Qwen2/2.5 or phi-1.5 model")
+        added = {t["content"]: t["id"] for t in file.get("added_tokens") or ()}
+        merges = [m.split(" ") if isinstance(m, str) else m for m in file["model"]["merges"]]
+        ranks = _vocab_to_ranks(path, file["model"]["vocab"], merges, skip=added)
+        split = json.dumps(file.get("pre_tokenizer"))
+        gpt2 = '"ByteLevel"' in split and "Regex" not in split
+        if not gpt2 and json.dumps(QWEN_SPLIT) not in split:
+            raise ValueError(f"{path}: splits text by {split[:90]}..., which is neither Qwen2's nor GPT-2's way; only these two are read")
+    else:
+        raise ValueError(f"{path}: unknown kind of text tokenizer; expected tokenizer.json, vocab.json (+ merges.txt) or a .tiktoken file")
+    if gpt2:
+        special = {s: i for s, i in added.items() if s.strip()}
+        runs = {s: i for s, i in added.items() if not s.strip()} or {s: len(ranks) + len(special) + i for i, s in enumerate(PHI_WHITESPACE)}
+    else:
+        names = TINY_SPECIAL if name.endswith(".tiktoken") and len(ranks) != 151643 else QWEN_SPECIAL
+        special, runs = added or {s: len(ranks) + i for i, s in enumerate(names)}, {}
+    if missing := [s for s in TINY_SPECIAL[:1 if gpt2 else 3] if s not in special]:
+        raise ValueError(f"{path}: special tokens {missing} are missing; expected the tokenizer of a Qwen2/2.5 or phi-1.5 model")
+    return Tokenizer(ranks, GPT2_SPLIT if gpt2 else QWEN_SPLIT, special, runs, nfc=not gpt2)
 
 
 def train_bpe(texts, vocab_size):
@@ -220,7 +232,6 @@ def train_bpe(texts, vocab_size):
 # ---------------------------------------------------------------------------------------------------------------------
 # Template requests: what stands beside the image in a RecA prompt (arXiv 2509.07295). Many of them, so that the model learns to read the
 # image and not one sentence. Ours are short: at tiny scale every text token costs as much as an image token.
-# ---------------------------------------------------------------------------------------------------------------------
 RECA_TEMPLATES = [t.strip() for t in """
 Describe the image in detail. | Describe this image. | Describe the picture. | Describe this picture in detail. | Describe the scene.
 Describe the photo. | Describe all you see. | Describe what you see here. | Describe what this image shows. | Describe every object here.
@@ -229,9 +240,9 @@ Describe the image from left to right. | Describe the image from top to bottom. 
 Describe this scene in your own words. | Describe the content of the image. | Describe the background too. | Describe it in one sentence.
 Describe it in full. | Please describe the image. | Please describe this picture. | Please describe the scene in detail.
 Can you describe this image? | Can you describe the picture? | Can you describe what you see? | Could you describe the scene?
-Could you describe this photo? | What is in this image? | What is in the picture? | What does this image show? | What does the picture show?
-What do you see? | What do you see in this image? | What do you see in the picture? | What can you see here? | What is shown here?
-What is in the scene? | What objects are here? | What objects are in the image? | What shapes and colors are here?
+Could you describe this photo? | What is in this image? | What is in the picture? | What does this image show?
+What does the picture show? | What do you see? | What do you see in this image? | What do you see in the picture? | What can you see here?
+What is shown here? | What is in the scene? | What objects are here? | What objects are in the image? | What shapes and colors are here?
 What are the objects and where are they? | What does the scene look like? | What does this look like? | What is this a picture of?
 What is this a photo of? | What would you say this image shows? | What are the details of this image? | What is the image about?
 Which objects do you see? | Which objects are in the picture? | Which shapes are in this image? | Which colors are in this image?
@@ -250,49 +261,33 @@ Name each object and where it is. | Show me in words what you see. | Put this im
 Put what you see into words. | Say what you see. | Say what is in the image. | Say what this picture shows. | Say where each object is.
 Look at the image and describe it. | Look at this picture. What is there? | Look at the scene and tell me about it.
 Look at this image and list the objects. | Go over the image in detail. | Go through the picture and describe it.
-Report what is in the image. | Report every object in the scene. | Sum up the image. | Sum up what you see here.
-Caption this image. | Caption the picture in detail. | Caption: | Image description: | A description of the image: | In this image there is
-In detail, what is here? | In words, what does this show? | The picture shows | This is an image of | I want to know what is in this image.
-I would like a description of this picture. | Let me know what you see. | Read the image and describe it. | Detail the picture for me.
-Here is a picture. Describe it. | Here is an image. What do you see? | Draw it again in words. | Note every detail of this image.
+Report what is in the image. | Report every object in the scene. | Sum up the image. | Sum up what you see here. | Caption this image.
+Caption the picture in detail. | Caption: | Image description: | A description of the image: | In this image there is
+In detail, what is here? | In words, what does this show? | The picture shows | This is an image of
+I want to know what is in this image. | I would like a description of this picture. | Let me know what you see.
+Read the image and describe it. | Detail the picture for me. | Here is a picture. Describe it. | Here is an image. What do you see?
+Draw it again in words. | Note every detail of this image.
 """.replace("\n", "|").split("|") if t.strip()]
 
 # What the tiny vocabulary is trained on. Every word of the shape world becomes one token, with a leading space and (at the beginning of an
-# answer or an instruction) without; the words of LEADING may start a sentence. The English keeps ordinary sentences at two tokens per word.
+# answer or an instruction) without; the words of LEADING may start a sentence. weights/tokenizer_english.txt is a page of plain English.
 WORLD_WORDS = """circle circles square squares triangle triangles star stars cross crosses shape shapes object objects thing things all only
 red green blue yellow purple orange cyan pink white black gray brown color colors small large big medium tiny size bright pale striped
 left right above below top bottom middle center corner side between near under over next inside upper lower row column up down
 zero one two three four five six none no yes what how many which where is are there does do it its and or of with to at in on into by from
 a an the this that not than same other different instead another both empty plain dark light make remove add move change replace turn swap
 put delete draw keep image picture photo background ground scene place grid cell everything nothing else first second last""".split()
-LEADING = """A An The There This It In On One Two Three Four Five What How Where Which Is Are Make Remove Add Replace Move Does Do Change Turn
-Swap Put Delete Draw Yes No Describe Generate Edit Keep Answer Question Red Green Blue Yellow Purple Orange Cyan Pink White Black
-Gray Small Large Medium""".split()
-ENGLISH = """
-The quick way to learn how something works is to build a small one and to look at it while it runs. People have always drawn the things they
-saw: animals, houses, trees, the sea, the sun and the moon, a man on a horse, a woman with a child, a dog under the table. When you read a
-book, the words make images in your mind; when you look at a photograph, the image makes words. A model that can do both should be able to
-tell you what is in a picture, and to paint what you ask for. "Is it true?" she asked. "I don't know, but we'll find out," he said. They're
-going to the city by train because it's late and the road isn't safe at night. She was born in 1984, and her brother came 3 years after
-that. There were not many people in the street that morning; only an old man, who sat near the window of the shop and waited for the bus. He
-had worked here for over twenty years and would have been happy to go on. Every day has its own weather: rain, wind, snow, or a clear sky
-with a few white clouds. Some of them are made of wood, others of glass, stone or metal; they may be round, flat, long, short, old, new, open
-or closed. What do you think about that? How long does it take to get there? Which one of these is the best, and why? Let me show you an
-example: a cat sits on a mat in front of a brown door, next to a pair of shoes. For each image, give the number of objects, their colors,
-sizes and places, the light, and what happens in the background. A bowl of fruit, a red car on the street, a person holding an umbrella, a
-group of friends at the beach, food on a plate. I he she they we you me him her them us my your his their our who when why while then so but
-if as because until after before again also very too much most more less few any each such own just even still never often here now was were
-be been being am have has had having will would can could should may might must did done say says said see seen go gone get got come came
-give take made know look looks like want use find tell ask work feel leave call people girl boy bird house tree car bus train city room
-table chair window door water hand eye face day night time year life part line text good new little high young great sky grass wall
-"""
+LEADING = """A An The There This It In On One Two Three Four Five What How Where Which Is Are Make Remove Add Replace Move Does Do
+Change Turn Swap Put Delete Draw Yes No Describe Generate Edit Keep Answer Question Red Green Blue Yellow Purple Orange Cyan Pink White
+Black Gray Small Large Medium""".split()
 
 
 def tokenizer_corpus():
     """Weighted texts [(text, weight)] for the tiny vocabulary: the shape world's words first, then the templates, then plain English."""
     texts = [(f" {w}", 400) for w in WORLD_WORDS] + [(w, 200) for w in WORLD_WORDS + LEADING] + [(f" {w}", 100) for w in LEADING[:23]]
     texts += [(s, 200) for s in ("Generate an image:", "Generate an image.", "user", "assistant", "\n\n", "? ", ". ", ", ", "\n", ": ")]
-    return texts + [(t, 20) for t in RECA_TEMPLATES] + [(ENGLISH.replace("\n", " "), 2)]
+    with open(os.path.join(WEIGHTS, "tokenizer_english.txt"), encoding="utf-8") as f:
+        return texts + [(t, 20) for t in RECA_TEMPLATES] + [(f" {f.read()}".replace("\n", " "), 2)]
 
 
 def build_tokenizer(path=os.path.join(WEIGHTS, "tokenizer.tiktoken"), vocab_size=1024):
@@ -302,13 +297,277 @@ def build_tokenizer(path=os.path.join(WEIGHTS, "tokenizer.tiktoken"), vocab_size
         f.writelines(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Real images: folders, tar shards, LLaVA JSON. One pass builds an index; pictures are then read at random, shards stay packed.
+IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_PIXELS = 89_478_485                       # Pillow's own line: 256 MB of RGB. A larger file is a mistake or an attack.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)      # open_image refuses them, so no warning on top
+
+
+class Sample(NamedTuple):
+    name: str                                 # for messages: the file, or shard.tar:member
+    file: str
+    offset: int = 0                           # where the picture's bytes lie in `file`
+    size: int = -1                            # how many; -1: to the end
+    caption: str = ""                         # only where captions are asked for
+    turns: tuple = ()                         # LLaVA JSON: ((question, answer), ...), "<image>" taken out
+
+
+def open_image(source):
+    """Path or bytes of a picture -> RGB PIL image; transparency is put on white, 16-bit grey is scaled to 8 bits. EXIF rotation is not
+    applied, as in the published pipelines. FileNotFoundError, or ValueError with the reason (broken, truncated, over 89 megapixels)."""
+    name = "picture" if isinstance(source, bytes) else source
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} is over {MAX_PIXELS / 1e6:.0f} megapixels; make it smaller")
+            image.load()
+            if image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: no such image") from None
+    except Exception as e:                    # a broken file can raise anything in a decoder
+        raise ValueError(f"{name}: cannot be read as a picture ({e})") from None
+
+
+class Images:
+    """Pictures under `paths`, at random access: folders (recursive; pictures and tar shards), single pictures, tar shards, LLaVA JSON.
+
+    captions=True reads the .txt or .json (key caption, text or prompt) beside each picture; an empty or missing one counts as broken.
+    image_root is the folder of the paths inside LLaVA JSON (default: the folder of the JSON file).
+    `images[i]` -> (Sample, RGB PIL image); where i is broken or rejected it is the next good one, so that sample order never depends on
+    who reads. `problems` (broken) and `rejected` (a side <= 8 pixels or an aspect ratio >= 10) map names to reasons.
+    Raises ValueError as soon as more than max_broken of all are broken (1 counts only), FileNotFoundError for a path that is not there.
+    """
+
+    def __init__(self, paths, captions=False, image_root=None, max_broken=0.01):
+        self.samples, self.problems, self.rejected, self.text_only = [], {}, {}, 0
+        self.captions, self.image_root, self.max_broken = captions, image_root, max_broken
+        for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+            path = os.fspath(path)
+            if os.path.isdir(path):
+                for folder, folders, files in os.walk(path):
+                    folders.sort()
+                    for name in sorted(f for f in files if not f.startswith(".")):
+                        if name.lower().endswith((*IMAGE_TYPES, ".tar")):
+                            self._add(os.path.join(folder, name))
+            elif os.path.isfile(path):
+                self._add(path)
+            else:
+                raise FileNotFoundError(f"{path}: no such folder, tar shard, picture or LLaVA JSON file")
+        if not self.samples and not self.problems:
+            raise ValueError(f"{paths}: no pictures found ({', '.join(IMAGE_TYPES)} in folders or tar shards, or LLaVA JSON)")
+        self.total = len(self.samples) + len(self.problems)
+        self._check()
+
+    def _add(self, path):
+        kind = os.path.splitext(path)[1].lower()
+        if kind == ".tar":
+            self._add_tar(path)
+        elif kind == ".json":
+            self._add_llava(path)
+        elif kind in IMAGE_TYPES:
+            texts = {t: path[:-len(kind)] + t for t in (".txt", ".json")} if self.captions else {}
+            self._add_one(Sample(path, path), {t: open(p, "rb").read() for t, p in texts.items() if os.path.isfile(p)})
+        else:
+            raise ValueError(f"{path}: unknown kind of data; expected a folder, .tar, LLaVA .json or a picture ({', '.join(IMAGE_TYPES)})")
+
+    def _add_one(self, sample, texts):
+        """texts: {".txt" or ".json": bytes} beside the picture."""
+        if self.captions:
+            try:
+                caption = texts[".txt"].decode("utf-8-sig") if ".txt" in texts else ""
+                if not caption.strip() and ".json" in texts:
+                    row = json.loads(texts[".json"])
+                    caption = next((row[k] for k in ("caption", "text", "prompt") if isinstance(row.get(k), str)), "")
+            except (ValueError, AttributeError) as e:
+                self.problems[sample.name] = f"unreadable caption ({e})"
+                return
+            if not caption.strip():
+                self.problems[sample.name] = "empty caption" if texts else "no caption (.txt or .json beside it)"
+                return
+            sample = sample._replace(caption=" ".join(caption.split()))
+        self.samples.append(sample)
+
+    def _add_tar(self, path):
+        """A sample is all members that share a key: the member's name up to the first dot of its base name."""
+        groups, error, size = {}, "", os.path.getsize(path)
+        with open(path, "rb") as f:
+            if f.read(2) == b"\x1f\x8b":
+                raise ValueError(f"{path}: compressed tar; random access needs a plain one, unpack it with gunzip first")
+            f.seek(0)
+            try:
+                with tarfile.open(fileobj=f, mode="r:") as tar:
+                    while (m := tar.next()) is not None:
+                        tar.members = []                                          # or it would keep every header
+                        folder, base = os.path.split(m.name)
+                        key, dot, kind = base.partition(".")
+                        if m.isreg() and key:
+                            groups.setdefault(os.path.join(folder, key), {})["." + kind.lower()] = (m.name, m.offset_data, m.size)
+                    end = tar.offset
+            except tarfile.TarError as e:
+                error = f" ({e})"
+            # tarfile stops without a word at a damaged header or at a cut between members; only a block of zeros is an end
+            if error or (f.seek(end), f.read(512))[1] != bytes(512):
+                raise ValueError(f"{path}: truncated or damaged tar shard{error}: {size:,} bytes, {len(groups)} samples before the damage; "
+                                 "fetch or pack it again")
+            for parts in groups.values():
+                if kind := next((t for t in IMAGE_TYPES if t in parts), None):
+                    name, offset, n = parts[kind]
+                    texts = {t: (f.seek(parts[t][1]), f.read(parts[t][2]))[1] for t in (".txt", ".json") if self.captions and t in parts}
+                    self._add_one(Sample(f"{path}:{name}", path, offset, n), texts)
+
+    def _add_llava(self, path):
+        rows, root = read_json(path), self.image_root or os.path.dirname(path)
+        if not isinstance(rows, list):
+            raise ValueError(f"{path}: a {type(rows).__name__}, expected LLaVA JSON: a list of {{image, conversations: [{{from, value}}]}}")
+        first = len(self.samples)
+        for i, row in enumerate(rows):
+            try:
+                if not row.get("image"):
+                    self.text_only += 1
+                    continue
+                said = [(t["from"], t["value"].replace("<image>", "").strip()) for t in row["conversations"]]
+                turns = tuple((q, a) for (who, q), (by, a) in zip(said[::2], said[1::2]) if who == "human" and by == "gpt" and a)
+                if len(turns) * 2 != len(said) or not turns:
+                    raise ValueError("turns are not human, gpt, human, gpt ... with an answer each")
+                file = os.path.join(root, row["image"])
+                self.samples.append(Sample(file, file, turns=turns, caption=turns[0][1] if self.captions else ""))
+            except (KeyError, TypeError, AttributeError, ValueError) as e:
+                self.problems[f"{path}:{i}"] = f"not a LLaVA sample ({type(e).__name__}: {e})"
+        some = [s.file for s in self.samples[first:first + 20]]
+        if some and not any(map(os.path.isfile, some)):
+            raise FileNotFoundError(f"{some[0]}: no such image, nor the other {len(some) - 1} first ones in {path}; set --image-root to their folder")
+
+    def _check(self):
+        if len(self.problems) > self.max_broken * self.total:
+            first = "; ".join(f"{n} ({why})" for n, why in list(self.problems.items())[:3])
+            raise ValueError(f"{len(self.problems)} of {self.total} samples are broken, more than {self.max_broken:.0%}: {first}; "
+                             "repair or remove them (python data.py --check PATH lists all)")
+
+    def __len__(self):
+        return len(self.samples)
+
+    def read(self, i):
+        """Picture i as RGB PIL image, or None if it is broken or rejected (then it stands in `problems` or `rejected`)."""
+        s = self.samples[i]
+        if s.name in self.problems or s.name in self.rejected:
+            return None
+        try:
+            with open(s.file, "rb") as f:
+                f.seek(s.offset)
+                image = open_image(f.read(s.size))
+        except (ValueError, OSError) as e:
+            self.problems[s.name] = str(e).removeprefix("picture: ")
+            self._check()
+            return None
+        if min(image.size) <= 8 or max(image.size) >= 10 * min(image.size):
+            self.rejected[s.name] = f"{image.width}x{image.height}: a side of 8 pixels or less, or an aspect ratio of 10 or more"
+            return None
+        return image
+
+    def __getitem__(self, i):
+        for k in range(len(self)):
+            j = (i + k) % len(self)
+            if (image := self.read(j)) is not None:
+                return self.samples[j], image
+        raise ValueError(f"none of {self.total} pictures can be used: {len(self.problems)} broken, {len(self.rejected)} rejected; "
+                         "python data.py --check PATH lists them")
+
+
+def read_images(paths, **options):
+    """(Sample, RGB PIL image) of every good picture once, in order; options and errors as for Images."""
+    images = Images(paths, **options)
+    for i in range(len(images)):
+        if (image := images.read(i)) is not None:
+            yield images.samples[i], image
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preprocessing as Harmon was trained with it: RGB PIL image -> float32 (3, size, size) in [-1, 1]. Pillow's bicubic (which anti-aliases)
+# and its rounding to 8 bits after every step are part of the recipe. Show-o's and BAGEL's stand in vision_encoder.py.
+def to_tensor(image):
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div(255).mul(2).sub(1).contiguous()  # (3, H, W)
+
+
+def preprocess_stretch(image, size):
+    """Reconstruction data: stretched (no crop, no pad) to a square of the longer side, then resized."""
+    square = image.convert("RGB").resize((max(image.size), max(image.size)), Image.Resampling.BICUBIC)
+    return to_tensor(square.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def preprocess_pad(image, size):
+    """Image-to-text data and questions: padded to a square with grey 127 around (odd margin: less above and left), then resized."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), (127, 127, 127))
+    square.paste(image.convert("RGB"), ((side - image.width) // 2, (side - image.height) // 2))
+    return to_tensor(square.resize((size, size), Image.Resampling.BICUBIC))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order and randomness: functions of (seed, step, index), so that nothing depends on the number of ranks or workers and resuming is free.
+def _mix(*parts):
+    """64 well-mixed bits of the parts. Neighbouring seeds and steps must not give related streams, and torch uses only the low 32 bits."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
+@lru_cache(8)
+def _epoch_order(n, seed, epoch, stream):
+    low, high = _mix(n, seed, epoch, stream) & 0xFFFFFFFF, _mix(n, seed, epoch, stream) >> 32
+    return torch.from_numpy(np.random.RandomState([low, high]).permutation(n))   # numpy never changes the numbers of RandomState
+
+
+def batch_indices(n, global_batch, seed, step, stream=""):
+    """Indices (global_batch,) int64 into n samples for one step: every epoch is a permutation that depends on (seed, epoch, stream) only;
+    a batch may cross into the next one. A rank takes its slice; any step is reached without replay. ValueError if n < 1."""
+    if n < 1:
+        raise ValueError(f"{n} samples to draw a batch of {global_batch} from; give data with at least one")
+    at = torch.arange(step * global_batch, (step + 1) * global_batch)
+    return torch.cat([_epoch_order(n, seed, e, stream)[at[at // n == e] % n] for e in range(int(at[0]) // n, int(at[-1]) // n + 1)])
+
+
+def sample_generator(seed, step, index, stream=""):
+    """torch.Generator (CPU) for the randomness of one sample: one for each (seed, step, index in the global batch, stream name)."""
+    return torch.Generator().manual_seed(_mix(seed, step, index, stream))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+def check(paths, captions=False, image_root=None):
+    """Read everything once and print what is there; True if it can be trained on."""
+    images = Images(paths, captions, image_root, max_broken=1)
+    good = [(images.samples[i], x.size) for i in tqdm(range(len(images)), "reading", disable=None) if (x := images.read(i)) is not None]
+    print(f"{images.total} samples: {len(good)} good, {len(images.problems)} broken, {len(images.rejected)} rejected, "
+          f"{images.text_only} without an image (left out)")
+    for what, v in (("width", [w for _, (w, _) in good]), ("height", [h for _, (_, h) in good])) if good else ():
+        print(f"  {what}: smallest {min(v)}, median {sorted(v)[len(v) // 2]}, largest {max(v)} pixels")
+    for what, texts in (("captions", [s.caption for s, _ in good if s.caption]), ("turns", [a for s, _ in good for _, a in s.turns])):
+        if texts:
+            words = sorted(len(t.split()) for t in texts)
+            print(f"  {what}: {len(texts)}, {len(set(texts))} of them distinct, median {words[len(words) // 2]} words, e.g. {texts[0][:80]!r}")
+    for title, found in (("broken", images.problems), ("rejected", images.rejected)):
+        for name, why in found.items():
+            print(f"  {title}: {name}: {why}")
+    return bool(good) and len(images.problems) <= 0.01 * images.total
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", nargs="+", metavar="PATH", help="folders, tar shards, pictures or LLaVA JSON files to look through")
+    parser.add_argument("--captions", action="store_true", help="with --check: every picture must have a caption")
+    parser.add_argument("--image-root", help="with --check: folder of the image paths inside LLaVA JSON")
     parser.add_argument("--build-tokenizer", action="store_true", help="train the tiny vocabulary again")
     args = parser.parse_args()
     if args.build_tokenizer:
         build_tokenizer()
+    elif args.check:
+        sys.exit(0 if check(args.check, args.captions, args.image_root) else 2)
+    else:
+        parser.print_help()
 
 
 if __name__ == "__main__":
-    main()
+    one_line_errors(main)
