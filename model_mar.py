@@ -604,5 +604,160 @@ class Harmon(nn.Module):
         losses = {"recon": self.reca_loss, "edit": self.reca_loss, "t2i": self.t2i_loss, "i2t": self.i2t_loss, "text": self.i2t_loss}
         return {part: losses[part](**tensors) for part, tensors in batch.items()}
 
+    # ---- samplers
+
+    @torch.no_grad()
+    def sample(self, context, pads, grid, cfg=None, steps=None, temperature=1.0, schedule="constant", orders=None, noise=None, generator=None):
+        """Masked autoregression -> latents (R, m, n, C), or (R/2, m, n, C) where cfg != 1: then the first half of the rows is conditional, the second
+        half their unconditional partners. context (R, W, h), pads (R,): embeddings of the rows' contexts; grid (m, n); steps: passes over the grid;
+        schedule: guidance "constant", or "linear", which grows from 1 to cfg with the number of tokens made. Randomness, drawn from `generator`
+        where absent: orders (R, L), equal for partners, and noise, per step what DiffLoss.sample takes."""
+        if schedule not in ("constant", "linear"):
+            raise ValueError(f"schedule {schedule!r}: expected constant or linear")
+        cfg, steps = self.config.cfg if cfg is None else cfg, steps or self.config.mask_steps
+        R, L, device = len(context), grid[0] * grid[1], context.device
+        n = R // 2 if cfg != 1 else R
+        if orders is None:
+            where = generator.device if generator is not None else "cpu"
+            orders = torch.stack([torch.randperm(L, generator=generator, device=where) for _ in range(n)]).repeat(R // n, 1)
+        orders = orders.to(device)
+        past = self.llm(context, pads, keep=1)[1]  # the context is read once; the image part is computed anew in every step
+        tokens, masked_now = torch.zeros(R, L, latent_channels(self.config), device=device), L
+        for s in range(steps):
+            masked_next = max(1, min(masked_now - 1, math.floor(L * math.cos(math.pi / 2 * (s + 1) / steps))))
+            left = 0 if s == steps - 1 else masked_next  # the last step takes everything that is left
+            if left == masked_now:  # more steps than tokens
+                continue
+            visible = orders[:, masked_now:].sort(1).values
+            predicted = orders[:, left:masked_now].sort(1).values  # raster order, in which the noise is counted
+            x = self.fuse(tokens.view(R, *grid, -1), visible, pads, past=past)
+            z = self.mar.decode(x, visible, torch.cat([orders[:, :left], predicted], 1), grid)[:, left - masked_now:]
+            guidance = cfg if schedule == "constant" else 1 + (cfg - 1) * (L - masked_next) / L
+            new = self.mar.diffloss.sample(z.flatten(0, 1), temperature, guidance, noise[s] if noise else None, generator)
+            new = new.view(R, -1, new.shape[-1])[:n].repeat(R // n, 1, 1)
+            tokens = tokens.scatter(1, predicted[..., None].expand_as(new), new)
+            masked_now = left
+        return tokens[:n].view(n, *grid, -1)
+
+    def context(self, rows, latents=None, width=None):
+        """Lists of ids, and clean latents where the rows have an image slot -> embeddings (R, W, h), pads (R,)."""
+        ids, pads = (x.to(self.device) for x in left_pad(rows, width or max(map(len, rows))))
+        return self.embed(ids, None if latents is None else self.visual_features(latents)[1]), pads
+
+    @property
+    def device(self):
+        return self.llm.lm_head.weight.device
+
+    @torch.no_grad()
+    def generate(self, prompts, cfg=None, steps=None, temperature=1.0, generator=None, size=None, schedule="constant"):
+        """Captions -> images (B, 3, H, W) in [-1, 1]. size: pixels, one number or (H, W); cfg, steps, size: the config's where None."""
+        size = size or self.config.image_size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        if any(side % self.stride for side in size):
+            raise ValueError(f"size {size}: both sides must be multiples of {self.stride} pixels")
+        rows = [self.prompt_ids("t2i", {"caption": p})[0] for p in prompts]
+        if cfg != 1:
+            rows += [self.prompt_ids("t2i", {"drop": True})[0]] * len(prompts)
+        context, pads = self.context(rows)
+        grid = tuple(side // self.stride for side in size)
+        return self.decode_latents(self.sample(context, pads, grid, cfg, steps, temperature, schedule, generator=generator)).clamp(-1, 1)
+
+    @torch.no_grad()
+    def sample_with_image(self, images, rows, unconditional, cfg=None, **randomness):
+        """images (B, 3, H, W), rows of ids with an image slot, ids of the unconditional row (text only) -> images, not clamped."""
+        latents = self.precompute(images.to(self.device))["latents"]
+        context, pads = self.context(rows, latents)
+        if cfg != 1:
+            other = self.context([unconditional] * len(rows), width=context.shape[1])
+            context, pads = torch.cat([context, other[0]]), torch.cat([pads, other[1]])
+        return self.decode_latents(self.sample(context, pads, latents.shape[1:3], cfg, **randomness))
+
+    def reconstruct(self, images, prompt="Describe the image in detail.", cfg=None, steps=None, temperature=1.0, generator=None, schedule="constant"):
+        """images (B, 3, H, W) in [-1, 1] -> what the model draws when it is shown them. The request follows "user\\n" and the image at once, without the
+        blank line of RecA's training rows: so does the published sampler."""
+        prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
+        encode = self.tokenizer.encode
+        rows = [insert_image(self.tokenizer, encode(TEMPLATE.format(p))) for p in prompts]
+        return self.sample_with_image(images, rows, encode(TEMPLATE.format(UNCONDITIONAL)), cfg, steps=steps, temperature=temperature,
+                                      schedule=schedule, generator=generator).clamp(-1, 1)
+
+    def edit(self, images, instructions, cfg=None, steps=None, temperature=1.0, generator=None, schedule="constant"):
+        """images (B, 3, H, W) in [-1, 1] and one instruction for each -> edited images. The rows are those of the `edit` loss."""
+        rows = [self.prompt_ids("edit", {"instruction": text})[0] for text in instructions]
+        return self.sample_with_image(images, rows, self.tokenizer.encode(TEMPLATE.format(UNCONDITIONAL)), cfg, steps=steps, temperature=temperature,
+                                      schedule=schedule, generator=generator).clamp(-1, 1)
+
+    @torch.no_grad()
+    def generate_tokens(self, context, pads, max_new_tokens, temperature=0.0, generator=None, stop=None):
+        """Continues the rows (B, W, h), greedily at temperature 0 -> ids (B, at most max_new_tokens). Ends once every row has had the id `stop`."""
+        x, past, out, done = context, None, [], torch.zeros(len(context), dtype=torch.bool, device=context.device)
+        while len(out) < max_new_tokens and not bool(done.all()):
+            hidden, past = self.llm(x, pads, past, keep=1)
+            logits = self.llm.lm_head(hidden[:, -1]).float()  # (B, vocabulary)
+            if temperature > 0:
+                p = torch.softmax(logits / temperature, -1).to(generator.device if generator is not None else logits.device)
+                token = torch.multinomial(p, 1, generator=generator).to(logits.device)
+            else:
+                token = logits.argmax(-1, keepdim=True)  # (B, 1)
+            out.append(token)
+            done = done | (token[:, 0] == (-1 if stop is None else stop))
+            x = self.llm.model.embed_tokens(token)
+        return torch.cat(out, 1)
+
+    @torch.no_grad()
+    def answer(self, images, questions, max_new_tokens=32, temperature=0.0, generator=None):
+        """images (B, 3, H, W) in [-1, 1], or None, and a question for each row -> list of answers."""
+        rows, tails = zip(*[self.prompt_ids("text" if images is None else "i2t", {"question": q, "answer": ""}) for q in questions])
+        latents = None if images is None else self.precompute(images.to(self.device))["latents"]
+        context, pads = self.context([row[:-tail] for row, tail in zip(rows, tails)], latents)
+        end = self.tokenizer.special["<|im_end|>"]
+        tokens = self.generate_tokens(context, pads, max_new_tokens, temperature, generator, end).tolist()
+        return [self.tokenizer.decode(row[:row.index(end)] if end in row else row) for row in tokens]
+
+    # ---- published weights
+
+    @classmethod
+    def load_published(cls, path, vae_path=None, config=None, tokenizer=None, dtype=torch.float32, device="cpu"):
+        """harmon_*.pth with vae_path = kl16.ckpt, or a checkpoint (file or folder, sharded or not) that holds the VAE under `vae.` -> model in eval mode.
+        Strict, but one of the two names of the tied embedding may be absent. config: None for the published one that fits. Raises ValueError with a
+        table of the keys that do not fit."""
+        state = read_weights(path, device)
+        embed, head = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
+        if embed not in state and head not in state:
+            raise ValueError(f"{path}: no {embed} among its {len(state)} keys (the first: {', '.join(list(state)[:3])}): not a Harmon checkpoint")
+        state[embed] = state.get(embed, state.get(head))
+        state[head] = state[embed]
+        if config is None:
+            sizes = {c.hidden_size: c for name, c in CONFIGS.items() if name != "tiny"}
+            config = sizes.get(state[embed].shape[1])
+            if config is None:
+                raise ValueError(f"{path}: hidden size {state[embed].shape[1]}, the published ones are {sorted(sizes)}: pass config=HarmonConfig(...)")
+        if vae_path is not None:
+            parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the file may hold its training loss as well
+            state |= {f"vae.{k}": v for k, v in read_weights(vae_path, device).items() if k.startswith(parts)}
+        elif not any(k.startswith("vae.") for k in state):
+            raise ValueError(f"{path}: {len(state)} keys and no vae.*: the image tokenizer is a file of its own, pass vae_path=kl16.ckpt")
+        with torch.device("meta"):
+            model = cls(config, tokenizer).to(dtype)
+        load_strict(model, state, str(path) if vae_path is None else f"{path} + {vae_path}")
+        model.llm.lm_head.weight = model.llm.model.embed_tokens.weight
+        return model.eval()
+
+    def flops_per_sample(self, part, text_tokens=32):
+        """Estimate for MFU: 6 operations per weight and token plus attention, forward and backward, one sample at the mean mask rate."""
+        c, weights = self.config, lambda module: sum(p.numel() for p in module.parameters())
+        generates, L, S = part in ("recon", "edit", "t2i"), (c.image_size // self.stride) ** 2, c.buffer_size
+        clean = 0 if part in ("t2i", "text") else L + S
+        shown = (1 - c.mask_ratio_min) * L * 0.44 + S if generates else 0  # the truncated normal leaves 0.44 of the largest share visible
+        encoder, decoder, sequence = weights(self.mar.encoder_blocks), weights(self.mar.decoder_blocks), text_tokens + clean + shown
+        total = sequence * weights(self.llm.model.layers) + (clean + 2 * shown) * weights(self.proj_in) + (clean + shown) * encoder
+        scores = sequence ** 2 / 2 * c.hidden_size * c.num_layers + (clean ** 2 + shown ** 2) * c.encoder_dim * c.encoder_depth
+        if generates:
+            total += (L + S) * decoder + (L + S - shown) * c.diffusion_batch_mul * weights(self.mar.diffloss)
+            scores += (L + S) ** 2 * c.decoder_dim * c.decoder_depth
+        else:
+            total += text_tokens / 2 * c.vocab_size * c.hidden_size
+        return 6 * total + 12 * scores
+
 
 Model = Harmon
