@@ -90,10 +90,9 @@ def read_metadata(path):
         return f.metadata() or {}
 
 
-def load_strict(module, state, what="model"):
-    """Loads `state` into `module`; every key must match in name and shape. Tensors take the dtype (and, unless the module was built on the meta
-    device, the device) of the module. Raises ValueError with a table of the missing, unexpected and wrongly shaped keys; nothing is loaded then."""
-    own = module.state_dict(keep_vars=True)
+def check_keys(own, state, what):
+    """Compares {name: tensor} `state` with the expected `own` (tensors on any device, meta included). Raises ValueError with a table of the missing,
+    unexpected and wrongly shaped keys."""
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]
     wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
@@ -108,6 +107,13 @@ def load_strict(module, state, what="model"):
             if len(keys) > 20:
                 lines.append(f"  {kind:10s} ... and {len(keys) - 20} more")
         raise ValueError("\n".join(lines))
+
+
+def load_strict(module, state, what="model"):
+    """Loads `state` into `module`; every key must match in name and shape. Tensors take the dtype (and, unless the module was built on the meta
+    device, the device) of the module. Raises ValueError as check_keys does; nothing is loaded then."""
+    own = module.state_dict(keep_vars=True)
+    check_keys(own, state, what)
     if any(t.is_meta for t in own.values()):  # nothing to copy into: the tensors of the file become the parameters
         state = {k: state[k].to(device=None if t.is_meta else t.device, dtype=t.dtype) for k, t in own.items()}
         module.load_state_dict(state, strict=True, assign=True)
@@ -160,6 +166,7 @@ class AutoencoderConfig:
     shift: float = 0.0
     in_channels: int = 3
     groups: int = 32
+    patch: int = 1  # tiny ones: pixels are first folded into channels by patch x patch, which on a CPU is several times faster than full-resolution levels
     kl_weight: float = 1e-4  # training only
 
 
@@ -173,6 +180,7 @@ class LFQConfig:
     bits: int = 13  # channels of the latent; a token is one of 2**bits codes
     in_channels: int = 3
     groups: int = 32
+    patch: int = 1  # as above
     commitment_weight: float = 0.1  # training only, the published values
     beta: float = 0.25
     entropy_weight: float = 0.1
@@ -182,12 +190,11 @@ TOKENIZERS = {
     "kl16": AutoencoderConfig(),
     "flux": AutoencoderConfig(ch_mult=(1, 2, 4, 4), encoder_attn_resolutions=(), quant_conv=False, scale=0.3611, shift=0.1159),
     "magvitv2": LFQConfig(),
-    # For 48x48 pictures: 3x3 latents (6x6 for flux, which BAGEL then cuts into 3x3 patches). Few channels at full resolution, since that is
-    # where a CPU spends its time. scale 1 and shift 0 because calibrate() makes the latents standard through the 1x1 convolutions.
-    "tiny-kl": AutoencoderConfig(ch=16, ch_mult=(1, 1, 2, 2, 3), num_res_blocks=1, resolution=48, encoder_attn_resolutions=(), scale=1.0, groups=8),
-    "tiny-flux": AutoencoderConfig(ch=16, ch_mult=(1, 1, 2, 3), num_res_blocks=1, z_channels=4, resolution=48, encoder_attn_resolutions=(), scale=1.0, groups=8),
-    "tiny-lfq": LFQConfig(ch=16, encoder_ch_mult=(1, 1, 2, 2, 3), encoder_res_blocks=(1,) * 5, decoder_ch_mult=(1, 1, 2, 2, 3), decoder_res_blocks=(1, 1, 2, 2, 2),
-                          bits=10, groups=8),
+    # For 48x48 pictures: 3x3 latents (6x6 for flux, which BAGEL then cuts into 3x3 patches), most of the work at 12x12 and below. scale 1 and
+    # shift 0 because calibrate() makes the latents standard through the 1x1 convolutions.
+    "tiny-kl": AutoencoderConfig(ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, resolution=12, encoder_attn_resolutions=(), scale=1.0, groups=8, patch=4),
+    "tiny-flux": AutoencoderConfig(ch=32, ch_mult=(1, 2), num_res_blocks=2, z_channels=4, resolution=12, encoder_attn_resolutions=(), scale=1.0, groups=8, patch=4, quant_conv=False),
+    "tiny-lfq": LFQConfig(ch=32, encoder_ch_mult=(1, 2, 2), encoder_res_blocks=(1,) * 3, decoder_ch_mult=(1, 2, 2), decoder_res_blocks=(2, 2, 2), bits=10, groups=8, patch=4),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,9 +268,10 @@ def _run(level, x):
 class Encoder(nn.Module):
     """widths, blocks, attention: channels, number of ResnetBlocks, and whether an AttnBlock follows each, per level from full resolution down."""
 
-    def __init__(self, c_in, ch, widths, blocks, attention, c_out, groups):
+    def __init__(self, c_in, ch, widths, blocks, attention, c_out, groups, patch=1):
         super().__init__()
-        self.conv_in = nn.Conv2d(c_in, ch, 3, padding=1)
+        self.patch = patch
+        self.conv_in = nn.Conv2d(c_in * patch * patch, ch, 3, padding=1)
         self.down = nn.ModuleList()
         for i, (width, count, attn) in enumerate(zip(widths, blocks, attention)):
             level = nn.ModuleDict({"block": nn.ModuleList(), "attn": nn.ModuleList()})
@@ -280,7 +288,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(ch, c_out, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)
+        x = self.conv_in(F.pixel_unshuffle(x, self.patch))
         for level in self.down:
             x = _run(level, x)
             if "downsample" in level:
@@ -293,8 +301,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The mirror image; `up.i` is counted from full resolution, as in the encoder, although the last one runs first."""
 
-    def __init__(self, c_in, widths, blocks, attention, c_out, groups):
+    def __init__(self, c_in, widths, blocks, attention, c_out, groups, patch=1):
         super().__init__()
+        self.patch = patch
         ch = widths[-1]
         self.conv_in = nn.Conv2d(c_in, ch, 3, padding=1)
         self.mid = _middle(ch, groups)
@@ -311,7 +320,7 @@ class Decoder(nn.Module):
             levels.insert(0, level)
         self.up = nn.ModuleList(levels)
         self.norm_out = nn.GroupNorm(groups, ch, eps=1e-6)
-        self.conv_out = nn.Conv2d(ch, c_out, 3, padding=1)
+        self.conv_out = nn.Conv2d(ch, c_out * patch * patch, 3, padding=1)
 
     def forward(self, z):
         x = self.conv_in(z)
@@ -321,7 +330,7 @@ class Decoder(nn.Module):
             x = _run(level, x)
             if "upsample" in level:
                 x = level["upsample"](x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)
 
 
 def _check_images(images, channels, stride):
@@ -341,15 +350,15 @@ class Autoencoder(nn.Module):
         self.config = c = config
         widths = [c.ch * m for m in c.ch_mult]
         sizes = [c.resolution >> i for i in range(len(widths))]
-        self.encoder = Encoder(c.in_channels, c.ch, widths, [c.num_res_blocks] * len(widths), [s in c.encoder_attn_resolutions for s in sizes], 2 * c.z_channels, c.groups)
-        self.decoder = Decoder(c.z_channels, widths, [c.num_res_blocks + 1] * len(widths), [s in c.decoder_attn_resolutions for s in sizes], c.in_channels, c.groups)
+        self.encoder = Encoder(c.in_channels, c.ch, widths, [c.num_res_blocks] * len(widths), [s in c.encoder_attn_resolutions for s in sizes], 2 * c.z_channels, c.groups, c.patch)
+        self.decoder = Decoder(c.z_channels, widths, [c.num_res_blocks + 1] * len(widths), [s in c.decoder_attn_resolutions for s in sizes], c.in_channels, c.groups, c.patch)
         if c.quant_conv:
             self.quant_conv = nn.Conv2d(2 * c.z_channels, 2 * c.z_channels, 1)
             self.post_quant_conv = nn.Conv2d(c.z_channels, c.z_channels, 1)
 
     @property
     def stride(self):
-        return 2 ** (len(self.config.ch_mult) - 1)
+        return self.config.patch * 2 ** (len(self.config.ch_mult) - 1)
 
     def moments(self, images):
         """images (B, 3, H, W) -> mean and log variance of the posterior, stacked: (B, 2*z_channels, H/stride, W/stride)."""
@@ -391,15 +400,15 @@ class LFQTokenizer(nn.Module):
         super().__init__()
         self.config = c = config
         none = [False] * len(c.encoder_ch_mult)
-        self.encoder = Encoder(c.in_channels, c.ch, [c.ch * m for m in c.encoder_ch_mult], c.encoder_res_blocks, none, c.bits, c.groups)
-        self.decoder = Decoder(c.bits, [c.ch * m for m in c.decoder_ch_mult], c.decoder_res_blocks, none, c.in_channels, c.groups)
+        self.encoder = Encoder(c.in_channels, c.ch, [c.ch * m for m in c.encoder_ch_mult], c.encoder_res_blocks, none, c.bits, c.groups, c.patch)
+        self.decoder = Decoder(c.bits, [c.ch * m for m in c.decoder_ch_mult], c.decoder_res_blocks, none, c.in_channels, c.groups, c.patch)
         self.encoder.quant_conv = nn.Conv2d(c.bits, c.bits, 1)  # the published files keep these two inside encoder and decoder
         self.decoder.post_quant_conv = nn.Conv2d(c.bits, c.bits, 1)
         self.quantize = SignCodebook(c.bits)
 
     @property
     def stride(self):
-        return 2 ** (len(self.config.encoder_ch_mult) - 1)
+        return self.config.patch * 2 ** (len(self.config.encoder_ch_mult) - 1)
 
     def features(self, images):
         """images (B, 3, H, W) -> the values before quantisation (B, bits, H/stride, W/stride)."""

@@ -1,0 +1,209 @@
+"""Scores in the shape world, where every picture's content is known: an exact, pixel-level judge instead of a detector.
+
+    python evaluate.py --arch mar                                # shipped RecA weights: six task scores, questions, reconstruction
+    python evaluate.py --arch mar --ckpt runs/x --n 1000 --json scores.json
+    python evaluate.py --table results                           # tables from the JSON files of finished runs
+    python evaluate.py --arch mar --ckpt C --geneval evaluation_metadata.jsonl --out DIR    # pictures in GenEval's folder layout
+
+The six tasks are GenEval's (arXiv 2310.11513): single object, two objects, counting, colours, position, colour attribution. A third of the prompts of the last
+four ask for combinations that no training caption ever named together ("held out"); they are scored apart. Intervals are 95 % Wilson.
+"""
+import argparse
+import json
+import math
+import os
+import random
+import sys
+import time
+
+import numpy as np
+import torch
+
+import data
+from data import CELL, COLOR_RGB, COLORS, MAX_OBJECTS, SHAPES, SIDE, SIZES, SPRITES, Scenes
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The judge
+def judge(images):
+    """What is in each picture. images uint8 (n, 48, 48, 3) -> a list per picture of (shape, color, size, cell); shape or color is -1 where something is
+    there but fits no template or palette colour.
+
+    Every cell is fitted by ground + alpha * (colour - ground) for all 90 sprites (shape, size, jitter) at once: with y = pixels - ground, the best colour of a
+    sprite is a least-squares projection, so the explained energy is (alpha . y)^2 / alpha . alpha, one matrix product. The ground is the picture's median colour
+    (objects cover less than half). A cell counts as filled above 14 grey levels RMS, as a known shape if its sprite explains 80 % of the energy."""
+    n = len(images)
+    x = images.astype(np.float32)
+    ground = np.median(x.reshape(n, -1, 3), axis=1)  # (n, 3)
+    y = x - ground[:, None, None]
+    y = y.reshape(n, SIDE, CELL, SIDE, CELL, 3).transpose(0, 1, 3, 5, 2, 4).reshape(n * SIDE * SIDE, 3, CELL * CELL)
+    alpha = SPRITES.reshape(-1, CELL * CELL)  # (90, 256)
+    norm = (alpha ** 2).sum(1)
+    energy = (y ** 2).sum((1, 2))
+    filled = np.flatnonzero(energy / (3 * CELL * CELL) > 14.0 ** 2)
+    dot = y[filled] @ alpha.T  # (f, 3, 90)
+    explained = (dot ** 2).sum(1) / norm
+    best = explained.argmax(1)
+    rows = np.arange(len(filled))
+    rgb = ground[filled // (SIDE * SIDE)] + dot[rows, :, best] / norm[best, None]
+    shade = np.clip((rgb @ COLOR_RGB.T) / (COLOR_RGB ** 2).sum(1), 0.75, 1.0)  # brightness that fits each palette colour best
+    distance = np.linalg.norm(rgb[:, None] - shade[..., None] * COLOR_RGB, axis=2)  # (f, colours)
+    color = np.where(distance.min(1) < 70, distance.argmin(1), -1)
+    shape, size = best // (len(SIZES) * 9), best // 9 % len(SIZES)
+    shape = np.where(explained[rows, best] / energy[filled] > 0.8, shape, -1)
+    out = [[] for _ in range(n)]
+    for cell, s, c, z in zip(filled.tolist(), shape.tolist(), color.tolist(), size.tolist()):
+        out[cell // (SIDE * SIDE)].append((s, c, z, cell % (SIDE * SIDE)))
+    return out
+
+
+def fulfils(objects, row):
+    """Does a judged picture show what the prompt row asks for? GenEval's rules: everything named must be there; counts must be exact; more is allowed elsewhere."""
+    found = [[o for o in objects if o[0] == s and (c is None or o[1] == c)] for s, c in row["objects"]]
+    if "count" in row:
+        return len(found[0]) == row["count"]
+    if "relation" in row:
+        return any(data.relation(o[3], p[3]) == row["relation"] for o in found[0] for p in found[1])
+    return all(found)
+
+
+def to_uint8(images):
+    """Pictures in [-1, 1] (n, 3, h, w) -> uint8 (n, h, w, 3)."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_float(pictures, device="cpu"):
+    return torch.from_numpy(np.ascontiguousarray(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def wilson(hits, n, z=1.96):
+    """95 % interval of a proportion."""
+    if n == 0:
+        return float("nan"), float("nan")
+    p, d = hits / n, 1 + z * z / n
+    centre, half = (p + z * z / (2 * n)) / d, z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
+    return centre - half, centre + half
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores of a model
+@torch.no_grad()
+def score_generation(model, per_task=50, seed=0, split="test", batch=256, **sampler):
+    """Draws one picture for each of 6 * per_task prompts and judges it. Returns a dict: score (mean of the six tasks), seen and held_out (means over the tasks that
+    have both), a dict per task, objects per picture; and the pictures (uint8) with their prompt rows."""
+    rows = data.task_prompts(per_task, seed, split)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(1000 + seed)
+    pictures = []
+    for i in range(0, len(rows), batch):
+        pictures.append(to_uint8(model.generate([r["prompt"] for r in rows[i:i + batch]], generator=generator, **sampler)))
+    pictures = np.concatenate(pictures)
+    found = judge(pictures)
+    ok = np.array([fulfils(o, r) for o, r in zip(found, rows)])
+    tasks, out = {}, {}
+    task_of, held = np.array([r["task"] for r in rows]), np.array([r["held_out"] for r in rows])
+    for task in data.TASKS:
+        part = lambda m: dict(score=float(ok[m].mean()), n=int(m.sum()), interval=wilson(int(ok[m].sum()), int(m.sum())))
+        m = task_of == task
+        tasks[task] = part(m)
+        if held[m].any():
+            tasks[task].update(seen=part(m & ~held), held_out=part(m & held))
+    both = [t for t in data.TASKS if "seen" in tasks[t]]
+    out = dict(score=float(np.mean([tasks[t]["score"] for t in data.TASKS])), interval=wilson(int(ok.sum()), len(ok)), n=len(rows),
+               seen=float(np.mean([tasks[t]["seen"]["score"] for t in both])), held_out=float(np.mean([tasks[t]["held_out"]["score"] for t in both])),
+               objects=float(np.mean([len(f) for f in found])), unknown=float(np.mean([sum(o[0] < 0 for o in f) for f in found])), tasks=tasks)
+    return out, pictures, rows
+
+
+@torch.no_grad()
+def score_questions(model, n=400, seed=0, batch=256):
+    """Exact-match accuracy of short answers about fresh pictures, in all and per kind of question."""
+    scenes, rng = Scenes(n, seed=90_000 + seed), random.Random(seed)
+    asked = [data.question(scenes.scene(i), rng, data.QUESTION_KINDS[i % len(data.QUESTION_KINDS)]) for i in range(n)]
+    images = to_float(scenes.render(), next(model.parameters()).device)
+    answers = []
+    for i in range(0, n, batch):
+        answers += model.answer(images[i:i + batch], [q for q, _, _ in asked[i:i + batch]], max_new_tokens=6)
+    ok = np.array([got.strip().lower() == want for got, (_, want, _) in zip(answers, asked)])
+    kind = np.array([k for _, _, k in asked])
+    return dict(accuracy=float(ok.mean()), interval=wilson(int(ok.sum()), n), n=n, kinds={k: float(ok[kind == k].mean()) for k in data.QUESTION_KINDS if (kind == k).any()})
+
+
+def same_objects(found, scene):
+    """Share of the scene's objects that were found with shape, colour and cell right, over all that is there or was found (intersection over union)."""
+    truth = {(o[0], o[1], o[3]) for o in scene[1]}
+    got = {(o[0], o[1], o[3]) for o in found}
+    return len(truth & got) / max(1, len(truth | got))
+
+
+@torch.no_grad()
+def score_reconstruction(model, n=128, seed=0, batch=256, **sampler):
+    """Pictures through the model's own understanding and back: object agreement (shape, colour, cell), and mean absolute pixel error in grey levels."""
+    scenes = Scenes(n, seed=91_000 + seed)
+    truth = scenes.render()
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(2000 + seed)
+    out = np.concatenate([to_uint8(model.reconstruct(to_float(truth[i:i + batch], device), generator=generator, **sampler)) for i in range(0, n, batch)])
+    agree = [same_objects(f, scenes.scene(i)) for i, f in enumerate(judge(out))]
+    return dict(objects=float(np.mean(agree)), exact=float(np.mean([x == 1 for x in agree])), pixel_error=float(np.abs(out.astype(float) - truth).mean()), n=n), out, truth
+
+
+@torch.no_grad()
+def score_editing(model, n=192, seed=0, batch=256, **sampler):
+    """Instruction edits judged exactly: `asked` = the edited picture holds the requested object or ground, `kept` = agreement of all else, `both` = everything right."""
+    scenes, rng = Scenes(n, seed=92_000 + seed), random.Random(seed)
+    edits = [data.edit(scenes.scene(i), rng) for i in range(n)]
+    source, target = scenes.render(), Scenes.of([e[1] for e in edits])
+    truth, device = target.render(), next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(3000 + seed)
+    out = np.concatenate([to_uint8(model.edit(to_float(source[i:i + batch], device), [e[0] for e in edits[i:i + batch]], generator=generator, **sampler)) for i in range(0, n, batch)])
+    found, wanted = judge(out), judge(truth)
+    ground = lambda x: np.median(x.reshape(len(x), -1, 3), axis=1)
+    ground_ok = np.abs(ground(out) - ground(truth)).max(1) < 40
+    asked, kept, both = [], [], []
+    for i, (_, new, kind) in enumerate(edits):
+        before, after, got = set(judge(source[i:i + 1])[0]), set(wanted[i]), set(found[i])
+        changed_ok = ground_ok[i] if kind == "ground" else (after - before) <= got and not (before - after) & got
+        stay = before & after
+        asked.append(bool(changed_ok))
+        kept.append(len(stay & got) / max(1, len(stay)))
+        both.append(bool(changed_ok and got == after and ground_ok[i]))
+    kinds = sorted({k for _, _, k in edits})
+    per = {k: float(np.mean([a for a, e in zip(asked, edits) if e[2] == k])) for k in kinds}
+    return dict(asked=float(np.mean(asked)), kept=float(np.mean(kept)), both=float(np.mean(both)), n=n, kinds=per), out, source
+
+
+def score_all(model, n=300, seed=0, split="test", questions=400, reconstructions=128, editing=False, **sampler):
+    """Everything above in one dict (what train.py prints before and after); and the generated pictures with their rows for a grid."""
+    t = time.time()
+    was = model.training
+    model.eval()
+    generation, pictures, rows = score_generation(model, max(1, n // len(data.TASKS)), seed, split, **sampler)
+    out = dict(generation=generation)
+    if questions:
+        out["questions"] = score_questions(model, questions, seed)
+    if reconstructions:
+        out["reconstruction"] = score_reconstruction(model, reconstructions, seed, **sampler)[0]
+    if editing:
+        out["editing"] = score_editing(model, seed=seed, **sampler)[0]
+    model.train(was)
+    out["seconds"] = time.time() - t
+    return out, pictures, rows
+
+
+def report(scores, title=""):
+    """The lines that a person reads."""
+    g = scores["generation"]
+    lines = [f"{title}score {g['score']:.3f}  (95 % {g['interval'][0]:.3f}-{g['interval'][1]:.3f}, {g['n']} pictures)  seen {g['seen']:.3f}  held-out {g['held_out']:.3f}  objects/picture {g['objects']:.2f}"]
+    lines.append("  " + "  ".join(f"{t} {g['tasks'][t]['score']:.2f}" for t in data.TASKS))
+    tail = []
+    if "questions" in scores:
+        q = scores["questions"]
+        tail.append(f"questions {q['accuracy']:.3f} (" + " ".join(f"{k} {v:.2f}" for k, v in q["kinds"].items()) + ")")
+    if "reconstruction" in scores:
+        tail.append(f"reconstruction {scores['reconstruction']['objects']:.3f}")
+    if "editing" in scores:
+        tail.append(f"editing asked {scores['editing']['asked']:.3f} kept {scores['editing']['kept']:.3f} both {scores['editing']['both']:.3f}")
+    if tail:
+        lines.append("  " + "  ".join(tail))
+    return "\n".join(lines)

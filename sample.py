@@ -1,0 +1,185 @@
+"""Draws pictures, edits them, reconstructs them, answers questions about them.
+
+    python sample.py                                              # a grid from the shipped weights, in seconds
+    python sample.py --prompt "a red star above a blue circle" --n 8 --cfg 3
+    python sample.py --image photo.png --reconstruct              # through the model's own understanding and back
+    python sample.py --image photo.png --question "What color is the star?"
+    python sample.py --arch diffusion --image photo.png --edit "Make the star blue."
+    python sample.py --arch mar --config harmon-1.5b --ckpt harmon_1.5b.pth --tokenizer-ckpt kl16.ckpt --text-tokenizer qwen.tiktoken
+
+Same arguments and seed, same picture. Pictures go to --out (a PNG); its path is printed. Published checkpoints load by --config and their original files.
+"""
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import sys
+
+import numpy as np
+import torch
+
+import data
+from image_tokenizer import load_strict, read_weights, write_safetensors
+
+ARCHS = {"mar": "model_mar", "ar": "model_ar", "diffusion": "model_diffusion"}
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Our own checkpoint folders: model.safetensors + config.json (also used by train.py and evaluate.py)
+def from_dict(cls, values):
+    """A dataclass from a JSON dict: nested dataclasses by their default's type, lists back to tuples. Unknown fields raise ValueError."""
+    defaults = cls()
+    unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}: config.json was written by another version of this code")
+    out = {}
+    for name, value in values.items():
+        default = getattr(defaults, name)
+        out[name] = from_dict(type(default), value) if dataclasses.is_dataclass(default) else tuple(value) if isinstance(value, list) else value
+    return cls(**out)
+
+
+def save_model(model, folder, arch, **extra):
+    """Writes folder/model.safetensors and folder/config.json, each under a temporary name first."""
+    os.makedirs(folder, exist_ok=True)
+    write_safetensors(os.path.join(folder, "model.safetensors"), model.state_dict())
+    data.write_text(os.path.join(folder, "config.json"), json.dumps(dict(arch=arch, config=dataclasses.asdict(model.config), **extra), indent=1))
+
+
+def read_config(folder):
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{folder}: no config.json there; expected a folder written by train.py (model.safetensors + config.json), or give --config for a published checkpoint")
+    try:
+        with open(path, encoding="utf-8") as f:
+            meta = json.load(f)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}: not valid JSON ({e}): copy the folder again") from None
+    if not isinstance(meta, dict) or "config" not in meta or "arch" not in meta:
+        raise ValueError(f"{path}: lacks 'arch' or 'config': not a config.json of this project (transformers-style exports load with --config NAME)")
+    return meta
+
+
+def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer=None, device="cpu", dtype=None):
+    """The model of `arch` from one of our folders, or, with `config` = a published size, from the original files. Raises one-line errors."""
+    module = importlib.import_module(ARCHS[arch])
+    ckpt = ckpt or default_weights(arch)
+    if config is None or config == "tiny":
+        meta = read_config(ckpt)
+        if meta["arch"] != arch:
+            raise ValueError(f"{ckpt} holds a model of --arch {meta['arch']}, but --arch {arch} was asked for: change one of the two")
+        cfg = from_dict(type(module.CONFIGS["tiny"]), meta["config"])
+        model = module.Model(cfg, data.load_tokenizer(text_tokenizer or meta.get("text_tokenizer", "tiny")))
+        load_strict(model, read_weights(ckpt), ckpt)
+        return model.to(device=device, dtype=dtype).eval()
+    if config not in module.CONFIGS:
+        raise ValueError(f"--config {config}: --arch {arch} knows {', '.join(module.CONFIGS)}")
+    if not text_tokenizer:
+        raise ValueError(f"--config {config} needs --text-tokenizer: the folder or file of the published text tokenizer (vocab.json + merges.txt, tokenizer.json or qwen.tiktoken)")
+    model = module.Model.load_published(ckpt, config=config, tokenizer_path=tokenizer_ckpt, tokenizer=data.load_tokenizer(text_tokenizer), device=device, dtype=dtype)
+    return model.eval()
+
+
+def default_weights(arch, stage="reca"):
+    return os.path.join(HERE, "weights", f"{arch}-{stage}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+def grid(pictures, captions=None, columns=8, scale=3):
+    """uint8 pictures (n, h, w, 3) -> one PIL image, each with an optional caption line above it."""
+    from PIL import Image, ImageDraw
+    n, h, w = len(pictures), pictures.shape[1] * scale, pictures.shape[2] * scale
+    head = 26 if captions else 0
+    rows = -(-n // columns)
+    sheet = Image.new("RGB", (columns * (w + 6) + 6, rows * (h + head + 6) + 6), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    for i, p in enumerate(pictures):
+        x, y = 6 + i % columns * (w + 6), 6 + i // columns * (h + head + 6)
+        sheet.paste(Image.fromarray(p).resize((w, h), Image.NEAREST), (x, y + head))
+        if captions:  # two lines of what fits
+            words, lines = captions[i].split(), [""]
+            for word in words:
+                if draw.textlength(lines[-1] + " " + word) > w and lines[-1]:
+                    lines.append("")
+                lines[-1] = (lines[-1] + " " + word).strip()
+            draw.multiline_text((x, y), "\n".join(lines[:2]), fill=(0, 0, 0), spacing=1)
+    return sheet
+
+
+def save_png(image, path):
+    """Atomic: a reader never sees half a picture."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    tmp = path + ".tmp.png"
+    image.save(tmp)
+    os.replace(tmp, path)
+    return path
+
+
+DEFAULT_PROMPTS = ["a red circle", "a blue star", "a green square", "two yellow triangles", "a red star and a blue square", "a green triangle above a red square",
+                   "three circles", "a purple circle", "a yellow cross left of a blue circle", "an orange square", "four stars", "a blue triangle and a green cross",
+                   "a circle and a cross", "a star below a triangle", "a purple star", "two green crosses"]
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--arch", choices=ARCHS, default="mar")
+    p.add_argument("--ckpt", help="folder written by train.py, or a published checkpoint with --config (default: weights/ARCH-reca)")
+    p.add_argument("--config", help="published size, e.g. harmon-1.5b; not needed for our own folders")
+    p.add_argument("--tokenizer-ckpt", help="published image tokenizer (kl16.ckpt, ae.safetensors, magvitv2)")
+    p.add_argument("--text-tokenizer", help="published text tokenizer: folder or file")
+    p.add_argument("--prompt", action="append", help="what to draw; may be repeated")
+    p.add_argument("--image", help="picture to edit, reconstruct or ask about")
+    p.add_argument("--question")
+    p.add_argument("--edit", metavar="INSTRUCTION")
+    p.add_argument("--reconstruct", action="store_true")
+    p.add_argument("--n", type=int, default=1, help="pictures per prompt")
+    p.add_argument("--cfg", type=float, help="classifier-free guidance scale; 1 = none (default: the model's)")
+    p.add_argument("--steps", type=int, help="sampling steps (default: the model's)")
+    p.add_argument("--temperature", type=float)
+    p.add_argument("--max-new-tokens", type=int, default=128)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", default="sample.png")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = p.parse_args(argv)
+    if (args.question or args.edit or args.reconstruct) and not args.image:
+        p.error("--question, --edit and --reconstruct need --image FILE")
+    if args.image and not (args.question or args.edit or args.reconstruct):
+        p.error("--image needs one of --question TEXT, --edit INSTRUCTION, --reconstruct")
+    if args.n < 1 or (args.steps is not None and args.steps < 1):
+        p.error("--n and --steps must be at least 1")
+    return args
+
+
+@torch.inference_mode()
+def main(argv=None):
+    args = parse_args(argv)
+    model = load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer, args.device,
+                       torch.bfloat16 if args.device.startswith("cuda") and args.config else None)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    sampler = {k: v for k, v in dict(cfg=args.cfg, steps=args.steps, temperature=args.temperature).items() if v is not None}
+    from evaluate import to_uint8
+    if args.image:
+        image = data.open_image(args.image)
+        if args.question:
+            x = model.preprocess(image, "understand")[None].to(args.device)
+            text = {"temperature": args.temperature} if args.temperature is not None else {}
+            print(model.answer(x, [args.question], max_new_tokens=args.max_new_tokens, generator=generator, **text)[0])
+            return
+        x = model.preprocess(image, "reconstruct" if args.reconstruct else "edit")[None].to(args.device).expand(args.n, -1, -1, -1)
+        if args.reconstruct:
+            out, captions = model.reconstruct(x, generator=generator, **sampler), ["reconstruction"] * args.n
+        else:
+            out, captions = model.edit(x, [args.edit] * args.n, generator=generator, **sampler), [args.edit] * args.n
+        pictures, captions = np.concatenate([to_uint8(x[:1]), to_uint8(out)]), ["source"] + captions
+    else:
+        captions = [p for p in (args.prompt or DEFAULT_PROMPTS) for _ in range(args.n)]
+        pictures = to_uint8(model.generate(captions, generator=generator, **sampler))
+    path = save_png(grid(pictures, captions, columns=min(8, len(pictures)), scale=max(1, 144 // pictures.shape[1])), args.out)
+    print(f"{len(pictures)} picture{'s' * (len(pictures) > 1)}: {os.path.abspath(path)}")
+
+
+if __name__ == "__main__":
+    data.one_line_errors(main)

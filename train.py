@@ -1,0 +1,713 @@
+"""Trains unified multimodal models, above all with Reconstruction Alignment (RecA, arXiv 2509.07295). One loop, every architecture, every stage.
+
+    torchrun train.py --arch mar                                          # RecA on the tiny model from the shipped base weights: score before, train, score after
+    torchrun --nproc_per_node=2 train.py --arch mar --data photos.tar     # RecA on real images, no captions needed; two processes
+    torchrun --nproc_per_node=8 train.py --arch mar --config harmon-1.5b --ckpt harmon_1.5b.pth --tokenizer-ckpt kl16.ckpt \\
+             --text-tokenizer qwen.tiktoken --data images/ --i2t-data llava_v1_5_mix665k.json --image-root coco/   # the published run
+    torchrun train.py --arch mar --stage tokenizer                        # from nothing: 1. the image autoencoder,
+    torchrun train.py --arch mar --stage base                             #               2. a model that understands and draws,
+    torchrun train.py --arch mar --stage reca                             #               3. RecA (or --stage sft, the control: keep training on captions)
+    torchrun train.py --resume runs/mar-reca                              # continue: same losses, bit for bit, as if it had never stopped
+
+What RecA does: encode an image with the model's own UNDERSTANDING side, put those embeddings in the context like a very dense prompt, and train the GENERATION side to
+draw the image again with its ordinary loss (`reca_loss` in each model file). Where understanding shares parameters, image-to-text loss keeps it alive (--i2t-weight).
+
+--batch counts samples per optimizer step and part over all processes; one step is --accum micro-batches, gradients are exchanged in the last one only. Every random
+number is a function of (--seed, step, place in the global batch), never of the number of processes or workers, so N processes compute what one would, and a resumed
+run what an uninterrupted one would. The run folder (--out) gets model.safetensors + config.json (for sample.py), checkpoint.pt (for --resume), log.jsonl, loss.png,
+before_after.png. Ctrl-C and SIGTERM save a checkpoint first.
+"""
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import math
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import data
+import evaluate
+import image_tokenizer
+import sample
+
+# RecA as published, per architecture, and what the tiny models of the shape world use instead. Every key is a flag. `mix` is the share of each part in a step's batch:
+# recon = RecA, i2t = image -> text, t2i = text -> image, edit = image + instruction -> image, text = text only. Loss weights are 1 unless a flag says otherwise.
+PUBLISHED = {
+    "mar": dict(lr=1e-5, betas=(0.9, 0.95), weight_decay=0.02, warmup=125, clip=1.0, steps=5000, batch=384, i2t_weight=1.0, drop=0.1, schedule="cosine"),
+    "ar": dict(lr=5e-7, betas=(0.9, 0.999), weight_decay=0.01, warmup=1000, clip=1.0, steps=5000, batch=16, i2t_weight=1.0, drop=0.0, schedule="cosine"),
+    "diffusion": dict(lr=4e-5, betas=(0.9, 0.95), weight_decay=0.0, warmup=500, clip=1.0, steps=1000, batch=48, i2t_weight=0.0, drop=0.1, schedule="constant"),
+}
+TINY = {
+    "tokenizer": dict(lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0, warmup=50, clip=1.0, steps=3000, batch=64, i2t_weight=1.0, drop=0.1, schedule="cosine"),
+    "base": dict(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.02, warmup=200, clip=1.0, steps=12000, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
+    "sft": dict(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=20, clip=1.0, steps=400, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
+    "reca": dict(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=20, clip=1.0, steps=400, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
+}
+MIX = {"tokenizer": {"images": 1.0}, "base": {"t2i": 1.0, "i2t": 1.0, "edit": 0.5, "text": 0.5}, "sft": {"t2i": 1.0, "i2t": 1.0}, "reca": {"recon": 1.0, "i2t": 1.0}}
+TOKENIZERS = {"mar": ("tiny-kl", "vae"), "ar": ("tiny-lfq", "vq"), "diffusion": ("tiny-flux", "vae")}  # name of the tiny one, attribute of the model
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40": 181, "4090": 165, "3090": 71}  # dense bf16, for MFU
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group("what")
+    g.add_argument("--arch", choices=sample.ARCHS, default="mar")
+    g.add_argument("--stage", choices=MIX, default="reca")
+    g.add_argument("--config", default="tiny", help="model size: tiny or a published one")
+    g.add_argument("--ckpt", help="weights to start from (default: the shipped base for reca and sft)")
+    g.add_argument("--tokenizer-ckpt", help="image tokenizer: our folder (base stage) or the published file")
+    g.add_argument("--text-tokenizer", help="published text tokenizer; the tiny one is shipped")
+    g.add_argument("--out", help="run folder (default runs/ARCH-STAGE)")
+    g.add_argument("--resume", metavar="RUN", help="run folder to continue; its arguments are kept unless given again")
+    g = p.add_argument_group("data (default: the shape world)")
+    g.add_argument("--data", nargs="+", help="images for RecA: folders, tar shards, files; captions are not read (with --stage sft or base: captioned, for text-to-image)")
+    g.add_argument("--i2t-data", nargs="+", help="what keeps understanding: LLaVA-style JSON, or captioned folders / tars (default: the shape world for tiny)")
+    g.add_argument("--image-root", help="folder that the image paths of a LLaVA JSON are relative to")
+    g.add_argument("--pool", type=int, help="shape-world pictures per pool (default 8000; base 60000, tokenizer 20000)")
+    g.add_argument("--captioned", type=int, help="size of the captioned shape-world set (default: --pool)")
+    g.add_argument("--wrong-captions", type=float, default=data.CAPTION_BIAS["wrong"], help="share of captions that are false")
+    g.add_argument("--pool-without-held-out", action="store_true", help="ablation: leave the held-out combinations out of the unlabelled pool too")
+    g = p.add_argument_group("RecA (defaults: published values for published sizes)")
+    g.add_argument("--i2t-weight", type=float, help="weight of the image-to-text loss; 0 leaves the part out")
+    g.add_argument("--t2i-weight", type=float, default=0.0, help="the paper's lambda: text-to-image mixed into RecA (published: 0)")
+    g.add_argument("--drop", type=float, help="conditioning dropout: share of samples that get the empty prompt")
+    g.add_argument("--templates", type=int, default=0, help="how many template requests to sample from; 0 = all")
+    g.add_argument("--grad-scale", type=float, help="gradient scale on the clean features (MAR: 0.1)")
+    g.add_argument("--understanding", choices=("full", "shrunk", "shuffled", "pooled", "random"), default="full", help="ablation: what the context sees of the features")
+    g.add_argument("--oracle-captions", action="store_true", help="ablation: RecA's pictures come with their dense caption as a t2i prompt instead of features")
+    g = p.add_argument_group("optimisation")
+    for name, kind, text in (("steps", int, "optimizer steps"), ("batch", int, "samples per step and part, over all processes"), ("lr", float, ""), ("warmup", int, "steps"),
+                             ("weight-decay", float, "1-D tensors and the recipe's exemptions never decay"), ("clip", float, "gradient norm; 0 = off")):
+        g.add_argument(f"--{name}", type=kind, help=text)
+    g.add_argument("--betas", type=float, nargs=2)
+    g.add_argument("--schedule", choices=("cosine", "constant"))
+    g.add_argument("--accum", type=int, default=1, help="micro-batches per step: raise it when memory runs out")
+    g.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights, e.g. 0.999; 0 = off")
+    g.add_argument("--seed", type=int, default=0)
+    g = p.add_argument_group("machine")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    g.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="compute type; weights stay fp32. auto: bf16 on GPUs that have it")
+    g.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile; auto: on GPUs")
+    g.add_argument("--checkpoint", choices=("none", "full"), default="none", help="full: recompute activations in backward, a third slower, far less memory")
+    g.add_argument("--threads", type=int, help="CPU threads per process")
+    g = p.add_argument_group("output")
+    g.add_argument("--eval-n", type=int, default=300, help="judged pictures before and after (shape world); 0 = no scores")
+    g.add_argument("--eval-every", type=int, default=0, help="also every so many steps")
+    g.add_argument("--eval-split", choices=("dev", "test"), default="test", help="dev: prompts for choosing settings")
+    g.add_argument("--save-every", type=int, default=500)
+    g.add_argument("--log-every", type=int, default=10)
+    g.add_argument("--log", choices=("wandb", "tensorboard"), help="optional extra logger")
+    args = p.parse_args(argv)
+    if args.resume:  # the stored arguments become the defaults; what is typed now wins
+        state = read_checkpoint(args.resume)
+        p.set_defaults(**state["args"])
+        args = p.parse_args(argv)
+        args.out = args.resume
+        return args, state
+    recipe = PUBLISHED[args.arch] if args.config != "tiny" else TINY[args.stage]
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.betas = tuple(args.betas)
+    args.out = args.out or os.path.join("runs", f"{args.arch}-{args.stage}")
+    args.pool = args.pool or {"base": 60000, "tokenizer": 20000}.get(args.stage, 8000)
+    args.captioned = args.captioned or args.pool
+    return args, None
+
+
+def check_args(args, world):
+    for name in ("steps", "batch", "accum", "pool", "captioned"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
+    for part, share in mix(args).items():
+        n = round(args.batch * share)
+        if n % (world * args.accum):
+            raise ValueError(f"--batch {args.batch} gives {n} {part} samples per step, which {world} process{'es' * (world > 1)} x --accum {args.accum} cannot share equally: "
+                             f"take a multiple of {math.lcm(*[int(1 / s) if s < 1 else 1 for s in mix(args).values()]) * world * args.accum}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: this torch ({torch.__version__}) sees no GPU; leave --device out, or install a CUDA build")
+    if args.templates < 0 or args.templates > len(data.RECA_TEMPLATES):
+        raise ValueError(f"--templates {args.templates}: there are {len(data.RECA_TEMPLATES)}; 0 means all")
+
+
+def mix(args):
+    """{part: share of --batch} of this run."""
+    parts = dict(MIX[args.stage])
+    if args.stage == "reca" and args.t2i_weight > 0:
+        parts["t2i"] = 1.0
+    if args.i2t_weight == 0:
+        parts.pop("i2t", None)
+    if args.oracle_captions:
+        parts["oracle"] = parts.pop("recon")
+    return parts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tokenizer stage in the clothes of a model, so that the loop below trains it like the others
+class TokenizerStage(torch.nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.config = image_tokenizer.TOKENIZERS[name]
+        self.tokenizer = (image_tokenizer.LFQTokenizer if "lfq" in name else image_tokenizer.Autoencoder)(self.config)
+
+    def trainable_parameters(self, stage):
+        return list(self.named_parameters())
+
+    def no_decay(self, name, p):
+        return p.ndim < 2
+
+    def precompute(self, images, stage="tokenizer"):
+        return {"images": ((images + 1) * 127.5).round().byte()}
+
+    def collate(self, part, samples, pad_to=None):
+        return {}
+
+    def draw(self, part, generator, rate_generator):
+        return {}
+
+    def forward(self, batch):
+        images = batch["images"]["images"].float() / 127.5 - 1
+        _, parts = out = image_tokenizer.tokenizer_loss(self.tokenizer, images, None)  # None: the global generator, which the loop seeds per step
+        return {"images": out[0]}
+
+    @torch.no_grad()
+    def reconstruct(self, images, generator=None):
+        return self.tokenizer.decode(self.tokenizer.encode(images))
+
+    def flops_per_sample(self, part):
+        return 0.0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: pools of images whose frozen encodings are computed once, and batches that depend on (seed, step, place) alone
+class Pools:
+    """The images behind each part, and a text for each sample. `pool_of[part]` names the pool; `cache[pool]` holds the model's frozen encodings of it."""
+
+    def __init__(self, args, model, stage, device, rank=0, world=1):
+        self.args, self.parts = args, mix(args)
+        bias = dict(data.CAPTION_BIAS, wrong=args.wrong_captions)
+        self.templates = data.RECA_TEMPLATES[:args.templates or None]
+        self.pool_of = {"recon": "broad", "i2t": "broad", "t2i": "captioned", "oracle": "broad", "edit": "edits", "images": "broad"}
+        images, self.text, self.scenes = {}, {}, {}
+        need = {self.pool_of[p] for p in self.parts if p in self.pool_of}
+        if args.data:
+            listed = data.Images(args.data, captions=stage in ("sft", "base"))
+            name = "captioned" if stage in ("sft", "base") else "real"
+            self.pool_of["t2i" if name == "captioned" else "recon"] = self.pool_of["images"] = name
+            images[name], self.text[name], self.real_images = listed, [s.caption for s in listed.samples], listed
+            need = {self.pool_of[p] for p in self.parts if p in self.pool_of}
+        if args.i2t_data:
+            listed = data.Images(args.i2t_data, captions=True, image_root=args.image_root)
+            images["understanding"], self.text["understanding"] = listed, [s.turns or ((self.templates[0], s.caption),) for s in listed.samples]
+            self.pool_of["i2t"] = "understanding"
+            need = {self.pool_of[p] for p in self.parts if p in self.pool_of}
+        elif args.config != "tiny" and "i2t" in self.parts:
+            raise ValueError(f"--config {args.config}: RecA keeps understanding by image-to-text data, so give --i2t-data JSON (or --i2t-weight 0 to go without)")
+        if args.config != "tiny" and not args.data:
+            raise ValueError(f"--config {args.config} draws {getattr(model.config, 'image_size', 512)}-pixel pictures: give --data PATH (folders, tars); the shape world is for tiny")
+        if {"broad"} & need or "text" in self.parts:
+            self.scenes["broad"] = data.Scenes(args.pool, seed=10 + args.seed, captioned=args.pool_without_held_out)
+        if "captioned" in need and "captioned" not in images:
+            scenes = self.scenes["captioned"] = data.Scenes(args.captioned, seed=20 + args.seed, captioned=True)
+            n = len(scenes)
+            self.text["captioned"] = [data.sparse_caption(scenes.scene(i), data.text_rng(args.seed, i, "caption"), bias, scenes.scene((i + 1) % n)) for i in range(n)]
+        if "edits" in need:
+            source = data.Scenes(args.pool, seed=30 + args.seed, captioned=True)
+            edits = [data.clean_edit(source.scene(i), data.text_rng(args.seed, i, "edit")) for i in range(len(source))]
+            self.text["edits"] = [e[0] for e in edits]
+            self.scenes["edit_sources"], self.scenes["edits"] = source, data.Scenes.of([e[1] for e in edits])
+            need.add("edit_sources")
+        self.cache, self.size = {}, {}
+        start = time.time()
+        for name in sorted(need):
+            source = images.get(name) or self.scenes[name]
+            self.size[name] = len(source)
+            self.cache[name] = self.encode(model, source, name, stage, device, rank, world)
+        self.size["text"] = args.pool
+        if rank == 0:
+            print("pools: " + ", ".join(f"{k} {self.size[k]:,}" for k in sorted(need)) + f" images, frozen encodings computed once in {time.time() - start:.1f} s", flush=True)
+
+    @torch.no_grad()
+    def encode(self, model, source, name, stage, device, rank, world):
+        """Every process encodes its contiguous share of the pool, then all share the result."""
+        n = len(source)
+        share = -(-n // world)
+        chunks, chunk = [], 256 if getattr(model.config, "image_size", 48) <= 64 else 8
+        was = model.training
+        model.eval()
+        purpose = "understand" if name == "understanding" else "recon"
+        rows = [min(i, n - 1) for i in range(rank * share, (rank + 1) * share)]  # the last share is filled up, so that all are of one size
+        progress = data.Progress(range(0, share, chunk), f"encoding {name}", rank == 0)
+        for i in progress:
+            part = rows[i:i + chunk]
+            if isinstance(source, data.Scenes):
+                x = evaluate.to_float(source[part].render())
+            else:
+                x = torch.stack([model.preprocess(source[j][1], purpose) for j in part])
+            chunks.append({k: v.cpu() for k, v in model.precompute(x.to(device), stage).items()})
+        model.train(was)
+        out = {k: torch.cat([c[k] for c in chunks]) for k in chunks[0]}
+        if world > 1:
+            for k, v in out.items():
+                v = v.to(device).contiguous()
+                parts = [torch.empty_like(v) for _ in range(world)]
+                dist.all_gather(parts, v)
+                out[k] = torch.cat(parts).cpu()
+        return {k: v[:n] for k, v in out.items()}
+
+    def sample(self, part, i, rng):
+        """The text of sample i of a part: a dict for model.collate."""
+        pool = self.pool_of.get(part)
+        if part == "recon":
+            return {"prompt": rng.choice(self.templates), "drop": rng.random() < self.args.drop}
+        if part == "t2i":
+            return {"caption": self.text[pool][i], "drop": rng.random() < self.args.drop}
+        if part == "oracle":
+            return {"caption": data.dense_caption(self.scenes[pool].scene(i), rng), "drop": rng.random() < self.args.drop}
+        if part == "edit":
+            return {"instruction": self.text[pool][i], "drop": False}
+        if part == "text":
+            q, answer = data.text_question(self.scenes["broad"].scene(i), rng)
+            return {"question": q, "answer": answer}
+        if part == "i2t" and pool == "understanding":
+            q, answer = rng.choice(self.text[pool][i])
+            return {"question": q, "answer": answer}
+        if part == "i2t":
+            scene = self.scenes[pool].scene(i)
+            if rng.random() < 0.25:
+                return {"question": rng.choice(self.templates), "answer": data.dense_caption(scene, rng)}
+            q, answer, _ = data.question(scene, rng)
+            return {"question": q, "answer": answer}
+        return {}
+
+    def batch(self, model, step, micro, rank, world):
+        """Micro-batch `micro` of optimizer step `step` for this process: {part: tensors}. A pure function of its arguments and --seed."""
+        out, seed = {}, self.args.seed
+        for part, share in self.parts.items():
+            n = round(self.args.batch * share)
+            per = n // (world * self.args.accum)
+            name = self.pool_of.get(part)
+            size = self.size[name if name else "text"]
+            places = range((micro * world + rank) * per, (micro * world + rank + 1) * per)
+            index = data.batch_indices(size, n, seed, step, part)[places.start:places.stop]
+            rows = [self.sample(part, int(i), data.text_rng(seed, step, part, place)) for i, place in zip(index, places)]
+            kind = "t2i" if part == "oracle" else part
+            rate = [data.sample_generator(seed, step, micro, f"rate-{part}") for _ in places]  # the same numbers for the whole micro-batch, on every process
+            draws = [model.draw(kind, data.sample_generator(seed, step, place, part), r) for place, r in zip(places, rate)]
+            tensors = {k: torch.stack([d[k] for d in draws]) for k in draws[0]}
+            tensors.update(model.collate(kind, rows))
+            where = index
+            if part == "edit":
+                tensors.update({f"source_{k}": v[where] for k, v in self.cache["edit_sources"].items()})
+            if name:
+                tensors.update({k: v[where] for k, v in self.cache[name].items()})
+            out[part] = tensors
+        return out
+
+
+def prefetch(make, steps, depth=2):
+    """Runs make(step) for each step in a thread, `depth` ahead. Order and content depend on the step alone, so nothing is lost or repeated on resume."""
+    q, stop = queue.Queue(depth), threading.Event()
+
+    def work():
+        for s in steps:
+            try:
+                item = make(s)
+            except BaseException as e:  # handed to the main thread, which raises it where the user sees it
+                item = e
+            while not stop.is_set():
+                try:
+                    q.put(item, timeout=0.2)
+                    break
+                except queue.Full:
+                    pass
+            if stop.is_set() or isinstance(item, BaseException):
+                return
+    threading.Thread(target=work, daemon=True).start()
+
+    def get():
+        item = q.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+    return get, stop
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model, optimizer, checkpoints
+def build(args, device):
+    """The model of this run with its starting weights."""
+    if args.stage == "tokenizer":
+        return TokenizerStage(TOKENIZERS[args.arch][0])
+    if args.stage == "base" and not args.ckpt:
+        module = importlib.import_module(sample.ARCHS[args.arch])
+        if args.config not in module.CONFIGS:
+            raise ValueError(f"--config {args.config}: --arch {args.arch} knows {', '.join(module.CONFIGS)}")
+        config = module.CONFIGS[args.config]
+        folder = args.tokenizer_ckpt or os.path.join(sample.HERE, "weights", f"{args.arch}-tokenizer")
+        attribute = TOKENIZERS[args.arch][1]
+        vae = sample.from_dict(type(getattr(config, attribute)), sample.read_config(folder)["config"])
+        model = module.Model(dataclasses.replace(config, **{attribute: vae}), data.load_tokenizer(args.text_tokenizer or "tiny"))
+        image_tokenizer.load_strict(getattr(model, attribute), image_tokenizer.read_weights(folder), folder)
+        return model
+    ckpt = args.ckpt or sample.default_weights(args.arch, "base")
+    return sample.load_model(args.arch, ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer)
+
+
+def save_weights(args, model, **extra):
+    if args.stage == "tokenizer":
+        os.makedirs(args.out, exist_ok=True)
+        image_tokenizer.write_safetensors(os.path.join(args.out, "model.safetensors"), model.tokenizer.state_dict())
+        data.write_text(os.path.join(args.out, "config.json"), json.dumps(dict(arch=args.arch, config=dataclasses.asdict(model.tokenizer.config), **extra), indent=1))
+    else:
+        sample.save_model(model, args.out, args.arch, text_tokenizer=args.text_tokenizer or "tiny", **extra)
+
+
+def save_checkpoint(args, step, model, optimizer, ema, history):
+    """checkpoint.pt for --resume: weights, optimizer, position, random states. Written under a temporary name, synced, renamed: a crash leaves the old one."""
+    state = dict(step=step, args=vars(args), model=model.state_dict(), optimizer=optimizer.state_dict(), ema=ema, history=history,
+                 rng=dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []))
+    path = os.path.join(args.out, "checkpoint.pt")
+    need = sum(t.numel() * t.element_size() for t in model.state_dict().values()) * 4
+    free = shutil.disk_usage(args.out).free
+    if need > free:
+        raise ValueError(f"{path}: the checkpoint needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: make room or give --out on another disk (the last checkpoint is untouched)")
+    data.atomic(path, lambda f: torch.save(state, f))
+
+
+def read_checkpoint(folder):
+    path = os.path.join(folder, "checkpoint.pt")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"--resume {folder}: no checkpoint.pt there; give the run folder of a run that saved one")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise ValueError(f"{path}: cannot be read ({str(e).splitlines()[0][:120]}): it is truncated or not a checkpoint of train.py") from None
+
+
+def make_optimizer(args, model, named):
+    decay = [p for n, p in named if p.ndim >= 2 and not model.no_decay(n, p)]
+    rest = [p for n, p in named if p.ndim < 2 or model.no_decay(n, p)]
+    groups = [dict(params=decay, weight_decay=args.weight_decay), dict(params=rest, weight_decay=0.0)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr, betas=args.betas, eps=1e-8, fused=args.device != "cpu" or None)
+
+
+def learning_rate(args, step):
+    """Linear warm-up, then constant or cosine to a hundredth."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    if args.schedule == "constant":
+        return args.lr
+    t = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, t))))
+
+
+def activation_checkpointing(model):
+    """Recomputes every transformer block in the backward pass instead of keeping its activations."""
+    from torch.utils.checkpoint import checkpoint
+    for name, m in model.named_modules():
+        if name.split(".")[-1].isdigit() and any(k in name for k in ("layers.", "blocks.")):
+            m.forward = (lambda f: lambda *a, **k: checkpoint(f, *a, use_reentrant=False, **k))(m.forward)
+
+
+def check_memory(args, named, model):
+    """fp32 weights and gradients of what trains, two Adam moments, weights of the rest; activations come on top."""
+    need = 16 * sum(p.numel() for _, p in named) + 4 * (sum(p.numel() for p in model.parameters()) - sum(p.numel() for _, p in named))
+    if args.device.startswith("cuda"):
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else need
+    if need > free:
+        raise ValueError(f"--config {args.config} --stage {args.stage} needs {need / 1e9:.1f} GB for weights, gradients and Adam before any activation, {free / 1e9:.1f} GB are free: "
+                         f"take a smaller --config, or a larger machine")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures and lines
+def plot_curves(path, history, keys):
+    """Loss curves as a PNG, drawn with Pillow: one line per part, smoothed, y from 0 on a linear scale."""
+    from PIL import Image, ImageDraw
+    w, h, m = 720, 400, 48
+    colors = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189))
+    im = Image.new("RGB", (w, h), "white")
+    d = ImageDraw.Draw(im)
+    rows = [r for r in history if "loss" in r]
+    if len(rows) > 1:
+        series = {}
+        for k in keys:
+            values, smooth = [r[k] for r in rows if k in r], []
+            for v in values:
+                smooth.append(v if not smooth else 0.9 * smooth[-1] + 0.1 * v)
+            series[k] = smooth
+        top = max(sorted(v)[int(0.98 * (len(v) - 1))] for v in series.values() if v) * 1.05 or 1.0
+        x = lambda s: m + (w - 2 * m) * (s - rows[0]["step"]) / max(1, rows[-1]["step"] - rows[0]["step"])
+        y = lambda v: h - m - (h - 2 * m) * min(1.0, max(0.0, v / top))
+        for i in range(5):
+            d.line([(m, y(top * i / 4)), (w - m, y(top * i / 4))], fill=(225, 225, 225))
+            d.text((4, y(top * i / 4) - 6), f"{top * i / 4:.3g}", fill=(90, 90, 90))
+            s = rows[0]["step"] + (rows[-1]["step"] - rows[0]["step"]) * i // 4
+            d.text((x(s) - 10, h - m + 6), str(s), fill=(90, 90, 90))
+        for j, (k, v) in enumerate(series.items()):
+            steps = [r["step"] for r in rows if k in r]
+            d.line([(x(s), y(a)) for s, a in zip(steps, v)], fill=colors[j % 5], width=2)
+            d.text((m + 90 * j, 14), k, fill=colors[j % 5])
+        d.text((w // 2 - 40, h - 22), "optimizer step", fill=(90, 90, 90))
+    sample.save_png(im, path)
+
+
+def pictures_of(args, model, device, real):
+    """What goes into before_after.png: drawings for fixed prompts (shape world), or reconstructions of the first images of --data."""
+    g = torch.Generator(device).manual_seed(args.seed)
+    if args.stage == "tokenizer" or real is not None:
+        source = real[:8] if real is not None else data.Scenes(8, seed=777).render()
+        x = evaluate.to_float(source, device)
+        return evaluate.to_uint8(model.reconstruct(x, generator=g)), ["reconstruction"] * len(x), source
+    prompts = sample.DEFAULT_PROMPTS[:8] + sample.DEFAULT_PROMPTS[12:16]
+    return evaluate.to_uint8(model.generate(prompts, generator=g)), prompts, None
+
+
+@torch.no_grad()
+def look(args, model, device, real):
+    was = model.training
+    model.eval()
+    out = pictures_of(args, model, device, real)
+    model.train(was)
+    return out
+
+
+def scores(args, model):
+    """Numbers before and after: the judge's for models, reconstruction only for tokenizers. None where the shape world does not apply."""
+    if not args.eval_n or args.config != "tiny":
+        return None, None
+    if args.stage == "tokenizer":
+        r = evaluate.score_reconstruction(model, args.eval_n)[0]
+        return r, f"reconstruction: objects {r['objects']:.3f}, exact pictures {r['exact']:.3f}, pixel error {r['pixel_error']:.2f} grey levels"
+    s = evaluate.score_all(model, args.eval_n, seed=0, split=args.eval_split, questions=min(400, args.eval_n + 100), editing=args.arch == "diffusion")[0]
+    return s, evaluate.report(s)
+
+
+def git_commit():
+    try:
+        return subprocess.run(["git", "-C", sample.HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+def main(argv=None):
+    args, state = parse_args(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check_args(args, world)
+    if args.device.startswith("cuda"):
+        args.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+        torch.cuda.set_device(args.device)
+    device = torch.device(args.device)
+    if args.threads or device.type == "cpu":  # torchrun sets OMP_NUM_THREADS=1; the cores belong to all processes together
+        torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world)))))
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    main_process = rank == 0
+    say = lambda *a: print(*a, flush=True) if main_process else None
+    torch.manual_seed(args.seed)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+    model = build(args, device)
+    if state is not None:
+        model.load_state_dict(state["model"])
+    if args.grad_scale is not None and hasattr(model.config, "grad_scale"):
+        model.config.grad_scale = args.grad_scale
+    if args.understanding != "full":
+        model.understanding_ablation = args.understanding
+    model.to(device)
+    named = model.trainable_parameters(args.stage)
+    check_memory(args, named, model)
+    pools = Pools(args, model, args.stage, device, rank, world)
+    optimizer = make_optimizer(args, model, named)
+    start, history, ema = 0, [], None
+    if args.ema:
+        ema = {n: p.detach().clone() for n, p in named}
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        start, history, ema = state["step"], state["history"], state["ema"]
+        say(f"resumed {args.out} at step {start}")
+    if args.checkpoint == "full":
+        activation_checkpointing(model)
+    bf16 = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    precision = (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else contextlib.nullcontext
+    run = DDP(model, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=True) if world > 1 else model
+    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
+        run = torch.compile(run)
+    weights = {"i2t": args.i2t_weight, "t2i": args.t2i_weight if args.stage == "reca" else 1.0}
+    parts = list(pools.parts)
+    weights = {p: weights.get(p, 1.0) for p in parts}
+
+    os.makedirs(args.out, exist_ok=True)
+    trained, total = sum(p.numel() for _, p in named), sum(p.numel() for p in model.parameters())
+    say(f"{args.arch} {args.config}, stage {args.stage}: {total:,} parameters, {trained:,} train; {world} process{'es' * (world > 1)} on {device.type} ({'bf16' if bf16 else 'fp32'}), "
+        f"{args.steps} steps of " + " + ".join(f"{round(args.batch * s)} {p}" for p, s in pools.parts.items()))
+    real = None
+    if args.data and args.stage == "reca":  # the first pictures, for before_after.png
+        real = evaluate.to_uint8(torch.stack([model.preprocess(pools.real_images[i][1], "recon") for i in range(min(8, len(pools.real_images)))]))
+    log = None
+    before = None
+    if main_process:
+        log = open(os.path.join(args.out, "log.jsonl"), "a" if state is not None else "w")
+        if state is None:
+            meta = dict(argv=sys.argv[1:], args=vars(args), commit=git_commit(), torch=torch.__version__, python=sys.version.split()[0], world=world, device=str(device))
+            data.write_text(os.path.join(args.out, "run.json"), json.dumps(meta, indent=1, default=str))
+            before, text = scores(args, model)
+            if before:
+                say("before: " + text)
+                log.write(json.dumps(dict(step=0, scores=before)) + "\n")
+                history.append(dict(step=0, scores=before))
+            old_pictures = look(args, model, device, real)
+            sample.save_png(sample.grid(old_pictures[0], old_pictures[1]), os.path.join(args.out, "before.png"))
+    extra_log = None
+    if main_process and args.log == "wandb":
+        import wandb
+        extra_log = wandb.init(project="nanoreca", name=os.path.basename(args.out), config=vars(args)).log
+    elif main_process and args.log == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(args.out)
+        extra_log = lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if k != "step"]
+
+    stopped = []
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, lambda number, frame: stopped.append(number))
+    get, stop_thread = prefetch(lambda s: [pools.batch(model, s, m, rank, world) for m in range(args.accum)], range(start, args.steps))
+    model.train()
+    flops = sum(model.flops_per_sample("t2i" if p == "oracle" else p) * round(args.batch * s) for p, s in pools.parts.items())
+    peak = next((v for k, v in PEAK_TFLOPS.items() if device.type == "cuda" and k in torch.cuda.get_device_name(device)), 0) * 1e12 * world
+    bar = data.Progress(None, f"{args.arch} {args.stage}", main_process, total=args.steps, initial=start)
+    clock, since, step = time.time(), start, start
+    images = sum(round(args.batch * s) for p, s in pools.parts.items() if p != "text")
+    for step in range(start, args.steps):
+        lr = learning_rate(args, step)
+        for g in optimizer.param_groups:
+            g["lr"] = lr
+        torch.manual_seed(data.mix_seed(args.seed, step, rank))  # dropout and posterior noise: a function of (seed, step, rank), so a resumed run draws the same
+        totals = {p: torch.zeros((), device=device) for p in parts}
+        for micro, batch in enumerate(get()):
+            batch = {p: {k: v.to(device, non_blocking=True) for k, v in t.items()} for p, t in batch.items()}
+            for p, t in batch.items():  # means over tokens are means over the GLOBAL micro-batch, whatever process holds how many
+                if "labels" in t:
+                    t["count"] = (t["labels"] >= 0).sum().float()
+                    if world > 1:
+                        dist.all_reduce(t["count"])
+                        t["count"] /= world
+            batch = {("t2i" if p == "oracle" else p): t for p, t in batch.items()}
+            sync = micro == args.accum - 1
+            with contextlib.nullcontext() if sync or world == 1 else run.no_sync(), precision():
+                losses = run(batch)
+                losses = {p: losses["t2i" if p == "oracle" else p] for p in parts}
+                loss = sum(weights[p] * losses[p] for p in parts) / sum(weights.values()) / args.accum
+            loss.backward()
+            for p in parts:
+                totals[p] += losses[p].detach() / args.accum
+        norm = torch.nn.utils.clip_grad_norm_([p for _, p in named], args.clip if args.clip > 0 else math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema:
+            torch._foreach_lerp_(list(ema.values()), [p.detach() for _, p in named], 1 - args.ema)
+        done = step + 1
+
+        if done % args.log_every == 0 or done == args.steps or done == start + 1:
+            row = torch.stack([totals[p] for p in parts])
+            if world > 1:
+                dist.all_reduce(row)
+                row /= world
+            seconds = (time.time() - clock) / (done - since)
+            clock, since = time.time(), done
+            r = dict(step=done, **{p: v for p, v in zip(parts, row.tolist())})
+            r["loss"] = sum(weights[p] * r[p] for p in parts) / sum(weights.values())
+            r.update(lr=lr, grad_norm=float(norm), ms=seconds * 1e3, images_per_s=images / seconds)
+            if peak:
+                r["mfu"] = flops / seconds / peak
+            if not math.isfinite(r["loss"]):
+                raise ValueError(f"step {done}: the loss is {r['loss']} ({', '.join(f'{p} {r[p]:.3g}' for p in parts)}): lower --lr ({args.lr:g}); the last checkpoint is untouched")
+            history.append(r)
+            eta = seconds * (args.steps - done)
+            text = " ".join(f"{p} {r[p]:.4f}" for p in parts) + f" lr {lr:.1e} norm {r['grad_norm']:.2f} {r['ms']:.0f} ms {r['images_per_s']:.0f} img/s"
+            text += f" MFU {100 * r['mfu']:.1f}%" if peak else ""
+            if main_process:
+                log.write(json.dumps(r) + "\n")
+                log.flush()
+                bar.line(f"step {done}/{args.steps} loss {r['loss']:.4f} {text} ETA {int(eta // 60)}:{int(eta % 60):02d}", done)
+                if extra_log:
+                    extra_log(r)
+        if args.eval_every and done % args.eval_every == 0 and done < args.steps and main_process:
+            s, text = scores(args, model)
+            if s:
+                log.write(json.dumps(dict(step=done, scores=s)) + "\n")
+                history.append(dict(step=done, scores=s))
+                bar.line(f"step {done}: {text}", done)
+            clock, since = time.time(), done
+        halt = bool(stopped)
+        if world > 1 and (device.type == "cpu" or done % 10 == 0):  # all processes stop at the same step
+            flag = torch.tensor(float(halt), device=device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            halt = bool(flag)
+        elif world > 1:
+            halt = False
+        if main_process and (halt or done == args.steps or (args.save_every and done % args.save_every == 0)):
+            save_checkpoint(args, done, model, optimizer, ema, history)
+            if not halt:
+                save_weights(args, model, step=done)
+                plot_curves(os.path.join(args.out, "loss.png"), history, parts)
+        if halt:
+            bar.close()
+            stop_thread.set()
+            say(f"stopped by {signal.Signals(stopped[0]).name if stopped else 'another process'} after step {done}: checkpoint saved, continue with --resume {args.out}")
+            if world > 1:
+                dist.destroy_process_group()
+            return 128 + (stopped[0] if stopped else signal.SIGTERM)
+    bar.close()
+    stop_thread.set()
+
+    if main_process:
+        if ema:
+            with torch.no_grad():
+                for n, p in named:
+                    p.copy_(ema[n])
+        if args.stage == "tokenizer" and isinstance(model.tokenizer, image_tokenizer.Autoencoder):
+            image_tokenizer.calibrate(model.tokenizer, pools.cache["broad"]["images"][:4096].float().to(device) / 127.5 - 1)
+        after, text = scores(args, model)
+        before = before or next((r["scores"] for r in history if r.get("step") == 0 and "scores" in r), None)
+        save_weights(args, model, step=args.steps, scores_before=before, scores_after=after)
+        if after:
+            log.write(json.dumps(dict(step=args.steps, scores=after)) + "\n")
+            say("after:  " + text)
+            if before and "generation" in before:
+                b, a = before["generation"], after["generation"]
+                say(f"change: score {a['score'] - b['score']:+.3f}  seen {a['seen'] - b['seen']:+.3f}  held-out {a['held_out'] - b['held_out']:+.3f}"
+                    + (f"  questions {after['questions']['accuracy'] - before['questions']['accuracy']:+.3f}" if "questions" in after else ""))
+        new, captions, source = look(args, model, device, real)
+        sheets = ([source] if source is not None else []) + ([old_pictures[0]] if state is None else []) + [new]
+        names = (["source"] if source is not None else []) + (["before"] if state is None else []) + ["after"]
+        n = len(new)
+        sample.save_png(sample.grid(np.concatenate(sheets), [f"{name}: {captions[i] if source is None else ''}" for name in names for i in range(n)], columns=n,
+                                    scale=max(1, 120 // new.shape[1])), os.path.join(args.out, "before_after.png"))
+        plot_curves(os.path.join(args.out, "loss.png"), history, parts)
+        log.close()
+        say(f"run folder: {args.out} (model.safetensors, config.json, checkpoint.pt, log.jsonl, loss.png, before_after.png)")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    data.one_line_errors(main)
