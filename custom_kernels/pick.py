@@ -7,6 +7,7 @@ PICK is data: (function, size) -> (choice, the measurement that decided). A kern
 custom_kernels.bench` has seen it win there. Nothing has been measured yet, so every line is the choice that rests on PyTorch's own GPU
 code: FlexAttention where a dense mask would be too large, chunks of plain matrix products where all logits would be."""
 import os
+from types import SimpleNamespace
 
 import torch
 
@@ -31,7 +32,7 @@ FORCED = os.environ.get("NANORECA_KERNELS", "")
 if FORCED not in ("", "reference", "triton"):
     raise ValueError(f"NANORECA_KERNELS={FORCED!r} is not known; it must be 'reference' or 'triton', or unset to let the pick table decide")
 
-triton = tl = None
+triton, tl = None, SimpleNamespace(constexpr=None)  # without Triton only this name is looked up: in the kernels' signatures
 if FORCED == "triton" or torch.cuda.is_available():  # a CPU-only run neither needs Triton nor waits for its import
     try:
         import triton
