@@ -1,0 +1,549 @@
+"""Show-o against numbers from the published implementation: integers exact, floats within 1e-4 absolute (float32, CPU).
+
+PARITY_DIR=folder replaces tests/golden (folder/showo/{config.json, weights.safetensors, cases.safetensors}, any sizes). A case that the folder lacks is skipped."""
+import gzip
+import hashlib
+import json
+import os
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from custom_kernels.attention import interval_mask
+from image_tokenizer import LFQConfig, load_strict
+from model_ar import (CONFIGS, IGNORE, Layout, ShowO, ShowOConfig, causal_layout, learning_rate_factor, lm_prompt, mask_codes, mask_ratio, mmu_clip_layout,
+                      mmu_prompt, pad_rows, reca_clip_layout, reca_prompt, reca_vq_layout, stack_rows, t2i_layout, t2i_prompt, with_bos)
+from vision_encoder import CLIPConfig, clip_pixels, magvit_pixels, square_pixels
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+GOLDEN = os.path.join(os.environ.get("PARITY_DIR", os.path.join(HERE, "golden")), "showo")
+TOLERANCE = 1e-4
+
+
+@lru_cache(maxsize=None)
+def golden():
+    """-> config.json, cases."""
+    for name in ("config.json", "cases.safetensors", "weights.safetensors"):
+        if not os.path.exists(os.path.join(GOLDEN, name)):
+            pytest.skip(f"{os.path.join(GOLDEN, name)} is not there")
+    with open(os.path.join(GOLDEN, "config.json")) as f:
+        return json.load(f), load_file(os.path.join(GOLDEN, "cases.safetensors"))
+
+
+@lru_cache(maxsize=None)
+def model(clip):
+    """The golden weights in the CLIP or the plain variant."""
+    g, _ = golden()
+    s, l, v, e, d = g["showo"], g["llm_config"], g["clip_vision_config"], g["magvitv2"]["encoder"], g["magvitv2"]["decoder"]
+    skip = -1 - g["clip_select_layer"]
+    c = ShowOConfig(
+        hidden_size=l["hidden_size"], num_layers=l["num_hidden_layers"], num_heads=l["num_attention_heads"], intermediate_size=l["intermediate_size"],
+        partial_rotary_factor=l["partial_rotary_factor"], rope_theta=l["rope_theta"], norm_eps=l["layer_norm_eps"], text_vocab=s["llm_vocab_size"],
+        eos=g["bos_eos_id"], num_special=s["num_new_special_tokens"], codebook_size=s["codebook_size"], image_size=g["magvitv2"]["resolution"],
+        vq=LFQConfig(ch=e["ch"], encoder_ch_mult=tuple(e["ch_mult"]), encoder_res_blocks=tuple(e["num_res_blocks"]), decoder_ch_mult=tuple(d["ch_mult"]),
+                     decoder_res_blocks=tuple(d["num_res_blocks"]), bits=g["magvitv2"]["codebook_dim"]),
+        w_clip_vit=clip, clip=CLIPConfig(width=v["hidden_size"], layers=v["num_hidden_layers"], skip_last=skip, heads=v["num_attention_heads"],
+                                         mlp_width=v["intermediate_size"], image_size=v["image_size"], patch=v["patch_size"], eps=v["layer_norm_eps"]),
+        max_prompt=g["max_seq_length"] + 1, max_request=g["reca_clip_text_block_length"] if clip else g["max_seq_length"] + 3,
+        reca_down_scale=g["reca_down_scale"], system_prompt="")
+    m = ShowO(c)
+    assert (c.pad, c.soi, c.eoi, c.t2i, c.mmu) == tuple(g["special_ids"][f"<|{k}|>"] for k in ("pad", "soi", "eoi", "t2i", "mmu"))
+    assert (c.image_offset, c.mask_id, c.vocab_size) == (s["image_token_offset"], s["mask_token_id"], s["vocab_size"])
+    assert m.image_tokens == s["num_vq_tokens"]
+    m.system_ids = [0] * (g["system_prompt_len"] if clip else 0)
+    state = {}
+    for k, t in load_file(os.path.join(GOLDEN, "weights.safetensors")).items():
+        if clip or not k.startswith(("vision_model.", "mm_projector.")):
+            state[k if k.startswith(("showo.", "mm_projector.")) else f"clip.{k}" if k.startswith("vision_model.") else f"vq.{k}"] = t
+    load_strict(m, state, "golden weights")
+    m.trainable_parameters("reca")
+    return m.eval()
+
+
+def case(name, kind="out"):
+    """{name without its prefix: tensor}; skips by name where the folder lacks the case."""
+    found = {k[len(f"{name}.{kind}."):]: v for k, v in golden()[1].items() if k.startswith(f"{name}.{kind}.")}
+    if not found:
+        pytest.skip(f"no case {name}.{kind} in {GOLDEN}")
+    return found
+
+
+class Report:
+    """Collects comparisons; done() fails with the whole table. Floats within 1e-4, everything else exactly."""
+
+    def __init__(self):
+        self.lines, self.good = [], True
+
+    def check(self, name, got, want):
+        got, want = torch.as_tensor(got).detach().cpu(), torch.as_tensor(want)
+        exact = not want.is_floating_point()
+        if got.shape != want.shape:
+            ok, text = False, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+        else:
+            difference = (got.double() - want.double()).abs().max().item() if want.numel() else 0.0
+            ok, text = difference <= (0 if exact else TOLERANCE), f"max difference {difference:.3g}, allowed {0 if exact else TOLERANCE:g}"
+        self.good &= ok
+        self.lines.append(f"{name:60s} {'OK' if ok else 'NOT OK':6s} {text}")
+
+    def done(self):
+        if os.environ.get("PARITY_VERBOSE"):
+            print("\n" + "\n".join(self.lines))
+        assert self.good, "\n" + "\n".join(self.lines)
+
+
+def lists(ids):
+    """Rows padded with -1 -> lists."""
+    return [[i for i in row if i >= 0] for row in ids.tolist()]
+
+
+def padded(rows, c, length=None):
+    """Prompts (lists) -> ids (B, T) right-padded, lengths (B,)."""
+    return pad_rows(rows, c.pad, length or max(map(len, rows))), torch.tensor([len(r) for r in rows])
+
+
+def read(x, layout):
+    """A tensor in memory order (B, T, ...) in the order in which the row is read (all pads present)."""
+    positions = layout.positions.expand(len(x), -1)
+    assert (positions.sort(1).values == torch.arange(positions.shape[1])).all(), "positions are not 0..T-1"
+    return x[torch.arange(len(x))[:, None], positions.argsort(1)]
+
+
+def dense(layout, rows):
+    """The mask as a matrix in the order in which rows are read: (B, 1, T, T) bool."""
+    mask = interval_mask(layout.lo, layout.hi, layout.lo.shape[1])[:, 0].expand(rows, -1, -1)
+    return read(read(mask, layout).transpose(1, 2), layout).transpose(1, 2)[:, None]
+
+
+def target_ids(image, context, c):
+    """Ids in memory order: eoi, image, soi, context."""
+    column = torch.ones_like(image[:, :1])
+    return torch.cat([column * c.eoi, image, column * c.soi, context], 1)
+
+
+def split_t2i(rows, c, N):
+    """Published t2i rows PAD.. text soi image eoi -> prompts as lists, image ids."""
+    return [[i for i in row[:-N - 2] if i != c.pad] for row in rows.tolist()], rows[:, -N - 1:-1]
+
+
+def gradients(m, loss):
+    m.zero_grad()
+    loss.backward()
+    return {k: p.grad if p.grad is not None else torch.zeros_like(p) for k, p in m.named_parameters()}
+
+
+def check_gradients(report, prefix, grads, out):
+    """out: {"gradnorm.name" or "grad.name": value} below the prefix."""
+    for key, want in out.items():
+        kind, _, name = key[len(prefix):].partition(".") if key.startswith(prefix) else ("", "", "")
+        if kind == "grad":
+            report.check(key, grads[name], want)
+        elif kind == "gradnorm":
+            total = torch.stack([g.norm() for g in grads.values()]).norm()
+            report.check(key, total if name == "__total__" else grads[name].norm(), want)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# encoders and preprocessing
+
+
+def test_image_tokenizer():
+    given, out, r, vq = case("vae", "in"), case("vae"), Report(), model(False).vq
+    g = golden()[0]["magvitv2"]
+    z = vq.features(given["pixels"])
+    signs = torch.where(z > 0, 1.0, -1.0)
+    commitment, entropy = vq.quantizer_losses(z)
+    for name, got in {"z": z, "z_q": signs, "quantizer_loss": commitment, "entropy_loss": entropy, "rect_z": vq.features(given["rect_pixels"]),
+                      "indices": vq.encode(given["pixels"]).flatten(1), "rect_indices": vq.encode(given["rect_pixels"]).flatten(1)}.items():
+        r.check(name, got, out[name])
+    side = int(given["decode_indices"].shape[1] ** 0.5)
+    codes = given["decode_indices"].unflatten(1, (side, side))
+    r.check("codebook_entry", vq.quantize.embedding[codes].permute(0, 3, 1, 2), out["codebook_entry"])
+    r.check("decoded", vq.decode(codes), out["decoded"])
+    r.check("decoded_nonsquare", vq.decode(given["nonsquare_indices"].unflatten(1, tuple(g["nonsquare"]))), out["decoded_nonsquare"])
+    r.done()
+
+
+def test_clip():
+    given, out, r, m = case("clip", "in"), case("clip"), Report(), model(True)
+    hidden, layers = [], m.clip.vision_model["encoder"]["layers"]
+    hooks = [layers[0].register_forward_pre_hook(lambda _, args: hidden.append(args[0]))]
+    features = m.clip(given["pixels"])
+    hooks[0].remove()
+    r.check("features", features, out["features"])
+    r.check("hidden_first", hidden[0], out["hidden_first"])
+    skip, m.clip.config.skip_last = m.clip.config.skip_last, 0
+    r.check("hidden_last (without class token)", m.clip(given["pixels"]), out["hidden_last"][:, 1:])
+    m.clip.config.skip_last = skip
+    r.check("projected", m.project(features), out["projected"])
+    r.done()
+
+
+def test_preprocessing():
+    given, out, r, c = case("preproc", "in"), case("preproc"), Report(), model(True).config
+    image = Image.fromarray(given["rgb"].numpy())
+    r.check("clip", clip_pixels(image, c.clip.image_size), out["clip"])
+    r.check("vq", magvit_pixels(image, c.image_size), out["vq"])
+    r.check("reca_square", square_pixels(image, c.image_size), out["reca_square"])
+    for clip, purpose, name in ((False, "understand", "vq"), (True, "generate", "vq"), (True, "recon", "reca_square"), (True, "edit", "reca_square")):
+        r.check(f"preprocess {purpose}", model(clip).preprocess(image, purpose), out[name])
+    # a picture that travels in [-1, 1] reaches CLIP with CLIP's own mean and deviation
+    fed = []
+    hook = model(True).clip.register_forward_pre_hook(lambda _, args: fed.append(args[0]))
+    model(True).clip_features(model(True).preprocess(image, "understand")[None], chat=True)
+    hook.remove()
+    r.check("preprocess understand (CLIP)", fed[0][0], out["clip"])
+    r.done()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prompts, masks, masking
+
+
+def test_prompts():
+    given, out, r, c = case("prompt", "in"), case("prompt"), Report(), model(True).config
+    texts, short, image = lists(given["text_ids"]), lists(given["short_text_ids"]), given["image_ids"]
+    N, labels = image.shape[1], given["image_labels"]
+    for name, prompts in (("t2i", [t2i_prompt(t, c) for t in texts]), ("t2i_gen", [t2i_prompt(t, c) for t in texts]),
+                          ("t2i_dropped", [t2i_prompt(t, c, drop=True) for t in texts])):
+        ids, n = padded(prompts, c, c.max_prompt)
+        layout = t2i_layout(n, c.max_prompt, N, c.max_prompt)
+        r.check(name, read(target_ids(image, ids, c), layout), out[f"{name}.ids"])
+        if f"{name}.labels" in out:  # ours exist only where a loss is: soi, image, eoi
+            r.check(f"{name} labels", torch.cat([torch.full_like(labels[:, :1], c.soi), labels, torch.full_like(labels[:, :1], c.eoi)], 1), out[f"{name}.labels"][:, -N - 2:])
+    length = out["lm.ids"].shape[1]
+    rows = [lm_prompt(t, c, length) for t in texts]
+    r.check("lm", pad_rows(rows, c.pad, length), out["lm.ids"])
+    r.check("lm labels", pad_rows(rows, IGNORE, length), out["lm.labels"])
+    msl = c.max_prompt - 1
+    chats = [ids if len(ids) <= msl else [*ids[:msl - 1], c.eos] for ids in ([*with_bos(t, c), c.eos] for t in texts)]
+    ids = pad_rows([mmu_prompt(chat, c) for chat in chats], c.pad, msl + 3)
+    r.check("mmu", torch.cat([ids[:, :2], image, ids[:, 2:]], 1), out["mmu.ids"])
+    r.check("mmu labels", pad_rows([[IGNORE] * (3 + N) + chat for chat in chats], IGNORE, msl + 3 + N), out["mmu.labels"])
+    prompts = [reca_prompt(t, c) for t in short]
+    ids, n = padded(prompts, c, c.max_request)
+    layout = reca_clip_layout(n, c.max_request, N, 0, c.max_request)  # before the features are inserted
+    r.check("clip_recon", read(target_ids(image, ids, c), layout), out["clip_recon.ids"])
+    r.check("clip_recon labels", labels, out["clip_recon.labels"][:, -N - 1:-1])
+    p, codes = model(False).config, given["given_ids"]
+    ids, n = padded(prompts, p, p.max_request)
+    layout = reca_vq_layout(n, p.max_request, N, codes.shape[1], p.max_request)
+    r.check("vq_recon", read(target_ids(image, torch.cat([ids[:, :2], codes, ids[:, 2:]], 1), p), layout), out["vq_recon.ids"])
+    r.check("vq_recon labels", labels, out["vq_recon.labels"][:, -N - 1:-1])
+    r.done()
+
+
+def test_masks():
+    out, given, r, c, p = case("mask"), case("prompt", "in"), Report(), model(True).config, model(False).config
+    texts, short, N = lists(given["text_ids"]), lists(given["short_text_ids"]), given["image_ids"].shape[1]
+    n = torch.tensor([len(t2i_prompt(t, c)) for t in texts])
+    t2i = dense(t2i_layout(n, c.max_prompt, N, c.max_prompt), len(n))
+    r.check("t2i", t2i, out["t2i"])
+    r.check("t2i_re", t2i, out["t2i_re"])
+    length = out["lm"].shape[-1]
+    r.check("lm", dense(causal_layout(length), len(n)), out["lm"])
+    r.check("mmu", dense(causal_layout(length, N + 3), len(n)), out["mmu"])
+    g = golden()[0]
+    A, S = g["clip_num_tokens"], g["system_prompt_len"]
+    r.check("mmu_vit", dense(mmu_clip_layout(out["mmu_vit"].shape[-1] - A, A, 2 + S), len(out["mmu_vit"])), out["mmu_vit"])
+    n = torch.tensor([len(reca_prompt(t, p)) for t in short])
+    r.check("vq_recon", dense(reca_vq_layout(n, p.max_request, N, given["given_ids"].shape[1], p.max_request), len(n)), out["vq_recon"])
+    r.done()
+
+
+def test_masking():
+    given, out, r, c = case("masking", "in"), case("masking"), Report(), model(True).config
+    r.check("cosine", mask_ratio(given["t"]), out["cosine"])
+    r.check("mask_prob", mask_ratio(given["u"]), out["mask_prob"])
+    ids, labels = mask_codes(given["image_tokens"] - c.image_offset, given["u"], given["r"], c)
+    r.check("input_ids", ids, out["input_ids"])
+    r.check("labels", labels, out["labels"])
+    r.done()
+
+
+def test_learning_rate():
+    given, out, r = case("lr", "in"), case("lr"), Report()
+    for steps, want in out.items():
+        r.check(f"max {steps}", torch.tensor([learning_rate_factor(s, int(steps)) for s in given["steps"].tolist()]), want)
+    r.done()
+
+
+def sha(array):
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["t2i_256_demo", "t2i_512_demo", "t2i_512_train_plain", "t2i_512_train_clip", "t2i_256_train_clip", "reca_clip_512", "reca_clip_256",
+                                  "reca_vq_512_resize256", "reca_vq_512_blur8", "mmu_vit_train_512"])
+def test_full_size_layout(name):
+    """Rows and masks of the published sizes, as hashes."""
+    want = golden()[0].get("full_size_layout", {}).get(name)
+    if want is None:
+        pytest.skip(f"no full_size_layout.{name} in {GOLDEN}")
+    c = CONFIGS["show-o-clip-512"]
+    N, text, device = 256 if "256_demo" in name or name.startswith(("t2i_256", "reca_clip_256")) else 1024, list(range(100, 140)), None
+    image = (c.image_offset + 37 * torch.arange(N) % 8192)[None]
+    ids = uncond = None
+    if name.startswith("t2i"):
+        limit = {"demo": 129, "plain": 382, "clip": 577}[name.split("_")[-1]]
+        x, n = padded([t2i_prompt(text, c, limit)], c, limit)
+        layout = t2i_layout(n, limit, N, limit)
+        ids = read(target_ids(image, x, c), layout)
+        x, n = padded([t2i_prompt([], c, limit)], c, limit)
+        uncond = read(target_ids(image, x, c), t2i_layout(n, limit, N, limit))
+    elif name.startswith("reca_clip"):
+        x, n = padded([reca_prompt(text, c)], c, 128)
+        layout = reca_clip_layout(n, 128, N, 576, 128)
+        ids = read(target_ids(image, torch.cat([torch.full((1, 576), IGNORE), x], 1), c), layout)
+    elif name.startswith("reca_vq"):
+        G = 256 if "resize" in name else 1024
+        x, n = padded([reca_prompt(text, c)], c, 384)
+        layout = reca_vq_layout(n, 384, N, G, 384)
+        ids = read(target_ids(image, torch.cat([x[:, :2], (c.image_offset + 11 * torch.arange(G) % 8192)[None], x[:, 2:]], 1), c), layout)
+    else:
+        layout = mmu_clip_layout(want["length"] - 576, 576, 30, device)
+    mask = dense(layout, 1)[0, 0].numpy()
+    assert list(mask.shape) == want["mask"]["shape"] and len(mask) == want["length"]
+    assert {int(i): n for i, n in want["mask"]["rows"].items()} == {int(i): int(mask[int(i)].sum()) for i in want["mask"]["rows"]}
+    assert int(mask.sum()) == want["mask"]["n_allowed"]
+    assert sha(mask.sum(1).astype(np.int32)) == want["mask"]["row_sums_sha256"]
+    assert sha(np.packbits(mask)) == want["mask"]["sha256_packbits"]
+    if ids is not None:
+        plain = ids[ids != IGNORE].numpy()
+        assert want["ids_sha256"] in (sha(ids.numpy()), sha(plain)), "ids"
+    if uncond is not None:
+        assert sha(uncond.numpy()) == want["uncond_ids_sha256"], "uncond ids"
+    if "first_nonpad" in want:
+        assert int((ids[0] != c.pad).int().argmax()) == want["first_nonpad"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# backbone and losses
+
+
+def test_backbone():
+    given, out, r, m = case("lm", "in"), case("lm"), Report(), model(False)
+    hidden = []
+    hooks = [layer.register_forward_pre_hook(lambda _, args: hidden.append(args[0])) for layer in m.showo.model.layers]
+    ids = given["input_ids"]
+    layout = causal_layout(ids.shape[1])
+    final = m.showo.model(m.embed(ids), layout)
+    [h.remove() for h in hooks]
+    r.check("allow", dense(layout, len(ids)), out["allow"])
+    for i, h in enumerate(hidden):
+        r.check(f"hidden_in.{i}", h, out[f"hidden_in.{i}"])
+    r.check("final_norm", final, out["final_norm"])
+    r.check("logits", m.logits(final), out["logits"])
+    r.check("only what is read", m.showo.model(m.embed(ids), layout, slice(2, 5)), out["final_norm"][:, 2:5])
+    r.done()
+
+
+def train_inputs(m):
+    """The batch of the case `train`: text-to-image and text-only parts, and their published rows."""
+    given, c = case("train", "in"), m.config
+    codes = m.precompute(given["pixels_t2i"], "base")["codes"]
+    ids, n = padded([t2i_prompt(t, c) for t in lists(given["text_t2i"])], c, c.max_prompt)
+    length = c.max_prompt + codes.shape[1] + 2
+    rows = [lm_prompt(t, c, length) for t in lists(given["text_lm"])]
+    return given, {"t2i": {"codes": codes, "ids": ids, "lengths": n, "u": given["u"], "r": given["r"]},
+                   "text": {"ids": pad_rows(rows, c.pad, length), "labels": pad_rows(rows, IGNORE, length)}}
+
+
+def mmu_inputs(given, head, c):
+    ids = torch.cat([head, given["mmu_ids"]], 1)
+    return {"ids": ids, "labels": torch.cat([torch.full_like(head, IGNORE), given["mmu_labels"]], 1)}
+
+
+def test_base_losses():
+    r, m, out = Report(), model(False), case("train")
+    given, batch = train_inputs(m)
+    c, codes, N, coefficients = m.config, batch["t2i"]["codes"], m.image_tokens, golden()[0]["loss_coefficients"]["train"]
+    head = torch.tensor([[c.mmu, c.soi, c.eoi]]).expand(len(given["mmu_ids"]), -1)
+    batch["i2t"] = mmu_inputs(given, head, c) | {"codes": m.precompute(given["pixels_mmu"], "base")["codes"]}
+    image, labels = mask_codes(codes, given["u"], given["r"], c)
+    x, layout = m.t2i_context(batch["t2i"]["ids"], batch["t2i"]["lengths"], N)
+    t2i, lm, mmu = [slice(2 * i, 2 * i + 2) for i in range(3)]
+    text, look = batch["text"], batch["i2t"]
+    mmu_ids = torch.cat([look["ids"][:, :2], look["codes"] + c.image_offset, look["ids"][:, 2:]], 1)
+    lm_layout, mmu_layout = causal_layout(text["ids"].shape[1]), causal_layout(mmu_ids.shape[1], N + 3)
+    r.check("input_ids t2i", read(target_ids(image, batch["t2i"]["ids"], c), layout), out["input_ids"][t2i])
+    r.check("input_ids lm", text["ids"], out["input_ids"][lm])
+    r.check("input_ids mmu", mmu_ids, out["input_ids"][mmu])
+    r.check("labels t2i", labels, out["labels"][t2i][:, -N - 1:-1])
+    r.check("labels lm", text["labels"], out["labels"][lm])
+    r.check("labels mmu", look["labels"][:, 3:], out["labels"][mmu][:, N + 3:])
+    for name, l, rows in (("t2i", layout, t2i), ("lm", lm_layout, lm), ("mmu", mmu_layout, mmu)):
+        r.check(f"allow {name}", dense(l, 2), out["allow"][rows])
+    logits = lambda x, l: read(m.logits(m.showo.model(x, l)), l)
+    r.check("logits t2i", logits(m.with_target(image, x), layout), out["logits"][t2i])
+    r.check("logits lm", logits(m.embed(text["ids"]), lm_layout), out["logits"][lm])
+    r.check("logits mmu", logits(m.embed(mmu_ids), mmu_layout), out["logits"][mmu])
+    losses = m(batch)
+    for ours, theirs in (("t2i", "t2i"), ("text", "lm"), ("i2t", "mmu")):
+        r.check(f"loss_{theirs}", losses[ours], out[f"loss_{theirs}"])
+    check_gradients(r, "", gradients(m, coefficients["t2i"] * losses["t2i"] + coefficients["lm"] * losses["text"] + coefficients["mmu"] * losses["i2t"]), out)
+    r.done()
+
+
+def clip_batch(m):
+    """The case `train_clip`: text-to-image and text rows of `train`, image-to-text rows through CLIP."""
+    given, c = case("train_clip", "in"), m.config
+    column = lambda i: torch.full_like(given["system_ids"][:, :1], i)
+    head = torch.cat([column(c.mmu), given["system_ids"], column(c.soi), column(c.eoi)], 1)
+    return train_inputs(m)[1] | {"i2t": mmu_inputs(given, head, c) | {"features": m.clip(given["clip_pixels"])}}
+
+
+def test_base_losses_clip():
+    r, m, out = Report(), model(True), case("train_clip")
+    batch, coefficients = clip_batch(m), golden()[0]["loss_coefficients"]["train"]
+    look = batch["i2t"]
+    r.check("mmu_text_ids", look["ids"], out["mmu_text_ids"])
+    x, layout = m.mmu_context(look["ids"], features=look["features"])
+    A = look["features"].shape[1]
+    ours = torch.cat([torch.full((len(x), A), IGNORE), look["labels"]], 1)
+    r.check("mmu_labels_full", read(ours, layout), out["mmu_labels_full"])
+    r.check("logits_mmu", read(m.logits(m.showo.model(x, layout)), layout), out["logits_mmu"])
+    losses = m(batch)
+    for ours, theirs in (("t2i", "t2i"), ("text", "lm"), ("i2t", "mmu")):
+        r.check(f"loss_{theirs}", losses[ours], out[f"loss_{theirs}"])
+    check_gradients(r, "", gradients(m, coefficients["t2i"] * losses["t2i"] + coefficients["lm"] * losses["text"] + coefficients["mmu"] * losses["i2t"]), out)
+    r.done()
+
+
+def test_reca_clip():
+    """The reconstruction loss, and its gradients in both conventions: prefix without gradients (published), and with."""
+    r, m, given, out = Report(), model(True), case("reca_clip", "in"), case("reca_clip")
+    c, fed = m.config, []
+    hook = m.clip.register_forward_pre_hook(lambda _, args: fed.append(args[0]))
+    frozen = m.precompute(given["pixels"], "reca")
+    hook.remove()
+    r.check("clip_input", fed[0], out["clip_input"])
+    ids, n = padded([reca_prompt(t, c) for t in lists(given["text"])], c, c.max_request)
+    image, labels = mask_codes(frozen["codes"], given["u"], given["r"], c)
+    N = image.shape[1]
+    context, layout = m.reca_context(ids, n, N, features=frozen["features"])
+    x = m.with_target(image, context)
+    blank = torch.full(frozen["features"].shape[:2], IGNORE)
+    r.check("ids_with_-100", read(target_ids(image, torch.cat([blank, ids], 1), c), layout), out["ids_with_-100"])
+    r.check("labels", labels, out["labels"][:, -N - 1:-1])
+    r.check("allow", dense(layout, len(ids)), out["allow"])
+    r.check("embeddings", read(x, layout), out["embeddings"])
+    r.check("logits_image", m.logits(m.showo.model(x, layout, slice(1, N + 1))), out["logits_image"])
+    tensors = {"ids": ids, "lengths": n, "u": given["u"], "r": given["r"], **frozen}
+    loss = m.reca_loss(**tensors)
+    r.check("loss_recon", loss, out["loss_recon"])
+    check_gradients(r, "recon_only.", gradients(m, loss), out)
+    check_gradients(r, "alt_grad_through_prefix.", gradients(m, m.reca_loss(**tensors, prefix_grad=True)), out)
+    losses, w = m(clip_batch(m) | {"recon": tensors}), golden()[0]["loss_coefficients"]["reca"]
+    total = w["recon"] * losses["recon"] + w["mmu"] * losses["i2t"] + w["t2i"] * losses["t2i"]
+    for name, got in (("loss_mmu", losses["i2t"]), ("loss_t2i", losses["t2i"]), ("loss_total", total)):
+        r.check(name, got, out[name])
+    check_gradients(r, "total.", gradients(m, total), out)
+    r.done()
+
+
+@pytest.mark.parametrize("name", ["resize", "resize_back"])
+def test_reca_vq(name):
+    r, m, given = Report(), model(False), case("reca_vq", "in")
+    out = {k[len(name) + 1:]: v for k, v in case("reca_vq").items() if k.startswith(name + ".")}
+    if not out:
+        pytest.skip(f"no case reca_vq.out.{name} in {GOLDEN}")
+    c = m.config
+    c.reca_resize_back = name == "resize_back"
+    r.check("understanding_pixels", m.shrunken(given["pixels"]), out["understanding_pixels"])
+    frozen = m.precompute(given["pixels"], "reca")
+    c.reca_resize_back = False
+    texts = lists(given["text"])
+    ids, n = padded([reca_prompt(t, c) for t in texts], c, c.max_request)
+    image, labels = mask_codes(frozen["codes"], given["u"], given["r"], c)
+    N = image.shape[1]
+    context, layout = m.reca_context(ids, n, N, small_codes=frozen["small_codes"])
+    row = torch.cat([ids[:, :2], frozen["small_codes"] + c.image_offset, ids[:, 2:]], 1)
+    r.check("ids", read(target_ids(image, row, c), layout), out["ids"])
+    r.check("labels", labels, out["labels"][:, -N - 1:-1])
+    r.check("allow", dense(layout, len(ids)), out["allow"])
+    r.check("logits_image", m.logits(m.showo.model(m.with_target(image, context), layout, slice(1, N + 1))), out["logits_image"])
+    loss = m.reca_loss(ids=ids, lengths=n, u=given["u"], r=given["r"], **frozen)
+    r.check("loss_recon", loss, out["loss_recon"])
+    check_gradients(r, "", gradients(m, loss), out)
+    r.done()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# samplers
+
+
+@pytest.mark.parametrize("name", ["sample_cfg", "sample_nocfg", "sample_inpaint"])
+def test_sampler(name):
+    given, out, r, m = case(name, "in"), case(name), Report(), model(False)
+    settings, c, N = golden()[0]["samples"][name], m.config, m.image_tokens
+    prompts, image = split_t2i(given["input_ids"], c, N)
+    if settings["guidance_scale"] > 0:
+        prompts += split_t2i(given["uncond_ids"], c, N)[0]
+    trace = []
+    context = m.t2i_context(*padded(prompts, c), N)
+    codes = m.paint(*context, image, settings["guidance_scale"], settings["timesteps"], settings["temperature"], exponential=given["exponential"],
+                    gumbel_u=given["gumbel_u"], trace=trace)
+    stack = lambda key: torch.stack([t[key] for t in trace])
+    r.check("step0_raw_logits", m.logits(trace[0]["hidden"]), out["step0_raw_logits"])
+    r.check("temperature", torch.tensor([t["temperature"] for t in trace]), out["temperature"])
+    r.check("mask_len", stack("count"), out["mask_len"].long())
+    r.check("masking", stack("masked"), out["masking"])
+    known = out["confidence"] > 1e30  # float max stands for "already known"
+    r.check("confidence, known", stack("confidence") > 1e30, known)
+    r.check("confidence", stack("confidence").masked_fill(known, 0), out["confidence"].masked_fill(known, 0))
+    r.check("tokens", codes, out["tokens"])
+    ids, n = padded([p for p in prompts[:len(image)]], c, c.max_prompt)
+    r.check("final_input_ids", read(target_ids(trace[-1]["image"], ids, c), t2i_layout(n, c.max_prompt, N, c.max_prompt)), out["final_input_ids"])
+    r.done()
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_understanding(clip):
+    """Greedy decoding with a cache, against the published tokens and against full forwards without a cache."""
+    name = "mmu_clip" if clip else "mmu"
+    given, out, r, m = case(name, "in"), case(name), Report(), model(clip)
+    if clip:
+        x, layout = m.mmu_context(given["text_ids"], features=m.clip(given["clip_pixels"]))
+    else:
+        ids, N = given["input_ids"], m.image_tokens
+        x, layout = m.mmu_context(torch.cat([ids[:, :2], ids[:, N + 2:]], 1), codes=ids[:, 2:N + 2] - m.config.image_offset)
+    r.check("prompt_logits", read(m.logits(m.showo.model(x, layout)), layout), out["prompt_logits"])
+    n = out["tokens"].numel()
+    tokens = m.write(x, layout, torch.tensor([x.shape[1]]), n)
+    r.check("tokens", tokens.flatten(), out["tokens"].flatten())
+    plain = []
+    for _ in range(n):  # the new row of the mask copies the last one and adds itself
+        new = m.logits(m.showo.model(x, layout)[:, -1:]).argmax(-1)
+        plain.append(new)
+        T = x.shape[1]
+        x = torch.cat([x, m.embed(new)], 1)
+        layout = Layout(*(torch.cat([t, torch.tensor([[v]])], 1) for t, v in zip(layout, (T, 0, T + 1))))
+    r.check("tokens without a cache", torch.cat(plain, 1).flatten(), out["tokens"].flatten())
+    r.done()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# published keys
+
+
+@pytest.mark.parametrize("name, config", [
+    ("show-o", "show-o-256"), ("show-o-512x512", "show-o-512"), ("show-o-512x512-wo-llava-tuning", "show-o-512"), ("show-o-w-clip-vit", "show-o-clip-256"),
+    ("show-o-w-clip-vit-512x512", "show-o-clip-512"), ("reca-show-o", "show-o-clip-256"), ("reca-show-o-512x512", "show-o-clip-512"),
+    ("magvitv2", "show-o-256"), ("clip-vit-large-patch14-336.vision", "show-o-clip-512")])
+def test_keys(name, config):
+    """A published file has exactly the names and shapes of our modules."""
+    with gzip.open(os.path.join(HERE, "golden", "keys", "showo.json.gz")) as f:
+        stored = json.load(f)
+    want = {k: tuple(v) for k, v in stored["keys"][stored["same_as"][name]].items()}
+    with torch.device("meta"):
+        state = ShowO(CONFIGS[config]).state_dict()
+    prefix = {"magvitv2": "vq.", "clip-vit-large-patch14-336.vision": "clip."}.get(name, "")
+    if prefix:
+        got = {k.removeprefix(prefix): tuple(v.shape) for k, v in state.items() if k.startswith(prefix)}
+    else:
+        got = {k: tuple(v.shape) for k, v in state.items() if not k.startswith(("vq.", "clip."))}
+    assert got == want
