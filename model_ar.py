@@ -1,18 +1,18 @@
-"""Show-o (`--arch ar`): one transformer that writes text from left to right and paints pictures by filling in masked image codes.
+"""Show-o: one transformer that writes text from left to right and paints pictures by filling in masked image codes. RecA: arXiv 2509.07295.
 
 A phi-1.5 decoder reads text ids and the integer codes of an image tokenizer (MAGVIT-v2) from ONE vocabulary. Text is learned by next-token
-prediction, pictures by mask prediction as in MaskGIT: some codes are replaced by a mask id, and the position of a mask predicts its own code.
-What differs from a textbook decoder: attention and MLP side by side behind one LayerNorm; a LayerNorm per head on queries and keys before the
-rotation; only the first half of each head is rotated; biases everywhere; an untied head with a bias. Pictures are understood through CLIP
-features and an MLP (`show-o-clip-*`, `tiny`) or through their own codes (`show-o-*`).
+prediction, pictures by mask prediction as in MaskGIT: some codes are replaced by a mask id, and the place of a mask predicts its own code.
+How it differs from a textbook decoder: attention and MLP side by side behind one LayerNorm; a LayerNorm per head on queries and keys before
+the rotation; only the first half of each head is rotated; biases everywhere; an untied head with a bias. Pictures are understood through
+CLIP features and a two-layer MLP (`show-o-clip-*`, `tiny`), or through their own codes (`show-o-*`).
 
-RecA (arXiv 2509.07295) for it: [mmu][soi] CLIP features [eoi] "describe this image" [soi] masked codes of the SAME picture [eoi], cross entropy on
-the masked codes. See `ShowO.reca_loss`.
+RecA (`ShowO.reca_loss`): [mmu][soi] CLIP features [eoi] "describe this image" [soi] masked codes of the SAME picture [eoi], with cross
+entropy on the masked codes. No captions.
 
-MEMORY ORDER. Rows are not stored in the order in which they are read. With positions given explicitly the order is free, and the order
-    [ target image: eoi, codes, soi ][ CLIP features ][ text, right-padded ]
-makes every mask of the model an interval of keys [lo, hi) per query, for `custom_kernels.attention`, and puts whatever a loss reads in fixed
-slots. The published rows pad the text on the left or in the middle; those pads are dropped here, and positions still count them.
+Memory order. Positions are given explicitly, so the order in which a row is stored is free, and this one
+    [ target picture: eoi, codes, soi | CLIP features | text, right-padded ]
+makes every mask of the model an interval of keys [lo, hi) per query (`custom_kernels.attention`) and puts what a loss reads into fixed
+slots. The published rows pad the text on the left or in the middle: those pads are dropped here, and the positions still count them.
 """
 import math
 from dataclasses import dataclass, field
@@ -59,23 +59,23 @@ class ShowOConfig:
     clip_mean: tuple = CLIP_MEAN  # of the image-to-text flow only: RecA feeds CLIP the plain [-1, 1] pixels
     clip_std: tuple = CLIP_STD
     train_clip: bool = False  # in the base stage; in all others CLIP is frozen
-    # text: longest rows in ids, template words
-    max_prompt: int = 129  # text-to-image: [t2i] bos text eos
-    max_dialogue: int = 381  # image-to-text: what follows the picture
-    max_request: int = 128  # RecA: [mmu][soi][eoi] bos text eos; with CLIP the target image starts at a fixed position behind so many
+    # text: template words, longest rows in ids
     system_prompt: str = SYSTEM_PROMPT
     user: str = "USER:"
     assistant: str = "ASSISTANT:"
+    max_prompt: int = 129  # text-to-image: [t2i] bos text eos
+    max_dialogue: int = 381  # image-to-text: what follows the picture
+    max_request: int = 128  # RecA: [mmu][soi][eoi] bos text eos and pads, behind which the target picture always starts at the same place
     # RecA
-    prefix_grad: bool = False  # CLIP variant: let the loss reach projector and embeddings (the published code builds the row under no_grad)
-    reca_down_scale: int = 2  # VQ variant: how much smaller the copy is whose codes are the context ...
+    prefix_grad: bool = False  # CLIP variant: let the loss reach projector and embeddings (published: the row is built under no_grad)
+    reca_down_scale: int = 2  # VQ variant: how much smaller the copy is whose codes are the context,
     reca_resize_back: bool = False  # ... and whether it is enlarged again before encoding (a blur)
     # samplers
-    cfg: float = 6.0  # logits = uncond + cfg * (cond - uncond); the published guidance g is cfg - 1
-    steps: int = 50
-    reca_steps: int = 30
+    cfg: float = 6.0  # logits = uncond + cfg * (cond - uncond): the published guidance g is cfg - 1
+    mask_steps: int = 50
+    reca_steps: int = 30  # reconstruction and editing
 
-    # Special ids follow the text ids; of the ten, four are used. [PAD] is the first of them.
+    # Four of the ten special ids are used here. [PAD] is the first of them, then come <|soi|>, <|eoi|>, two of video, <|t2i|>, <|mmu|>.
     pad = property(lambda c: c.text_vocab)
     soi = property(lambda c: c.text_vocab + 1)  # start of image
     eoi = property(lambda c: c.text_vocab + 2)  # end of image
@@ -87,11 +87,12 @@ class ShowOConfig:
 
 
 CONFIGS = {
-    # 48x48 pictures of the shape world: 9 codes of 10 bits, 9 CLIP tokens; 2M parameters with both encoders. No system prompt and shorter
-    # template words, because at this size a text token costs as much as an image token.
-    "tiny": ShowOConfig(hidden_size=128, num_layers=4, num_heads=4, intermediate_size=512, text_vocab=1024, eos=1018, codebook_size=1024, image_size=48,
-                        vq=TOKENIZERS["tiny-lfq"], clip=VISION_ENCODERS["tiny-clip"], clip_mean=(0.5,) * 3, clip_std=(0.5,) * 3, train_clip=True,
-                        max_prompt=48, max_dialogue=96, max_request=40, system_prompt="", user="Question:", assistant="Answer:", cfg=3.0, steps=6, reca_steps=6),
+    # 48x48 pictures of the shape world: 9 codes of 10 bits, 9 CLIP tokens. No system prompt and template words that are one token each,
+    # because at this size a text token costs as much as an image token.
+    "tiny": ShowOConfig(
+        hidden_size=128, num_layers=4, num_heads=4, intermediate_size=512, text_vocab=1024, eos=1018, codebook_size=1024, image_size=48,
+        vq=TOKENIZERS["tiny-lfq"], clip=VISION_ENCODERS["tiny-clip"], clip_mean=(0.5,) * 3, clip_std=(0.5,) * 3, train_clip=True,
+        system_prompt="", user="Question:", assistant="Answer:", max_prompt=40, max_dialogue=56, max_request=32, cfg=3.0, mask_steps=6, reca_steps=6),
     "show-o-256": ShowOConfig(w_clip_vit=False, system_prompt="", max_request=384),
     "show-o-512": ShowOConfig(w_clip_vit=False, system_prompt="", max_request=384, image_size=512, reca_steps=20),
     "show-o-clip-256": ShowOConfig(max_dialogue=228),
@@ -100,11 +101,11 @@ CONFIGS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# blocks (module names are the published keys)
+# blocks
 
 
 def rotate(x, rope):
-    """x (B, T, heads, d), rope = cos and sin (B or 1, T, 1, r/2): turns the pairs (i, i + r/2) of the first r dimensions, leaves the others."""
+    """x (B, T, heads, d), rope = cos, sin (B or 1, T, 1, r/2): turns the pairs (i, i + r/2) of the first r dimensions, leaves the others."""
     cos, sin = rope
     half = cos.shape[-1]
     a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
@@ -163,6 +164,9 @@ class Layout(NamedTuple):
     lo: torch.Tensor  # slot i sees the slots [lo, hi)
     hi: torch.Tensor
 
+    def part(self, slots):
+        return Layout(*(t[:, slots] for t in self))
+
 
 class Backbone(nn.Module):
     def __init__(self, c):
@@ -173,18 +177,18 @@ class Backbone(nn.Module):
         self.final_layernorm = nn.LayerNorm(c.hidden_size, eps=c.norm_eps)
 
     def forward(self, x, layout, read=slice(None), cache=None, slots=None):
-        """Embeddings x (B, T, D) -> hidden states of the slots `read` after the final norm. With a cache (inference) keys and values are written to its
-        `slots` (B, T), and lo, hi count cache slots."""
+        """Embeddings x (B, T, D) -> hidden states of the slots `read` (a slice) after the final norm. With a cache (inference) the keys and values
+        are written to its `slots` (B, T), and the layout's lo and hi count cache slots."""
         frequency = self.theta ** (-torch.arange(0, self.rotary_dim, 2, device=x.device).float() / self.rotary_dim)
         angle = (layout.positions[..., None].float() * frequency)[:, :, None]  # (B or 1, T, 1, r/2)
         rope = angle.cos(), angle.sin()
         num_keys = x.shape[1] if cache is None else cache[0].shape[2]
         plan = attention_plan(layout.lo, layout.hi, num_keys)
         for i, layer in enumerate(self.layers):
-            last = {} if cache is None else {"cache": cache[i], "slots": slots}
+            more = {} if cache is None else {"cache": cache[i], "slots": slots}
             if i == len(self.layers) - 1 and read != slice(None):  # nobody attends to the last layer's output: compute what is asked for
-                plan, last["read"] = attention_plan(layout.lo[:, read], layout.hi[:, read], num_keys), read
-            x = layer(x, rope, plan, **last)
+                more["read"], plan = read, attention_plan(*layout.part(read)[1:], num_keys)
+            x = layer(x, rope, plan, **more)
         return self.final_layernorm(x)
 
 
@@ -218,68 +222,79 @@ def reca_prompt(text, c):
 
 
 def pad_rows(rows, fill, length, device=None):
-    """Lists of ids -> (B, length) int64, right-padded with `fill`."""
-    if max(map(len, rows)) > length:
-        raise ValueError(f"a prompt of {max(map(len, rows))} ids does not fit into {length}: shorten the text, or raise pad_to / the config's max_* field")
+    """Lists of ids -> (B, length) int64, right-padded with `fill`. Raises ValueError if one is longer."""
+    longest = max(map(len, rows))
+    if longest > length:
+        raise ValueError(f"a prompt of {longest} ids does not fit into {length}: shorten the text, or raise pad_to or the config's max_ field")
     return torch.tensor([[*r, *[fill] * (length - len(r))] for r in rows], device=device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# masks: (positions, lo, hi) in memory order, each (B or 1, T). n (B,) = ids of each row that are no pads, T = ids with pads, N = image codes.
+# masks. n (B,) = ids of each row that are no pads, T = ids with pads, N = image codes of the target, A = slots of the picture in the context.
+# Each line of a layout is one stretch of memory: where its slots stand in the published row, then which slots [lo, hi) they see.
 
 
-def _slots(rows, *parts):
-    return torch.cat([p.expand(rows, -1) for p in parts], dim=1)
-
-
-def _target(start, N, device):
-    """Positions of the slots [eoi, N codes, soi] of a target image whose soi stands at `start`."""
-    i = torch.arange(N + 2, device=device)[None]
-    return start + torch.where(i == 0, N + 1, i % (N + 1))
+def make_layout(rows, *stretches):
+    """Stretches (positions (rows or 1, k), lo, hi), one behind the other -> Layout; lo and hi are ints or (rows or 1, k or 1)."""
+    full = lambda v, like: (v if torch.is_tensor(v) else torch.full((1, 1), v, device=like.device)).expand(rows, like.shape[1])
+    return Layout(*(torch.cat([full(s[i], s[0]) for s in stretches], dim=1) for i in range(3)))
 
 
 def t2i_layout(n, T, N, start):
-    """Text-to-image; published order PAD.. text | soi codes eoi, with soi at `start`. Text is causal; soi, codes and eoi see everything but pads.
-    (Pads, which nobody reads, see the pads before them: so the published masks are met exactly.)"""
-    n, j, S = n[:, None], torch.arange(T, device=n.device)[None], N + 2
-    text, target = j < n, torch.zeros(1, S, dtype=torch.long, device=n.device)
-    return Layout(_slots(len(n), _target(start, N, n.device), torch.where(text, start - n + j, j - n)),
-                  _slots(len(n), target, torch.where(text, S, S + n)),
-                  _slots(len(n), target + S + n, S + 1 + j))
+    """Text-to-image; published order PAD.. text [soi] codes [eoi], soi at the place `start`. Text is causal; soi, codes, eoi see all but pads.
+    (Pads, which nobody reads, see the pads before them: so the published masks are met to the last entry. Likewise below.)"""
+    n, j, i, S = n[:, None], torch.arange(T, device=n.device)[None], torch.arange(N + 2, device=n.device)[None], N + 2
+    text = j < n
+    return make_layout(len(n),
+                       (start + torch.where(i == 0, N + 1, i % (N + 1)), 0, S + n),  # eoi, codes, soi
+                       (torch.where(text, start - n + j, j - n), torch.where(text, S, S + n), S + 1 + j))  # text, pads
 
 
-def reca_clip_layout(n, T, N, num_features, block):
-    """RecA with CLIP; published order mmu soi | features | eoi bos text eos PAD.. | soi codes eoi, where ids and pads fill `block` places. Everything is
-    causal, and besides: all see the features, the codes see each other (but not the closing eoi), nobody sees a pad."""
-    n, j, S, A = n[:, None], torch.arange(T, device=n.device)[None], N + 2, num_features
-    zero, end = torch.zeros_like(n), S + A + n
-    return Layout(_slots(len(n), _target(A + block, N, n.device), 2 + torch.arange(A, device=n.device)[None], torch.where(j < 2, j, j + A)),
-                  _slots(len(n), zero, (zero + 1).expand(-1, N), zero + N + 1, (zero + S).expand(-1, A + T)),
-                  _slots(len(n), end.expand(-1, S), (zero + S + A + 2).expand(-1, A), torch.minimum(S + A + 1 + j, end)))
+def reca_clip_layout(n, T, N, A, block):
+    """RecA with CLIP; published order [mmu][soi] features [eoi] bos text eos PAD.. [soi] codes [eoi]; ids and pads take `block` places. All is
+    causal, and besides: everybody sees the features, codes see each other but not the closing eoi, nobody sees a pad."""
+    n, j, i, S = n[:, None], torch.arange(T, device=n.device)[None], torch.arange(N, device=n.device)[None], N + 2
+    end, start = S + A + n, A + block
+    return make_layout(len(n),
+                       (start + N + 1 + i[:, :1], 0, end),  # eoi
+                       (start + 1 + i, 1, end),  # codes
+                       (start + i[:, :1], N + 1, end),  # soi
+                       (2 + torch.arange(A, device=n.device)[None], S, S + A + 2),  # features: see themselves, mmu and soi
+                       (torch.where(j < 2, j, j + A), S, torch.minimum(S + A + 1 + j, end)))  # ids, pads
 
 
-def reca_vq_layout(n, T, N, given, limit):
-    """RecA with image codes as context; published order PAD.. mmu soi given eoi | bos text eos | soi codes eoi; eos stands at the place given + limit - 1.
-    T and n count the three ids around the given codes. mmu and text are causal; soi, given codes, eoi see all from mmu to eoi; the target sees all but pads."""
-    n, j, S, A = n[:, None] - 3, torch.arange(T - 3, device=n.device)[None], N + 2, given + 3
-    context, text, target = torch.arange(A, device=n.device)[None], j < n, torch.zeros(1, S, dtype=torch.long, device=n.device)
-    pads = limit - 3 - n
-    return Layout(_slots(len(n), _target(given + limit, N, n.device), pads + context, torch.where(text, pads + A + j, j - n)),
-                  _slots(len(n), target, torch.full_like(context, S), torch.where(text, S, S + A + n)),
-                  _slots(len(n), target + S + A + n, torch.where(context == 0, S + 1, S + A), S + A + 1 + j))
+def reca_vq_layout(n, T, N, A, limit):
+    """RecA with image codes as context; published order PAD.. [mmu][soi] given codes [eoi] bos text eos [soi] codes [eoi]; given codes, ids and
+    pads take A + limit places. mmu and text are causal; soi, given codes, eoi see all from mmu to eoi; the target sees all but pads."""
+    n, j, i, S = n[:, None] - 3, torch.arange(T - 3, device=n.device)[None], torch.arange(N + 2, device=n.device)[None], N + 2
+    text, given, pads, C = j < n, torch.arange(A + 3, device=n.device)[None], limit - 3 - n, A + 3
+    return make_layout(len(n),
+                       (A + limit + torch.where(i == 0, N + 1, i % (N + 1)), 0, S + C + n),  # eoi, codes, soi
+                       (pads + given, S, torch.where(given == 0, S + 1, S + C)),  # mmu, soi, given codes, eoi
+                       (torch.where(text, pads + C + j, j - n), torch.where(text, S, S + C + n), S + C + 1 + j))  # text, pads
 
 
-def mmu_clip_layout(T, num_features, before, device=None):
-    """Image-to-text with CLIP; published order: `before` ids (mmu, system, soi) | features | eoi and chat, right-padded. Causal, and all see the features."""
-    j, A = torch.arange(T, device=device), num_features
-    hi = torch.cat([torch.full((A,), A + before, device=device), A + 1 + j])
-    return Layout(torch.cat([before + torch.arange(A, device=device), torch.where(j < before, j, j + A)])[None], torch.zeros_like(hi)[None], hi[None])
+def mmu_clip_layout(T, A, before, device=None):
+    """Image-to-text with CLIP; published order: `before` ids (mmu, system, soi), features, eoi, chat, right-padded. Causal; all see the features."""
+    j = torch.arange(T, device=device)[None]
+    return make_layout(1, (before + torch.arange(A, device=device)[None], 0, A + before), (torch.where(j < before, j, j + A), 0, A + 1 + j))
 
 
 def causal_layout(T, seen_by_all=0, device=None):
     """Text alone; or image-to-text from codes, where all see the first `seen_by_all` places: mmu, soi, codes, eoi."""
-    i = torch.arange(T, device=device)
-    return Layout(i[None], torch.zeros_like(i)[None], (i + 1).clamp(min=seen_by_all)[None])
+    j = torch.arange(T, device=device)[None]
+    return make_layout(1, (j, 0, (j + 1).clamp(min=seen_by_all)))
+
+
+def stack_rows(a, b):
+    """Two batches of (embeddings, layout) as one [a; b]; the shorter ones get slots at their end that nobody sees."""
+    length = max(a[0].shape[1], b[0].shape[1])
+
+    def pad(x, layout):
+        extra = length - x.shape[1]
+        return [F.pad(x, (0, 0, 0, extra)), *(F.pad(t.expand(len(x), -1), (0, extra)) for t in layout)]
+    x, *layout = (torch.cat(pair) for pair in zip(pad(*a), pad(*b)))
+    return x, Layout(*layout)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,23 +302,16 @@ def causal_layout(T, seen_by_all=0, device=None):
 
 
 def mask_ratio(t):
-    """Share of codes that are masked at time t in [0, 1]: cosine schedule, in training t ~ U(0, 1), in sampling t = steps done / steps."""
+    """Share of codes that are masked at time t in [0, 1], a cosine; in training t ~ U(0, 1), in sampling t = steps done / steps."""
     return torch.cos(t * math.pi * 0.5).clamp(min=0)
 
 
 def mask_codes(codes, u, r, c):
-    """codes (B, N), u (B,) and r (B, N) uniform in [0, 1) -> input ids and labels (B, N). Masked: the places whose entry in argsort(r) is below
-    max(1, round(N * mask_ratio(u))), a uniformly random subset."""
-    count = (codes.shape[1] * mask_ratio(u)).round().clamp(min=1)  # round half to even
+    """codes (B, N), u (B,) and r (B, N) uniform in [0, 1) -> input ids and labels (B, N). Masked are the places where argsort(r) is below
+    max(1, round(N * mask_ratio(u))): a uniformly random subset."""
+    count = (codes.shape[1] * mask_ratio(u)).round().clamp(min=1)  # rounds half to even
     masked, ids = r.argsort(dim=1) < count[:, None], codes + c.image_offset
     return ids.masked_fill(masked, c.mask_id), ids.masked_fill(~masked, IGNORE)
-
-
-def learning_rate_factor(step, max_steps, warmup=1000):
-    """The published schedule of RecA as a factor on the rate: linear from 0, then half a cosine to 0 at max_steps."""
-    if step < warmup:
-        return step / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / (max_steps - warmup))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,35 +319,37 @@ def learning_rate_factor(step, max_steps, warmup=1000):
 
 
 class ShowO(nn.Module):
-    """config: ShowOConfig; tokenizer: text tokenizer (encode_ordinary, decode, eos), needed only where text goes in or out as a string."""
+    """config: ShowOConfig; tokenizer: a text tokenizer (encode_ordinary, decode, eos, vocab_size), needed only where text is a string."""
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
-        self.config = c = config
-        self.tokenizer = tokenizer
+        self.config, self.tokenizer = config, tokenizer
+        c = config
         if tokenizer is not None and (tokenizer.eos != c.eos or tokenizer.vocab_size > c.text_vocab):
-            raise ValueError(f"text tokenizer: {tokenizer.vocab_size} ids with <|endoftext|> {tokenizer.eos}, but the config expects at most {c.text_vocab} ids "
-                             f"with <|endoftext|> {c.eos}: give the tokenizer that the model was trained with (--text-tokenizer)")
-        self.system_ids = self._encode(c.system_prompt) if tokenizer is not None and c.system_prompt else []
+            raise ValueError(f"text tokenizer with {tokenizer.vocab_size} ids, <|endoftext|> {tokenizer.eos}; expected at most {c.text_vocab} ids, "
+                             f"<|endoftext|> {c.eos}: give the one that the model was trained with (--text-tokenizer)")
+        self.system_ids = self.encode(c.system_prompt) if tokenizer is not None and c.system_prompt else []
         self.showo = nn.Module()
         self.showo.model, self.showo.lm_head = Backbone(c), nn.Linear(c.hidden_size, c.vocab_size)
         if c.w_clip_vit:
             self.mm_projector = nn.Sequential(nn.Linear(c.clip.width, c.hidden_size), nn.GELU(), nn.Linear(c.hidden_size, c.hidden_size))
             self.clip = CLIPVision(c.clip)
-        self.vq = LFQTokenizer(c.vq)
+        self.vq = LFQTokenizer(c.vq).requires_grad_(False)  # always frozen
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """From scratch: N(0, 0.02), zero biases; what writes into the residual stream starts smaller, so that its scale does not grow with depth."""
+        """From scratch: N(0, 0.02), zero biases. What writes into the residual stream starts smaller, so that its scale does not grow with depth."""
         for name, p in self.showo.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif p.dim() == 2:
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.num_layers) if name.endswith(("dense.weight", "fc2.weight")) else 0.02)
+            elif p.ndim == 2:
+                out = name.endswith(("dense.weight", "fc2.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.num_layers) if out else 0.02)
 
     def trainable_parameters(self, stage):
-        """Sets requires_grad everywhere; returns [(name, parameter)] of what trains in `stage` (base, sft, reca). The image tokenizer never does."""
+        """stage base | sft | reca -> [(name, parameter)] to train, and sets requires_grad: all but the image tokenizer and CLIP. A CLIP that did
+        not come pre-trained (config.train_clip) learns in the base stage."""
         if stage not in ("base", "sft", "reca"):
             raise ValueError(f"stage {stage!r}: expected base, sft or reca")
         frozen = ("vq.",) if stage == "base" and self.config.train_clip else ("vq.", "clip.")
@@ -348,24 +358,20 @@ class ShowO(nn.Module):
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
     def no_decay(self, name, p):
-        """The published recipe exempts biases only: LayerNorm weights and embeddings are decayed."""
+        """The published recipe exempts biases only: LayerNorm weights and embeddings do decay."""
         return "bias" in name
 
+    @staticmethod
+    def learning_rate_factor(step, max_steps, warmup=1000):
+        """The published schedule, as a factor on the learning rate: linear from 0, then half a cosine to 0 at max_steps."""
+        return step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / (max_steps - warmup))))
+
     def target_count(self, part, tensors):
-        """How many labels a batch of the part has in its loss, 0-dim: what "count" is made from where a batch is spread over processes."""
+        """How many labels a batch of this part has in its loss, 0-dim: what "count" is made of where a batch is spread over processes."""
         if "labels" in tensors:
             return (tensors["labels"][:, 1:] != IGNORE).sum().float()
-        masked = mask_codes(tensors["codes"], tensors["u"], tensors["r"], self.config)[1] != IGNORE
-        return (masked.sum() + (2 * len(masked) if part == "t2i" else 0)).float()
-
-    def flops_per_sample(self, part):
-        """Floating point operations of forward + backward of one sample, with the text at its maximal length."""
-        c, N = self.config, self.image_tokens
-        context = self.clip.num_tokens if c.w_clip_vit else N // (1 if c.reca_resize_back else c.reca_down_scale ** 2)
-        tokens = {"t2i": c.max_prompt + N + 2, "i2t": c.max_dialogue + (context if c.w_clip_vit else N) + 3, "text": c.max_dialogue}.get(part, c.max_request + context + N + 2)
-        read = c.max_dialogue if part in ("i2t", "text") else N
-        block = 4 * c.hidden_size ** 2 + 2 * c.hidden_size * c.intermediate_size
-        return 6.0 * (tokens * c.num_layers * (block + tokens * c.hidden_size) + read * c.hidden_size * c.vocab_size)
+        labels = mask_codes(tensors["codes"], tensors["u"], tensors["r"], self.config)[1]
+        return (labels != IGNORE).sum().float() + (2 * len(labels) if part == "t2i" else 0)
 
     # ---- data side
 
@@ -378,82 +384,93 @@ class ShowO(nn.Module):
         return (self.config.image_size // self.vq.stride) ** 2
 
     def preprocess(self, image, purpose):
-        """PIL image -> (3, H, W) in [-1, 1], sized as published: for "understand" and "generate" cropped to the central square, else ("recon", "edit")
-        squashed to a square."""
+        """PIL image -> (3, H, W) in [-1, 1], sized as published: for "understand" and "generate" cropped to the central square, for all else
+        ("recon", "edit") squashed to a square."""
         c = self.config
         if purpose == "understand" and c.w_clip_vit:
             mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-            return (clip_pixels(image, c.clip.image_size) * std + mean) * 2 - 1  # CLIP's normalisation follows in clip_features
+            return (clip_pixels(image, c.clip.image_size) * std + mean) * 2 - 1  # clip_features normalises
         return magvit_pixels(image, c.image_size) if purpose in ("understand", "generate") else square_pixels(image, c.image_size)
 
     def clip_features(self, images, chat=False):
-        """images (B, 3, H, W) in [-1, 1] -> (B, tokens, width). RecA: bilinear to CLIP's size, pixels as they are. chat: with CLIP's mean and deviation."""
-        c, size = self.config, self.config.clip.image_size
-        if images.shape[2:] != (size, size):
-            images = F.interpolate(images, (size, size), mode="bicubic" if chat else "bilinear", align_corners=False, antialias=chat)
+        """images (B, 3, H, W) in [-1, 1] -> (B, A, width). RecA: bilinear to CLIP's size, pixels as they are; chat: CLIP's mean and deviation."""
+        c, size = self.config, (self.config.clip.image_size,) * 2
+        if images.shape[2:] != size:
+            images = F.interpolate(images, size, mode="bicubic" if chat else "bilinear", align_corners=False, antialias=chat)
         if chat:
             mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (c.clip_mean, c.clip_std))
             images = (images * 0.5 + 0.5 - mean) / std
         return self.clip(images.to(self.mm_projector[0].weight.dtype))
 
     def shrunken(self, images):
-        """The degraded copy whose codes are RecA's context in the VQ variant: an information bottleneck."""
-        H, W = images.shape[2:]
-        small = F.interpolate(images, (H // self.config.reca_down_scale, W // self.config.reca_down_scale), mode="bilinear", align_corners=False)
-        return F.interpolate(small, (H, W), mode="bilinear", align_corners=False) if self.config.reca_resize_back else small
+        """The degraded copy whose codes are RecA's context in the VQ variant: an information bottleneck, or the model learns to copy."""
+        c, (H, W) = self.config, images.shape[2:]
+        small = F.interpolate(images, (H // c.reca_down_scale, W // c.reca_down_scale), mode="bilinear", align_corners=False)
+        return F.interpolate(small, (H, W), mode="bilinear", align_corners=False) if c.reca_resize_back else small
 
     @torch.no_grad()
     def precompute(self, images, stage="base"):
-        """images (N, 3, H, W) in [-1, 1] -> all that is frozen in `stage`, leading dim N: codes (N, n) int64, and what the picture is understood from: pixels
-        (uint8, where CLIP trains), features (and chat_features, where the two flows normalise differently), or small_codes."""
+        """images (B, 3, H, W) in [-1, 1] -> all that is frozen in the stage: codes (B, N) int64, and what a picture is understood from: pixels
+        (uint8, where CLIP trains), features (and chat_features, where the two flows normalise differently) (B, A, width), or small_codes (B, A)."""
         c = self.config
-        with torch.autocast(images.device.type, enabled=False):  # a code is a sign: rounding flips it
+        with torch.autocast(images.device.type, enabled=False):  # a code is made of signs: rounding would flip some
             out = {"codes": self.vq.encode(images.float()).flatten(1)}
             if not c.w_clip_vit:
-                return out | {"small_codes": self.vq.encode(self.shrunken(images.float())).flatten(1)}
-            if stage == "base" and c.train_clip:
-                return out | {"pixels": ((images + 1) * 127.5).round().clamp(0, 255).byte()}
-            out["features"] = self.clip_features(images)
-            if set(c.clip_mean + c.clip_std) != {0.5}:
-                out["chat_features"] = self.clip_features(images, chat=True)
+                out["small_codes"] = self.vq.encode(self.shrunken(images.float())).flatten(1)
+            elif stage == "base" and c.train_clip:
+                out["pixels"] = ((images + 1) * 127.5).round().clamp(0, 255).byte()
+            else:
+                out["features"] = self.clip_features(images)
+                if set(c.clip_mean + c.clip_std) != {0.5}:
+                    out["chat_features"] = self.clip_features(images, chat=True)
         return out
 
-    def _encode(self, text):
+    @torch.no_grad()
+    def decode_codes(self, codes):
+        """codes (B, h, w) -> images (B, 3, H, W) in [-1, 1]."""
+        return self.vq.decode(codes).clamp(-1, 1)
+
+    def encode(self, text):
         if self.tokenizer is None:
-            raise ValueError("this model was built without a text tokenizer: pass tokenizer= (data.load_tokenizer)")
+            raise ValueError("this model was built without a text tokenizer: pass tokenizer=data.load_tokenizer(...)")
         return self.tokenizer.encode_ordinary(text)
 
-    def chat_ids(self, question, answer=None):
-        """`USER: q ASSISTANT: a<eos>` -> ids, labels; labels are IGNORE up to and including `ASSISTANT:`. Without an answer: the ids to continue."""
-        c = self.config
-        ids = self._encode(f"{c.user} {question} {c.assistant}")
-        if answer is None:
-            return ids
-        reply = [*self._encode(" " + answer.strip()), c.eos]
+    def dialogue(self, question, answer=None):
+        """`USER: question ASSISTANT: answer<eos>` -> ids, labels, IGNORE up to and including `ASSISTANT:`. Without an answer: what is to be continued."""
+        ids = self.encode(f"{self.config.user} {question} {self.config.assistant}")
+        reply = [] if answer is None else [*self.encode(" " + answer.strip()), self.config.eos]
         return ids + reply, [IGNORE] * len(ids) + reply
 
-    def collate(self, part, samples, pad_to=None):
-        """Samples (dicts of strings) -> ids (B, T), right-padded, with labels (B, T) for i2t and text, lengths (B,) for the others. T = pad_to, or the
-        config's maximum. Captions and answers that are too long are cut; a request or instruction that does not fit raises ValueError."""
+    def prompt_ids(self, part, sample, limit=None):
+        """One sample -> ids and labels of its row, or ids and None. A dialogue of several turns comes as sample["turns"], [(question, answer)]."""
         c = self.config
         if part == "t2i":
-            limit = min(pad_to or c.max_prompt, c.max_prompt)
-            rows = [t2i_prompt(self._encode(s["caption"]), c, limit, s.get("drop", False)) for s in samples]
-        elif part in ("recon", "edit"):
-            limit, key = min(pad_to or c.max_request, c.max_request), "prompt" if part == "recon" else "instruction"
-            rows = [reca_prompt(self._encode(f"{c.user} \n {s[key]} {c.assistant}"), c) for s in samples]
-        else:
-            head = mmu_prompt((), c, self.system_ids) if part == "i2t" else [c.eos]
-            limit = min(pad_to or c.max_dialogue + len(head), c.max_dialogue + len(head))
-            chats = [self.chat_ids(s["question"].strip(), s["answer"]) for s in samples]
-            rows = [[*head, *ids][:limit] for ids, _ in chats]
-            labels = pad_rows([[*[IGNORE] * len(head), *labels][:limit] for _, labels in chats], IGNORE, limit if pad_to is None or pad_to else max(map(len, rows)))
-        limit = limit if pad_to is None or pad_to else max(map(len, rows))
-        ids = pad_rows(rows, c.pad, limit)
-        return {"ids": ids, "labels": labels} if part in ("i2t", "text") else {"ids": ids, "lengths": torch.tensor([len(r) for r in rows])}
+            return t2i_prompt(self.encode(sample["caption"]), c, limit, sample.get("drop", False)), None
+        if part in ("recon", "edit"):  # a request is never dropped: the published recipe has none
+            request = sample["prompt" if part == "recon" else "instruction"]
+            return reca_prompt(self.encode(f"{c.user} \n {request} {c.assistant}"), c), None
+        if part not in ("i2t", "text"):
+            raise ValueError(f"part {part!r}: expected recon, edit, t2i, i2t or text")
+        ids = mmu_prompt([], c, self.system_ids) if part == "i2t" else [c.eos]
+        labels = [IGNORE] * len(ids)
+        for question, answer in sample.get("turns") or [(sample["question"], sample["answer"])]:
+            turn = self.dialogue(question.strip(), answer)
+            ids, labels = ids + turn[0], labels + turn[1]
+        return ids[:limit], labels[:limit]
+
+    def collate(self, part, samples, pad_to=None):
+        """Samples (dicts) -> ids (B, T), right-padded to T = pad_to, or the config's maximum, or the longest row where pad_to is 0; with labels (B, T) for
+        i2t and text, lengths (B,) for the others. Captions and dialogues that are too long are cut; a request that is raises ValueError."""
+        c, dialogue = self.config, part in ("i2t", "text")
+        longest = c.max_dialogue + 3 + len(self.system_ids) if dialogue else c.max_prompt if part == "t2i" else c.max_request
+        limit = min(pad_to or longest, longest)
+        rows, labels = zip(*[self.prompt_ids(part, s, limit) for s in samples])
+        width = max(map(len, rows)) if pad_to == 0 else limit
+        out = {"ids": pad_rows(rows, c.pad, width)}
+        return out | ({"labels": pad_rows(labels, IGNORE, width)} if dialogue else {"lengths": torch.tensor([len(row) for row in rows])})
 
     def draw(self, part, generator, rate_generator=None):
-        """Randomness of one sample: u () decides how many codes are masked, r (n,) which. Nothing has to be equal within a batch."""
+        """Randomness of one sample, on the CPU: u () decides how many codes are masked, r (N,) which. Nothing has to be equal within a batch."""
         if part in ("i2t", "text"):
             return {}
         return {"u": torch.rand((), generator=generator), "r": torch.rand(self.image_tokens, generator=generator)}
@@ -461,13 +478,13 @@ class ShowO(nn.Module):
     # ---- losses
 
     def embed(self, *ids):
-        """Ids (B, n), and single ints for whole columns -> (B, T, D)."""
+        """Ids (B, k), or single ints for a whole column -> (B, T, D)."""
         rows = next(i for i in ids if torch.is_tensor(i))
         ids = [i if torch.is_tensor(i) else torch.full((len(rows), 1), i, device=rows.device) for i in ids]
         return self.showo.model.embed_tokens(torch.cat(ids, dim=1))
 
     def with_target(self, image, context):
-        """Puts the target image, ids (B, N), before the context: [eoi, codes, soi, context]."""
+        """Puts the target picture, ids (B, N), before the context (B, T, D): the slots are [eoi, N codes, soi, context]."""
         return torch.cat([self.embed(self.config.eoi, image, self.config.soi), context], dim=1)
 
     def project(self, features=None, pixels=None):
@@ -478,13 +495,13 @@ class ShowO(nn.Module):
             return self.mm_projector(features.to(self.mm_projector[0].weight.dtype))
 
     def cross_entropy(self, x, layout, read, labels, count=None):
-        """Runs the row and scores its slots `read` against labels (B, n), over the whole vocabulary: image codes as well as words. count: the
-        denominator, if it is not the number of labels that are not IGNORE."""
+        """Runs the rows and scores their slots `read` against labels (B, k), over the whole vocabulary: words as well as image codes. count: the
+        denominator, if it is not the number of labels."""
         hidden, head = self.showo.model(x, layout, read), self.showo.lm_head
         return linear_cross_entropy(hidden.flatten(0, 1), head.weight, labels.flatten(), bias=head.bias, ignore_index=IGNORE, count=count)
 
     def reca_context(self, ids, lengths, N, features=None, pixels=None, small_codes=None):
-        """[mmu][soi] picture [eoi] bos text eos, the picture as CLIP features (B, A, width), or as codes of a degraded copy (B, G), -> (B, T, D), layout."""
+        """[mmu][soi] picture [eoi] bos text eos -> (B, T', D), layout with a target of N codes."""
         c, T = self.config, ids.shape[1]
         if c.w_clip_vit:
             picture = self.project(features, pixels)
@@ -493,17 +510,16 @@ class ShowO(nn.Module):
         return context, reca_vq_layout(lengths, T, N, small_codes.shape[1], c.max_request)
 
     def reca_loss(self, codes, ids, lengths, u, r, features=None, pixels=None, small_codes=None, prefix_grad=None, count=None, **_):
-        """Reconstruction alignment: understand a picture, then reproduce it. The picture's own understanding features stand where a very dense caption
-        would; the target is the same picture as image codes, of which a random part is masked.
+        """Reconstruction alignment: understand a picture, then reproduce it. The picture's own understanding features stand where a very dense
+        caption would; the target is the same picture as image codes, of which a random part is masked. The row, in published order:
+            [mmu][soi] picture [eoi] bos USER: \\n describe this ASSISTANT: eos PAD.. [soi] masked codes [eoi]
+        Only masked codes are in the loss, and each predicts itself: no shift. Codes see each other and all before them.
 
         codes (B, N): the target. ids (B, T), lengths (B,): the request (collate "recon"). u (B,), r (B, N): how many codes are masked, and which.
-        What is understood: features (B, A, width), or the pixels that CLIP makes them from, or small_codes (B, G). In the published order
-            [mmu][soi] picture [eoi] bos "USER: \\n describe this ASSISTANT:" eos PAD.. [soi] masked codes [eoi]
-        Masked codes alone are in the loss, and each predicts itself: no shift. Codes see each other and all before them.
-
+        What is understood: features (B, A, width), or the pixels that CLIP makes them from, or small_codes (B, A), those of a degraded copy.
         prefix_grad False is the published convention of the CLIP variant: the whole INPUT row (projected features and all embeddings, the mask's
-        included) is built without gradients, so this loss trains blocks, final norm and head; projector and embeddings learn from image-to-text
-        alone. The VQ variant lets gradients through to the embeddings."""
+        included) is built without gradients, so this loss trains blocks, final norm and head, while projector and embeddings learn from
+        image-to-text alone. The VQ variant lets gradients through to the embeddings."""
         c, N = self.config, codes.shape[1]
         image, labels = mask_codes(codes, u, r, c)
         if prefix_grad is None:
@@ -514,8 +530,8 @@ class ShowO(nn.Module):
         return self.cross_entropy(x, layout, slice(1, N + 1), labels, count)
 
     def edit_loss(self, codes, ids, lengths, u, r, count=None, **source):
-        """Editing, which the published model lacks. Our layout: RecA's sequence with the SOURCE picture as context, the instruction as request and the
-        codes of the EDITED picture as target. The row is built with gradients, as everything is that the base stage trains."""
+        """Editing, which the published model lacks. Our layout: RecA's row with the SOURCE picture as context, the instruction as request and the codes
+        of the EDITED picture as target. The row is built with gradients, like everything in base training."""
         source = {k: source.get(f"source_{k}") for k in ("features", "pixels", "small_codes")}
         return self.reca_loss(codes, ids, lengths, u, r, **source, prefix_grad=True, count=count)
 
@@ -523,8 +539,8 @@ class ShowO(nn.Module):
         return self.embed(ids), t2i_layout(lengths, ids.shape[1], N, self.config.max_prompt)
 
     def t2i_loss(self, codes, ids, lengths, u, r, count=None, **_):
-        """Text-to-image: codes (B, N), captions ids (B, T) and lengths (B,), u (B,), r (B, N). As published, soi and eoi are in the loss with their own ids:
-        two trivial terms per row in the mean."""
+        """Text-to-image: codes (B, N), captions ids (B, T) and lengths (B,), masking u (B,), r (B, N). As published, soi and eoi are in the loss with
+        their own ids: two trivial terms per row in the mean."""
         c, N = self.config, codes.shape[1]
         image, labels = mask_codes(codes, u, r, c)
         labels = torch.cat([torch.full_like(labels[:, :1], c.eoi), labels, torch.full_like(labels[:, :1], c.soi)], dim=1)
@@ -532,7 +548,7 @@ class ShowO(nn.Module):
         return self.cross_entropy(self.with_target(image, context), layout, slice(0, N + 2), labels, count)
 
     def mmu_context(self, ids, codes=None, features=None, pixels=None):
-        """ids (B, T) of mmu_prompt; the picture as features or pixels, or as codes -> (B, T', D), layout."""
+        """[mmu] system [soi] picture [eoi] chat -> (B, T', D), layout; ids (B, T) lack the picture, which is features, pixels or codes (B, A)."""
         c, before = self.config, 2 + len(self.system_ids)  # mmu, system, soi
         if c.w_clip_vit:
             picture = self.project(features, pixels)
@@ -541,15 +557,15 @@ class ShowO(nn.Module):
         return x, causal_layout(x.shape[1], before + codes.shape[1] + 1, ids.device)
 
     def i2t_loss(self, ids, labels, codes=None, features=None, chat_features=None, pixels=None, count=None, **_):
-        """Image-to-text: ids and labels (B, T) (collate "i2t"); each slot predicts the id behind it. What is understood: features, chat_features if these
-        are normalised in another way than RecA's, pixels, or codes."""
+        """Image-to-text: ids and labels (B, T) (collate "i2t"); each slot predicts the id behind it. What is understood: chat_features where there are
+        any, else features, pixels or codes."""
         x, layout = self.mmu_context(ids, codes, features if chat_features is None else chat_features, pixels)
-        first = x.shape[1] - ids.shape[1]  # the slots before hold the picture and what precedes it, and are never read
+        first = x.shape[1] - ids.shape[1]  # the slots before hold the picture and what precedes it: no labels
         return self.cross_entropy(x, layout, slice(first, x.shape[1] - 1), labels[:, 1:], count)
 
     def text_loss(self, ids, labels, count=None, **_):
-        """Text alone, ids and labels (B, T): the published lm rows (labels = ids), or a question of whose answer the labels are."""
-        return self.cross_entropy(self.embed(ids), causal_layout(ids.shape[1], device=ids.device), slice(0, ids.shape[1] - 1), labels[:, 1:], count)
+        """Text alone, ids and labels (B, T): a question and the answer that is learned, or the published lm rows (labels = ids)."""
+        return self.cross_entropy(self.embed(ids), causal_layout(ids.shape[1], 0, ids.device), slice(0, ids.shape[1] - 1), labels[:, 1:], count)
 
     def forward(self, batch):
         """{part: tensors} -> {part: loss}, all parts in one forward."""
@@ -559,210 +575,193 @@ class ShowO(nn.Module):
     # ---- samplers
 
     def logits(self, hidden, ids=slice(None)):
-        """hidden (..., D) -> float32 logits of the given slice of the vocabulary."""
+        """hidden (..., D) -> float32 logits of a slice of the vocabulary."""
         head = self.showo.lm_head
         return F.linear(hidden, head.weight[ids], head.bias[ids]).float()
 
     def new_cache(self, rows, slots):
-        """Keys and values of every layer: [(2, B, slots, heads, d)]."""
-        c, weight = self.config, self.showo.lm_head.weight
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        """Keys and values of each layer: [(2, rows, slots, heads, d)]."""
+        c, kind, dtype = self.config, self.device.type, self.showo.lm_head.weight.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
         shape = (2, rows, slots, c.num_heads, c.hidden_size // c.num_heads)
-        return [torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(c.num_layers)]
+        return [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(c.num_layers)]
 
     @torch.no_grad()
-    def paint(self, context, layout, image, guidance, steps, temperature=1.0, generator=None, exponential=None, gumbel_u=None, trace=None):
-        """Parallel decoding (MaskGIT with Show-o's details). context (b, T, D) and the layout of the row with its target, or 2b rows with the unconditional
-        ones second; image (b, N) ids, mask_id = to be painted; guidance g: logits = (1 + g) cond - g uncond. Every step draws all unknown codes, keeps the
-        most confident ones and masks the others again. The noise (drawn from `generator` if not given): exponential (steps, b, N, codebook), since
-        argmax(p / e) with e ~ Exp(1) is a draw from p, and gumbel_u (steps, b, N) uniform. trace: list that gets a dict per step. Returns codes (b, N)."""
-        c, (b, N) = self.config, image.shape
-        S, rows, model, device = N + 2, len(context), self.showo.model, image.device
-        noise_device = device if generator is None else generator.device
-        target, condition = Layout(*(t[:, :S] for t in layout)), Layout(*(t[:, S:] for t in layout))
-        slots = torch.arange(S + context.shape[1], device=device).expand(rows, -1)
+    def sample(self, context, layout, image, guidance, steps, temperature=1.0, generator=None, exponential=None, gumbel_u=None, trace=None):
+        """Parallel decoding: MaskGIT with Show-o's details. Every step draws all unknown codes, keeps the most confident ones, masks the others again.
+
+        context (b, T, D) with the layout of its row, target included, or 2b rows, the unconditional ones second; image (b, N) ids, mask_id = to be
+        painted. Guidance g: logits = (1 + g) cond - g uncond. Noise, from the generator if not given: exponential (steps, b, N, codebook), since
+        argmax(p / e) with e ~ Exp(1) is a draw from p, and gumbel_u (steps, b, N), uniform. trace: a list that gets a dict per step.
+        Returns the codes of the last step, (b, N)."""
+        c, (b, N), rows, model = self.config, image.shape, len(context), self.showo.model
+        S, codebook, source = N + 2, slice(c.image_offset, c.mask_id), image.device if generator is None else generator.device
+        slots = torch.arange(S + context.shape[1], device=image.device).expand(rows, -1)
         cache = self.new_cache(rows, slots.shape[1])
-        model(context, condition, cache=cache, slots=slots[:, S:])  # no condition slot sees the target, so this is done once and not in every step
-        codebook = slice(c.image_offset, c.image_offset + c.codebook_size)
+        model(context, layout.part(slice(S, None)), cache=cache, slots=slots[:, S:])  # the context never sees the target: once is enough
         for k in range(steps):
             x = self.embed(c.eoi, image, c.soi).repeat(rows // b, 1, 1)
-            hidden = model(x, target, slice(1, N + 1), cache, slots[:, :S])
-            logits = self.logits(hidden, codebook)  # (rows, N, codebook)
+            hidden = model(x, layout.part(slice(S)), slice(1, N + 1), cache, slots[:, :S])
+            logits = self.logits(hidden, codebook)  # (rows, N, codebook): a mask predicts itself
             if rows > b:
-                cond, uncond = logits.chunk(2)
-                logits = (1 + guidance) * cond - guidance * uncond
+                logits = (1 + guidance) * logits[:b] - guidance * logits[b:]
             p = logits.softmax(dim=-1)
-            e = torch.empty(p.shape, device=noise_device).exponential_(generator=generator).to(device) if exponential is None else exponential[k].view_as(p)
+            e = torch.empty(p.shape, device=source).exponential_(generator=generator).to(p) if exponential is None else exponential[k].view_as(p)
             unknown = image == c.mask_id
             codes = torch.where(unknown, (p / e).argmax(dim=-1), image - c.image_offset)
             confidence = torch.where(unknown, p.gather(2, codes[..., None]).squeeze(2), torch.finfo(p.dtype).max)
             done = (k + 1) / steps
-            planned = (N * mask_ratio(torch.tensor(done))).floor().item()  # a CPU tensor: float32 as published, and no sync
-            count = (unknown.sum(dim=1, keepdim=True) - 1).clamp(max=planned).clamp(min=1).long()  # (b, 1) codes to mask again
-            temperature = temperature * (1 - done)  # a running product: falls much faster than linearly, 0 at the end
-            w = torch.rand(image.shape, device=noise_device, generator=generator).to(device) if gumbel_u is None else gumbel_u[k]
+            planned = int(N * mask_ratio(torch.tensor(done)))  # on the CPU: no sync; in float32 as published, for the same rounding
+            count = (unknown.sum(dim=1, keepdim=True) - 1).clamp(max=planned).clamp(min=1)  # (b, 1) codes to mask again
+            temperature = temperature * (1 - done)  # a running product: falls much faster than linearly, to 0
+            w = torch.rand(image.shape, device=source, generator=generator).to(p) if gumbel_u is None else gumbel_u[k]
             gumbel = -(-w.clamp(min=1e-20).log()).clamp(min=1e-20).log()
             score = confidence.clamp(min=1e-20).log() + temperature * gumbel
             masked = score < score.sort(dim=1).values.gather(1, count)
             image = (codes + c.image_offset).masked_fill(masked, c.mask_id)
             if trace is not None:
-                trace.append({"codes": codes, "confidence": confidence, "masked": masked, "count": count, "temperature": temperature, "image": image, "hidden": hidden})
+                trace.append({"codes": codes, "confidence": confidence, "masked": masked, "count": count, "temperature": temperature,
+                              "image": image, "hidden": hidden})
         return codes
 
-    def t2i_contexts(self, prompts, N, guided):
-        """Prompts, and behind them as many empty ones if guided -> context for paint()."""
-        prompts = [t2i_prompt(self._encode(p), self.config) for p in prompts] + [t2i_prompt([], self.config)] * (guided * len(prompts))
+    def text_context(self, prompts, N):
+        """Texts -> context of text-to-image."""
+        prompts = [t2i_prompt(self.encode(p), self.config) for p in prompts]
         ids = pad_rows(prompts, self.config.pad, max(map(len, prompts)), self.device)
         return self.t2i_context(ids, torch.tensor([len(p) for p in prompts], device=self.device), N)
 
-    def _paint(self, context, image, cfg, steps, temperature, generator, shape=None):
-        """cfg as in the other models (1 = none); codes -> pictures in [-1, 1]."""
-        codes = self.paint(*context, image, cfg - 1, steps, 1.0 if temperature is None else temperature, generator)
-        return self.decode(codes, shape)
+    def paint(self, context, image, cfg, steps, temperature, generator):
+        """cfg as in the other models: 1 = none. image (b, h, w) ids -> codes (b, h, w). Unconditional is the empty text, without any picture. (The
+        demo's unconditional row for reconstruction is only partly known. That ours stands at other positions is no matter: rotation is relative.)"""
+        b, h, w = image.shape
+        if cfg != 1:
+            context = stack_rows(context, self.text_context([""] * b, h * w))
+        return self.sample(*context, image.flatten(1), cfg - 1, steps, 1.0 if temperature is None else temperature, generator).view(b, h, w)
 
-    def decode(self, codes, shape=None):
-        """codes (B, n), row by row -> images (B, 3, H, W) in [-1, 1]; shape (h, w) of the grid if it is no square."""
-        side = math.isqrt(codes.shape[1])
-        return self.vq.decode(codes.unflatten(1, shape or (side, side))).clamp(-1, 1)
+    def paint_text(self, prompts, image, cfg=None, steps=None, temperature=None, generator=None):
+        c = self.config
+        cfg, steps = c.cfg if cfg is None else cfg, steps or c.mask_steps
+        return self.paint(self.text_context(prompts, image[0].numel()), image, cfg, steps, temperature, generator)
 
     @torch.no_grad()
     def generate(self, prompts, cfg=None, steps=None, temperature=None, generator=None, size=None):
-        """Texts -> pictures (B, 3, size, size) in [-1, 1]. size in pixels, a multiple of the tokenizer's stride (default: the config's)."""
-        c = self.config
-        cfg, steps, N = c.cfg if cfg is None else cfg, steps or c.steps, (size // self.vq.stride) ** 2 if size else self.image_tokens
-        image = torch.full((len(prompts), N), c.mask_id, device=self.device)
-        return self._paint(self.t2i_contexts(prompts, N, cfg != 1), image, cfg, steps, temperature, generator)
+        """Texts -> pictures (B, 3, size, size) in [-1, 1]. size: pixels, a multiple of the image tokenizer's stride."""
+        size = size or self.config.image_size
+        if size % self.vq.stride:
+            raise ValueError(f"size {size}: must be a multiple of {self.vq.stride} pixels")
+        image = torch.full((len(prompts), size // self.vq.stride, size // self.vq.stride), self.config.mask_id, device=self.device)
+        return self.decode_codes(self.paint_text(prompts, image, cfg, steps, temperature, generator))
 
-    def _repaint(self, images, requests, cfg, steps, temperature, generator):
-        """RecA's sequence at inference, for reconstruct and edit."""
-        c, N = self.config, self.image_tokens
-        cfg, steps = c.cfg if cfg is None else cfg, steps or c.reca_steps
-        batch = {k: v.to(images.device) for k, v in self.collate("recon", [{"prompt": r} for r in requests]).items()}
-        picture = {k: v for k, v in self.precompute(images, "reca").items() if k in ("features", "small_codes")}
-        context = self.reca_context(**batch, N=N, **picture)
-        if cfg != 1:  # unconditional: the empty text-to-image row. (The published demo's rows are only partly known; rotation is relative, so
-            # that this one stands at other positions makes no difference.)
-            context = stack_rows(context, self.t2i_contexts([""] * len(images), N, False))
-        image = torch.full((len(images), N), c.mask_id, device=images.device)
-        return self._paint(context, image, cfg, steps, temperature, generator)
+    @torch.no_grad()
+    def edit(self, images, instructions, cfg=None, steps=None, temperature=None, generator=None):
+        """Pictures and what to change -> changed pictures. For models whose base training had edit pairs; the published one's had none."""
+        c, images = self.config, images.to(self.device)
+        request = {k: v.to(self.device) for k, v in self.collate("edit", [{"instruction": i} for i in instructions], 0).items()}
+        seen, side = self.precompute(images, "reca"), c.image_size // self.vq.stride
+        context = self.reca_context(**request, N=side ** 2, **{k: v for k, v in seen.items() if k in ("features", "small_codes")})
+        image = torch.full((len(images), side, side), c.mask_id, device=self.device)
+        return self.decode_codes(self.paint(context, image, c.cfg if cfg is None else cfg, steps or c.reca_steps, temperature, generator))
 
     @torch.no_grad()
     def reconstruct(self, images, prompt=None, cfg=None, steps=None, temperature=None, generator=None):
         """Pictures (B, 3, H, W) in [-1, 1] -> the same through the model's own understanding of them."""
-        return self._repaint(images, [prompt or "Describe the image in detail."] * len(images), cfg, steps, temperature, generator)
+        return self.edit(images, [prompt or "Describe the image in detail."] * len(images), cfg, steps, temperature, generator)
 
     @torch.no_grad()
-    def edit(self, images, instructions, cfg=None, steps=None, temperature=None, generator=None):
-        """Pictures and what to change -> changed pictures. For models whose base stage had edit pairs; the published ones had none."""
-        return self._repaint(images, instructions, cfg, steps, temperature, generator)
-
-    @torch.no_grad()
-    def inpaint(self, images, mask, prompts, cfg=None, steps=None, temperature=None, generator=None):
-        """mask (B, 1, H, W), 1 = paint anew: resized to the grid of codes (bicubic), from 0.5 on a code is masked."""
-        c = self.config
-        codes = self.vq.encode(images)  # (B, h, w)
+    def inpaint(self, images, mask, prompts, **how):
+        """mask (B, 1, H, W), 1 = paint anew: resized to the grid of codes (bicubic); from 0.5 on a code is masked. how: cfg, steps, temperature, generator."""
+        codes = self.vq.encode(images.float())  # (B, h, w)
         hole = F.interpolate(mask.float(), codes.shape[1:], mode="bicubic").squeeze(1) >= 0.5
-        image = (codes + c.image_offset).masked_fill(hole, c.mask_id).flatten(1)
-        cfg = c.cfg if cfg is None else cfg
-        return self._paint(self.t2i_contexts(prompts, image.shape[1], cfg != 1), image, cfg, steps or c.steps, temperature, generator, codes.shape[1:])
+        return self.decode_codes(self.paint_text(prompts, (codes + self.config.image_offset).masked_fill(hole, self.config.mask_id), **how))
 
     @torch.no_grad()
-    def extrapolate(self, images, prompts, side="right", cfg=None, steps=None, temperature=None, generator=None):
-        """Pictures -> half as large again towards `side` (left, right, up, down): the half that is next to the new part is given, the other half painted."""
-        c = self.config
+    def extrapolate(self, images, prompts, side="right", **how):
+        """Pictures -> half as large again towards `side` (left, right, up, down): the near half of the grid is given, as much beyond it is painted."""
         if side not in ("left", "right", "up", "down"):
             raise ValueError(f"extrapolate: side {side!r}, expected left, right, up or down")
-        dim, first = (2 if side in ("left", "right") else 1), side in ("left", "up")
-        codes = self.vq.encode(images)  # (B, h, w)
-        half = codes.shape[dim] // 2
-        known = codes.narrow(dim, 0 if first else codes.shape[dim] - half, half) + c.image_offset
-        rest = codes.narrow(dim, 0, codes.shape[dim] - half)
-        hole = torch.full_like(rest, c.mask_id)
-        image = torch.cat([hole, known] if first else [known, hole], dim)
-        cfg = c.cfg if cfg is None else cfg
-        context = self.t2i_contexts(prompts, image[0].numel(), cfg != 1)
-        new = self.paint(*context, image.flatten(1), cfg - 1, steps or c.steps, 1.0 if temperature is None else temperature, generator).view_as(image)
-        new = new.narrow(dim, 0 if first else half, rest.shape[dim])
-        grown = torch.cat([new, codes] if first else [codes, new], dim)
-        return self.decode(grown.flatten(1), grown.shape[1:])
+        dim, flip = 2 if side in ("left", "right") else 1, side in ("left", "up")
+        order = lambda *parts: torch.cat(parts[::-1] if flip else parts, dim)
+        codes = self.vq.encode(images.float())  # (B, h, w)
+        far, near = codes.tensor_split([codes.shape[dim] // 2], dim)
+        if flip:
+            near, far = far, near
+        image = order(near + self.config.image_offset, torch.full_like(far, self.config.mask_id))
+        new = self.paint_text(prompts, image, **how)
+        return self.decode_codes(order(codes, new.narrow(dim, 0 if flip else near.shape[dim], far.shape[dim])))
 
     @torch.no_grad()
     def write(self, x, layout, lengths, max_new_tokens, temperature=0.0, top_k=None, generator=None):
-        """Continues the rows (their first lengths (B,) slots are no pads) -> ids (B, <= max_new_tokens), eos once a row has ended. temperature 0 = greedy.
-        The new id of a row overwrites its first pad, so positions go on without a gap."""
-        (B, T), model, device = x.shape[:2], self.showo.model, x.device
+        """Continues rows whose first lengths (B,) slots are no pads -> ids (B, at most max_new_tokens), eos from where a row has ended. Temperature 0 is
+        greedy. A row's new ids overwrite its pads, so that every mask stays an interval."""
+        (B, T), model = x.shape[:2], self.showo.model
         cache = self.new_cache(B, T + max_new_tokens)
-        hidden = model(x, layout, cache=cache, slots=torch.arange(T, device=device).expand(B, -1))
-        hidden = hidden[torch.arange(B, device=device), lengths - 1][:, None]  # (B, 1, D)
-        out, ended = [], torch.zeros(B, 1, dtype=torch.bool, device=device)
+        hidden = model(x, layout, cache=cache, slots=torch.arange(T, device=x.device).expand(B, -1))
+        hidden = hidden[torch.arange(B, device=x.device), lengths - 1]  # (B, D)
+        out, ended = [], torch.zeros(B, 1, dtype=torch.bool, device=x.device)
         for t in range(max_new_tokens):
-            logits = self.logits(hidden[:, 0])  # (B, vocabulary)
+            logits = self.logits(hidden)  # (B, vocabulary)
             if temperature > 0:
                 if top_k is not None:
                     logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
-                p = (logits / temperature).softmax(dim=-1)
-                e = torch.empty(p.shape, device=device if generator is None else generator.device).exponential_(generator=generator).to(device)
-                logits = p / e
+                e = torch.empty(logits.shape, device=x.device if generator is None else generator.device).exponential_(generator=generator)
+                logits = (logits / temperature).softmax(dim=-1) / e.to(logits)
             new = logits.argmax(dim=-1, keepdim=True).masked_fill(ended, self.config.eos)
             out.append(new)
             ended = ended | (new == self.config.eos)
             if t + 1 == max_new_tokens or bool(ended.all()):
                 break
             slot = lengths[:, None] + t
-            hidden = model(self.embed(new), Layout(slot, torch.zeros_like(slot), slot + 1), cache=cache, slots=slot)
+            hidden = model(self.embed(new), Layout(slot, torch.zeros_like(slot), slot + 1), cache=cache, slots=slot)[:, 0]
         return torch.cat(out, dim=1)
 
     @torch.no_grad()
     def answer(self, images, questions, max_new_tokens=32, temperature=0.0, generator=None, top_k=None):
         """images (B, 3, H, W) in [-1, 1], or None, and a question for each row -> list of answers."""
-        c = self.config
-        chats, picture, head = [self.chat_ids(q.strip()) for q in questions], {}, []
-        if images is None:
-            head = [c.eos]
-        elif c.w_clip_vit:
-            picture, head = {"features": self.clip_features(images, chat=True)}, mmu_prompt([], c, self.system_ids)
-        else:  # a bos, and a newline before the question, at inference only
-            picture, head = {"codes": self.vq.encode(images).flatten(1)}, mmu_prompt([c.eos], c)
-            chats = [self.chat_ids("\n" + q.strip()) for q in questions]
-        prompts = [head + chat for chat in chats]
-        ids = pad_rows(prompts, c.pad, max(map(len, prompts)), self.device)
-        x, layout = self.mmu_context(ids, **picture) if picture else (self.embed(ids), causal_layout(ids.shape[1], device=self.device))
-        lengths = torch.tensor([len(p) for p in prompts], device=self.device) + x.shape[1] - ids.shape[1]
-        ids = self.write(x, layout, lengths, max_new_tokens, temperature, top_k, generator).tolist()
-        ids = [row[:row.index(c.eos)] if c.eos in row else row for row in ids]
-        return [self.tokenizer.decode([i for i in row if i < c.text_vocab]).strip() for row in ids]
+        c, picture, head, line = self.config, {}, [c.eos] if images is None else mmu_prompt([], self.config, self.system_ids), ""
+        if images is not None and c.w_clip_vit:
+            picture = {"features": self.clip_features(images.to(self.device), chat=True)}
+        elif images is not None:
+            picture, head, line = {"codes": self.vq.encode(images.to(self.device).float()).flatten(1)}, [*head, c.eos], "\n"  # at inference only
+        rows = [head + self.dialogue(line + q.strip())[0] for q in questions]
+        ids = pad_rows(rows, c.pad, max(map(len, rows)), self.device)
+        x, layout = self.mmu_context(ids, **picture) if picture else (self.embed(ids), causal_layout(ids.shape[1], 0, self.device))
+        lengths = torch.tensor([len(row) for row in rows], device=self.device) + x.shape[1] - ids.shape[1]
+        new = self.write(x, layout, lengths, max_new_tokens, temperature, top_k, generator).tolist()
+        new = [row[:row.index(c.eos)] if c.eos in row else row for row in new]
+        return [self.tokenizer.decode([i for i in row if i < c.text_vocab]).strip() for row in new]
 
     # ---- published weights
 
     @classmethod
-    def load_published(cls, path, config, tokenizer_path, vision_path=None, tokenizer=None, device="cpu", dtype=None):
-        """Loads showlab/show-o*, or Show-o-RecA (file or folder: pytorch_model.bin or safetensors), with showlab/magvitv2 (tokenizer_path) and, for show-o-clip-*,
-        openai/clip-vit-large-patch14-336 (vision_path). config: a key of CONFIGS. Strict: ValueError lists every key that does not fit."""
+    def load_published(cls, path, config="show-o-clip-512", tokenizer_path=None, vision_path=None, tokenizer=None, device="cpu", dtype=None):
+        """Show-o or Show-o-RecA (file or folder: pytorch_model.bin or safetensors) with magvitv2 (tokenizer_path) and, for show-o-clip-*,
+        clip-vit-large-patch14-336 (vision_path) -> model in eval mode. Strict: ValueError with a table of the keys that do not fit."""
         c = CONFIGS[config]
-        if not tokenizer_path or (c.w_clip_vit and not vision_path):
-            raise ValueError(f"{config} comes in {'three' if c.w_clip_vit else 'two'} files: give the image tokenizer magvitv2 (--tokenizer-ckpt)"
-                             + (" and clip-vit-large-patch14-336 (--vision-ckpt)" if c.w_clip_vit else "") + f" beside {path}")
+        for what, flag, needed, given in (("magvitv2", "--tokenizer-ckpt", True, tokenizer_path),
+                                          ("clip-vit-large-patch14-336", "--vision-ckpt", c.w_clip_vit, vision_path)):
+            if needed and not given:
+                raise ValueError(f"{path}: {config} needs the file or folder of {what} as well: give it with {flag}")
+        state = read_weights(path) | {f"vq.{k}": v for k, v in read_weights(tokenizer_path).items()}
+        if c.w_clip_vit:  # the CLIP file also holds the text tower
+            tower = {k: v for k, v in read_weights(vision_path).items() if k.startswith("vision_model.") and not k.endswith("position_ids")}
+            state |= {f"clip.{k}": v for k, v in tower.items()}
         with torch.device("meta"):
             model = cls(c, tokenizer).to(dtype or torch.float32)
-        model.vq.float()  # a code is a sign: rounding flips it
-        state = read_weights(path) | {f"vq.{k}": v for k, v in read_weights(tokenizer_path).items()}
-        if c.w_clip_vit:
-            clip = read_weights(vision_path).items()
-            state |= {f"clip.{k}": v for k, v in clip if k.startswith("vision_model.") and not k.endswith("position_ids")}
-        load_strict(model, state, f"{config} from {path}")
-        return model.to(device)
+        model.vq.float()  # a code is made of signs: rounding would flip some
+        load_strict(model, state, " + ".join(filter(None, (str(path), str(tokenizer_path), vision_path and str(vision_path)))))
+        return model.to(device).eval()
 
-
-def stack_rows(a, b):
-    """Two batches of contexts with their layouts as one [a; b]; the shorter ones get slots at their end that nobody sees."""
-    length = max(a[0].shape[1], b[0].shape[1])
-
-    def pad(x, layout):
-        extra = length - x.shape[1]
-        return [F.pad(x, (0, 0, 0, extra)), *(F.pad(t.expand(len(x), -1), (0, extra)) for t in layout)]
-    x, *layout = (torch.cat(pair) for pair in zip(pad(*a), pad(*b)))
-    return x, Layout(*layout)
+    def flops_per_sample(self, part, text_tokens=32):
+        """Estimate for MFU: 6 operations per weight and token plus attention, forward and backward, one sample."""
+        c, N = self.config, self.image_tokens
+        A = 0 if part in ("t2i", "text") else self.clip.num_tokens if c.w_clip_vit else N
+        if part in ("recon", "edit") and not c.w_clip_vit and not c.reca_resize_back:
+            A = N // c.reca_down_scale ** 2
+        read = text_tokens / 2 if part in ("i2t", "text") else N
+        tokens = text_tokens + A + (0 if part in ("i2t", "text") else N + 2)
+        block = 4 * c.hidden_size ** 2 + 2 * c.hidden_size * c.intermediate_size
+        return 6 * (tokens * c.num_layers * block + read * c.hidden_size * c.vocab_size) + 12 * tokens ** 2 * c.hidden_size * c.num_layers
 
 
 Model = ShowO

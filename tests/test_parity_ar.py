@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from custom_kernels.attention import interval_mask
 from image_tokenizer import LFQConfig, load_strict
-from model_ar import (CONFIGS, IGNORE, Layout, ShowO, ShowOConfig, causal_layout, learning_rate_factor, lm_prompt, mask_codes, mask_ratio, mmu_clip_layout,
+from model_ar import (CONFIGS, IGNORE, Layout, ShowO, ShowOConfig, causal_layout, lm_prompt, mask_codes, mask_ratio, mmu_clip_layout,
                       mmu_prompt, pad_rows, reca_clip_layout, reca_prompt, reca_vq_layout, stack_rows, t2i_layout, t2i_prompt, with_bos)
 from vision_encoder import CLIPConfig, clip_pixels, magvit_pixels, square_pixels
 
@@ -268,7 +268,7 @@ def test_masking():
 def test_learning_rate():
     given, out, r = case("lr", "in"), case("lr"), Report()
     for steps, want in out.items():
-        r.check(f"max {steps}", torch.tensor([learning_rate_factor(s, int(steps)) for s in given["steps"].tolist()]), want)
+        r.check(f"max {steps}", torch.tensor([ShowO.learning_rate_factor(s, int(steps)) for s in given["steps"].tolist()]), want)
     r.done()
 
 
@@ -485,7 +485,7 @@ def test_sampler(name):
         prompts += split_t2i(given["uncond_ids"], c, N)[0]
     trace = []
     context = m.t2i_context(*padded(prompts, c), N)
-    codes = m.paint(*context, image, settings["guidance_scale"], settings["timesteps"], settings["temperature"], exponential=given["exponential"],
+    codes = m.sample(*context, image, settings["guidance_scale"], settings["timesteps"], settings["temperature"], exponential=given["exponential"],
                     gumbel_u=given["gumbel_u"], trace=trace)
     stack = lambda key: torch.stack([t[key] for t in trace])
     r.check("step0_raw_logits", m.logits(trace[0]["hidden"]), out["step0_raw_logits"])
