@@ -1,21 +1,22 @@
 """Harmon: a unified multimodal model on masked autoregression (MAR), and its RecA post-training (arXiv 2509.07295).
 
-One MAR encoder (a ViT over continuous VAE latents and a few "buffer" tokens) is both the understanding encoder, on all latents of a clean image,
-and the generation encoder, on the latents that are known so far. A causal Qwen2.5 decoder reads text and those features; a MAR decoder fills
-the grid; a small MLP per token (DiffLoss) turns the decoder's output into a latent by diffusion.
+One MAR encoder (a ViT over continuous VAE latents and a few "buffer" tokens) is both the understanding encoder, on all latents of a clean
+image, and the generation encoder, on the latents that are known so far. A causal Qwen2.5 decoder reads text and those features; a MAR
+decoder fills the grid; a small MLP per token (DiffLoss) turns the decoder's output into a latent by diffusion.
 
-    clean latents ----> MAR encoder --proj_in--> |                                                             (understanding; RecA's context)
+    clean latents ----> MAR encoder --proj_in--> |
     text ----> embedding ----------------------> | causal LLM --lm_head--> answer
-    visible latents --> MAR encoder --proj_in--> |            --proj_out--> + encoder output --> MAR decoder --> DiffLoss at every masked token
+    visible latents --> MAR encoder --proj_in--> |            --proj_out--> + encoder output --> MAR decoder --> DiffLoss per masked token
 
-RecA (`Harmon.reca_loss`): the clean features of an image stand in the context as a very dense prompt, and the model learns to fill the masked
-latents of the SAME image. No captions. Editing is the same loss with the clean features of the SOURCE image and the latents of the target.
+RecA (`Harmon.reca_loss`): the clean features of an image stand in the context as a very dense prompt, and the model learns to fill the
+masked latents of the SAME image. No captions. Editing is the same loss with the clean features of the SOURCE image and the latents of the
+target.
 
-Conventions. B rows, (m, n) latent grid, L = m*n tokens, S buffers, V visible and k masked tokens (V + k = L, equal in a batch), D / E widths of
-encoder / decoder, h of the LLM, C numbers per latent token. Images are (B, 3, H, W) in [-1, 1]. Text rows are left-padded: `pads` (B,) counts the
-slots before the first token, so query i of row b sees the keys [pads[b], i], and its rotary position is i - pads[b].
-Everything random is an argument: `order` (B, L) is a permutation per row whose first k entries are the masked positions, t (B, M, k) and
-noise (B, M, k, C) belong to M diffusion draws of each masked token, in the order of `order`; so k is known from shapes alone.
+Conventions. B rows, (m, n) latent grid, L = m*n tokens, S buffers, V visible and k masked tokens (V + k = L, equal in a batch), D / E
+widths of encoder / decoder, h of the LLM, C numbers per latent token. Images are (B, 3, H, W) in [-1, 1]. Text rows are left-padded:
+`pads` (B,) counts the slots before the first token, so query i of row b sees the keys [pads[b], i], and its rotary position is i -
+pads[b]. Everything random is an argument: `order` (B, L) is a permutation per row whose first k entries are the masked positions, t (B, M,
+k) and noise (B, M, k, C) belong to M diffusion draws of each masked token, in the order of `order`; so k is known from shapes alone.
 """
 import math
 from dataclasses import dataclass, field
@@ -85,13 +86,15 @@ class HarmonConfig:
 
 
 CONFIGS = {
-    "tiny": HarmonConfig(vocab_size=1024, hidden_size=128, intermediate_size=240, num_layers=4, num_heads=4, num_kv_heads=2, encoder_dim=96,
-                         encoder_depth=2, encoder_heads=4, decoder_dim=96, decoder_depth=2, decoder_heads=4, mlp_ratio=2.5, buffer_size=4, native_grid=3,
-                         class_num=1, dropout=0.0, diffloss_depth=3, diffloss_width=128, num_sampling_steps="25", image_size=48,
-                         vae=TOKENIZERS["tiny-kl"], mask_bucket=1, max_prompt=64, max_dialogue=128, mask_steps=9),
+    "tiny": HarmonConfig(vocab_size=1024, hidden_size=128, intermediate_size=240, num_layers=4, num_heads=4, num_kv_heads=2,
+                         encoder_dim=96, encoder_depth=2, encoder_heads=4, decoder_dim=96, decoder_depth=2, decoder_heads=4, mlp_ratio=2.5,
+                         buffer_size=4, native_grid=3, class_num=1, dropout=0.0, diffloss_depth=3, diffloss_width=128,
+                         num_sampling_steps="25", image_size=48, vae=TOKENIZERS["tiny-kl"], mask_bucket=1, max_prompt=64,
+                         max_dialogue=128, mask_steps=9),
     "harmon-0.5b": HarmonConfig(),
-    "harmon-1.5b": HarmonConfig(hidden_size=1536, intermediate_size=8960, num_layers=28, num_heads=12, encoder_dim=1280, encoder_depth=20,
-                                encoder_heads=16, decoder_dim=1280, decoder_depth=20, decoder_heads=16, diffloss_depth=12, diffloss_width=1536),
+    "harmon-1.5b": HarmonConfig(hidden_size=1536, intermediate_size=8960, num_layers=28, num_heads=12,
+                                encoder_dim=1280, encoder_depth=20, encoder_heads=16, decoder_dim=1280, decoder_depth=20, decoder_heads=16,
+                                diffloss_depth=12, diffloss_width=1536),
 }
 
 
@@ -112,31 +115,58 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
+class RMSNormCPU(torch.autograd.Function):
+    """F.rms_norm is fused on GPUs; on CPUs it is a chain of small operations that costs a fifth of a tiny decoder's time. Here the
+    backward pass is LayerNorm's fused one with a mean of zero, less its projection onto constants, which RMSNorm does not have."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        return (x * rstd).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, rstd = ctx.saved_tensors
+        zero = torch.zeros_like(rstd)
+        dx, dw, _ = torch.ops.aten.native_layer_norm_backward(g, x, weight.shape, zero, rstd, weight, None, [True, True, False])
+        return dx.add_((g @ weight).unsqueeze(-1) * rstd / weight.numel()), dw, None
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        if x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
+            return RMSNormCPU.apply(x, self.weight, self.eps)
+        return super().forward(x)
+
+
 class DecoderLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.head_dim = dim = c.hidden_size // c.num_heads
-        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        h, inner, dim = c.hidden_size, c.intermediate_size, c.hidden_size // c.num_heads
+        self.head_dim, self.heads, self.kv_heads = dim, c.num_heads, c.num_kv_heads
+        self.input_layernorm = RMSNorm(h, c.rms_norm_eps)
         self.self_attn = nn.ModuleDict({
-            "q_proj": nn.Linear(c.hidden_size, c.num_heads * dim), "k_proj": nn.Linear(c.hidden_size, c.num_kv_heads * dim),
-            "v_proj": nn.Linear(c.hidden_size, c.num_kv_heads * dim), "o_proj": nn.Linear(c.num_heads * dim, c.hidden_size, bias=False)})
-        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = nn.ModuleDict({
-            "gate_proj": nn.Linear(c.hidden_size, c.intermediate_size, bias=False), "up_proj": nn.Linear(c.hidden_size, c.intermediate_size, bias=False),
-            "down_proj": nn.Linear(c.intermediate_size, c.hidden_size, bias=False)})
+            "q_proj": nn.Linear(h, c.num_heads * dim), "k_proj": nn.Linear(h, c.num_kv_heads * dim),
+            "v_proj": nn.Linear(h, c.num_kv_heads * dim), "o_proj": nn.Linear(c.num_heads * dim, h, bias=False)})
+        self.post_attention_layernorm = RMSNorm(h, c.rms_norm_eps)
+        self.mlp = nn.ModuleDict({"gate_proj": nn.Linear(h, inner, bias=False), "up_proj": nn.Linear(h, inner, bias=False),
+                                  "down_proj": nn.Linear(inner, h, bias=False)})
 
     def forward(self, x, cos, sin, plan, past=None, keep=None):
         """x (B, T, h) -> (x, (k, v)). keep: the queries, and so the rows that come out, are the last `keep` ones only."""
-        heads = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, dim)
-        attn, mlp = self.self_attn, self.mlp
-        y = self.input_layernorm(x)
-        k, v = rotate(heads(attn.k_proj(y)), cos, sin), heads(attn.v_proj(y))
+        a, mlp = self.self_attn, self.mlp
+        # one product for q, k and v: joining the weights is cheap next to three passes over x
+        weight = torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight])
+        bias = torch.cat([a.q_proj.bias, a.k_proj.bias, a.v_proj.bias])
+        qkv = F.linear(self.input_layernorm(x), weight, bias).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, Hq + 2 Hkv, T, dim)
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
+        q, k = rotate(qk, cos, sin).split([self.heads, self.kv_heads], 1)
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         if keep is not None:
-            x, y, cos, sin = x[:, -keep:], y[:, -keep:], cos[:, :, -keep:], sin[:, :, -keep:]
-        q = rotate(heads(attn.q_proj(y)), cos, sin)
-        x = x + attn.o_proj(attention(q, k, v, None, None, plan).transpose(1, 2).flatten(2))
+            x, q = x[:, -keep:], q[:, :, -keep:]
+        x = x + a.o_proj(attention(q, k, v, None, None, plan).transpose(1, 2).flatten(2))
         y = self.post_attention_layernorm(x)
         return x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y)), (k, v)
 
@@ -146,14 +176,15 @@ class Qwen2(nn.Module):
         super().__init__()
         self.config = c
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size), "layers": nn.ModuleList([DecoderLayer(c) for _ in range(c.num_layers)]),
-            "norm": nn.RMSNorm(c.hidden_size, c.rms_norm_eps)})
+            "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
+            "layers": nn.ModuleList([DecoderLayer(c) for _ in range(c.num_layers)]), "norm": RMSNorm(c.hidden_size, c.rms_norm_eps)})
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.lm_head.weight = self.model.embed_tokens.weight  # tied; both names are in the published files
 
     def forward(self, x, pads, past=None, keep=None):
-        """x (B, T, h), pads (B,) -> hidden states after the final norm, of the last `keep` positions (None: all), and per layer the keys and values
-        of everything so far. past: that list from an earlier call; x continues it. Causal; rotary positions do not count the pads."""
+        """x (B, T, h), pads (B,) -> hidden states after the final norm, of the last `keep` positions (None: all), and per layer the keys
+        and values of everything so far. past: that list from an earlier call; x continues it. Causal; rotary positions do not count the
+        pads."""
         c = self.config
         start = past[0][0].shape[2] if past is not None else 0
         total = start + x.shape[1]
@@ -236,7 +267,8 @@ class MAR(nn.Module):
         return buffers, image
 
     def encode(self, latents, visible=None):
-        """latents (B, m, n, C); visible (B, V) positions in raster order, None for all -> (B, S + V, D). The clean branch and the masked one."""
+        """latents (B, m, n, C); visible (B, V) positions in raster order, None for all -> (B, S + V, D). The clean branch and the masked
+        one."""
         buffer_pos, image_pos = self.positions(self.encoder_pos_embed_learned, latents.shape[1:3])
         tokens = latents.flatten(1, 2).to(self.z_proj.weight.dtype)
         if visible is None:
@@ -250,8 +282,8 @@ class MAR(nn.Module):
         return self.encoder_norm(x)
 
     def decode(self, x, visible, masked, grid):
-        """x (B, S + V, D), positions visible (B, V) and masked (B, k) -> conditions of DiffLoss (B, V + k, E), in the order [visible, masked].
-        Attention is blind to order, so the mask tokens simply follow the visible ones and everybody brings its own position."""
+        """x (B, S + V, D), positions visible (B, V) and masked (B, k) -> conditions of DiffLoss (B, V + k, E), in the order [visible,
+        masked]. Attention is blind to order, so the mask tokens simply follow the visible ones and everybody brings its own position."""
         order = torch.cat([visible, masked], 1)
         buffer_pos, image_pos = self.positions(self.decoder_pos_embed_learned, grid)
         pos = torch.cat([buffer_pos.expand(len(x), -1, -1), F.embedding(order, image_pos)], 1)
@@ -271,14 +303,15 @@ def latent_channels(c):
 
 
 def kept_steps(spacing):
-    """Which of the 1000 steps a sampler keeps: "" all; "100" that many, evenly from 0 to 999; "a,b,c" that many in each of equal sections."""
+    """Which of the 1000 steps a sampler keeps: "" all; "100" that many, evenly from 0 to 999; "a,b,c" that many in each of equal sections.
+    """
     if not spacing:
         return list(range(T))
     counts, steps, start = [int(n) for n in str(spacing).split(",")], [], 0
     for i, count in enumerate(counts):
         size = T // len(counts) + (i < T % len(counts))  # the first sections take the remainder
         if count > size:
-            raise ValueError(f"num_sampling_steps {spacing!r}: {count} steps asked of a section of {size}; the trained process has {T} in all")
+            raise ValueError(f"num_sampling_steps {spacing!r}: {count} steps asked of a section of {size} of the {T} trained ones")
         stride, at = (size - 1) / (count - 1) if count > 1 else 1, 0.0
         for _ in range(count):
             steps.append(start + round(at))
@@ -335,7 +368,8 @@ class Denoiser(nn.Module):
         self.time_embed = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(256, w), nn.SiLU(), nn.Linear(w, w))})
         self.cond_embed, self.input_proj = nn.Linear(c.decoder_dim, w), nn.Linear(channels, w)
         self.res_blocks = nn.ModuleList([ResBlock(w) for _ in range(c.diffloss_depth)])
-        self.final_layer = nn.ModuleDict({"linear": nn.Linear(w, 2 * channels), "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(w, 2 * w))})
+        self.final_layer = nn.ModuleDict({"linear": nn.Linear(w, 2 * channels),
+                                          "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(w, 2 * w))})
 
     def time(self, t):
         """t int64 in 0..999, any shape -> (..., width)."""
@@ -361,16 +395,16 @@ class DiffLoss(nn.Module):
         self.net, self.spacing = Denoiser(c), c.num_sampling_steps
 
     def loss_rows(self, z, x0, t, noise):
-        """Conditions z (B, k, E), latents x0 (B, k, C), t (B, M, k), noise (B, M, k, C) -> mse, vb, each (B*M*k,) float32: epsilon prediction,
-        and the variational bound in bits, from which only the variance learns."""
+        """Conditions z (B, k, E), latents x0 (B, k, C), t (B, M, k), noise (B, M, k, C) -> mse, vb, each (B*M*k,) float32: epsilon
+        prediction, and the variational bound in bits, from which only the variance learns."""
         tables = tables_on("", str(z.device))[0]
         x0, noise, t_rows = x0[:, None].expand_as(noise).flatten(0, 2).float(), noise.flatten(0, 2), t.flatten()
         x_t = add_noise(x0, noise, t_rows, tables).view(*t.shape, -1)
         return diffusion_loss_rows(self.net(x_t, t, z[:, None]).flatten(0, 2), x0, noise, t_rows, tables)
 
     def step(self, out, x, i, noise, temperature, spacing):
-        """One ancestral step x_i -> x_{i-1} of the respaced process: net output (N, 2C), x (N, C), i an index or (N,) indices into the kept steps
-        -> sample, mean, log variance, estimate of x0, each (N, C). The last step (i = 0) adds no noise; x0 is not clipped."""
+        """One ancestral step x_i -> x_{i-1} of the respaced process: net output (N, 2C), x (N, C), i an index or (N,) indices into the
+        kept steps -> sample, mean, log variance, estimate of x0, each (N, C). The last step (i = 0) adds no noise; x0 is not clipped."""
         i = torch.as_tensor(i, device=x.device)
         upper, lower, a, b, c1, c2 = tables_on(spacing, str(x.device))[1][i][..., None, :].unbind(-1)  # each (1,) or (N, 1)
         epsilon, v = out.float().chunk(2, -1)
@@ -381,15 +415,15 @@ class DiffLoss(nn.Module):
 
     @torch.no_grad()
     def sample(self, z, temperature=1.0, cfg=1.0, noise=None, generator=None, spacing=None):
-        """Conditions z (N, E) -> tokens (N, C). With cfg != 1 z is [conditional rows, as many unconditional rows]: epsilon is guided, the variance is
-        not, and the first half is the result. noise: (initial (N or N/2, C), per step (steps, N, C), first executed first), or from the generator."""
+        """Conditions z (N, E) -> tokens (N, C). With cfg != 1 z is [conditional rows, as many unconditional rows]: epsilon is guided, the
+        variance is not, and the first half is the result. noise: (initial (N or N/2, C), per step (steps, N, C), first executed first), or
+        from the generator."""
         spacing = self.spacing if spacing is None else spacing
         timesteps = tables_on(spacing, str(z.device))[2]
         n = len(z) // 2 if cfg != 1 else len(z)
         if noise is None:
-            channels = self.net.input_proj.in_features
-            device = generator.device if generator is not None else z.device
-            noise = (torch.randn(n, channels, generator=generator, device=device), torch.randn(len(timesteps), len(z), channels, generator=generator, device=device))
+            shape, where = (n, self.net.input_proj.in_features), generator.device if generator is not None else z.device
+            noise = [torch.randn(s, generator=generator, device=where) for s in (shape, (len(timesteps), len(z), shape[1]))]
         x, steps = noise[0].to(z.device).repeat(len(z) // n, 1), noise[1].to(z.device)
         for j, i in enumerate(reversed(range(len(timesteps)))):
             out = self.net(x[:n].repeat(len(z) // n, 1), torch.tensor([timesteps[i]], device=z.device), z).float()
@@ -411,7 +445,8 @@ UNCONDITIONAL = "Generate an image."
 
 
 def insert_image(tokenizer, ids):
-    """Puts the image slot behind the first token that ends a line: after "<|im_start|>user\\n", or after the "\\n\\n" that is one token for Qwen."""
+    """Puts the image slot behind the first token that ends a line: after "<|im_start|>user\\n", or after the "\\n\\n" that is one token
+    for Qwen."""
     at = 1 + next(i for i, token in enumerate(ids) if "\n" in tokenizer.decode([token]))
     return ids[:at] + [IMAGE] + ids[at:]
 
@@ -446,14 +481,18 @@ class Harmon(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """From scratch: N(0, 0.02) in the LLM and the learned tables, Xavier in MAR and the projections; DiffLoss starts as the identity."""
+        """From scratch: N(0, 0.02) in the LLM and the learned tables, Xavier in MAR and the projections; DiffLoss starts as the identity.
+        """
         for name, module in self.named_modules():
             if name.startswith("vae"):
                 continue
             if isinstance(module, nn.Linear) and not name.endswith("lm_head"):
-                nn.init.normal_(module.weight, std=0.02) if name.startswith("llm") or "time_embed" in name else nn.init.xavier_uniform_(module.weight)
                 if "adaLN_modulation" in name or name.endswith("final_layer.linear"):
                     nn.init.zeros_(module.weight)
+                elif name.startswith("llm") or "time_embed" in name:
+                    nn.init.normal_(module.weight, std=0.02)
+                else:
+                    nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
@@ -463,8 +502,9 @@ class Harmon(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     def trainable_parameters(self, stage):
-        """stage base | sft | reca -> [(name, parameter)] to train, and sets requires_grad: everything but the VAE and class_emb, which nothing reads.
-        Base training from scratch keeps the full gradient of the clean features; post-training damps it to config.grad_scale."""
+        """stage base | sft | reca -> [(name, parameter)] to train, and sets requires_grad: everything but the VAE and class_emb, which
+        nothing reads. Base training from scratch keeps the full gradient of the clean features; post-training damps it to
+        config.grad_scale."""
         if stage not in ("base", "sft", "reca"):
             raise ValueError(f"stage {stage!r}: expected base, sft or reca")
         self.grad_scale = 1.0 if stage == "base" else self.config.grad_scale
@@ -484,7 +524,8 @@ class Harmon(nn.Module):
 
     @torch.no_grad()
     def precompute(self, images, stage="base"):
-        """images (N, 3, H, W) in [-1, 1] -> {"latents": (N, m, n, C)}: the posterior's mean, never a sample. The VAE is frozen in every stage."""
+        """images (N, 3, H, W) in [-1, 1] -> {"latents": (N, m, n, C)}: the posterior's mean, never a sample. The VAE is frozen in every
+        stage."""
         images = images.to(self.vae.encoder.conv_in.weight.dtype)
         return {"latents": F.pixel_unshuffle(self.vae.encode(images), self.config.patch_size).permute(0, 2, 3, 1)}
 
@@ -495,7 +536,8 @@ class Harmon(nn.Module):
         return self.vae.decode(F.pixel_shuffle(latents, self.config.patch_size)).float()
 
     def prompt_ids(self, part, sample):
-        """One sample -> ids of its row, and how many of them at the end are the answer (in the loss) and the newline after it (not in the loss)."""
+        """One sample -> ids of its row, and how many of them at the end are the answer (in the loss) and the newline after it (not in the
+        loss)."""
         encode = self.tokenizer.encode
         if part in ("recon", "edit"):  # the image stays when the request is dropped
             text = UNCONDITIONAL if sample.get("drop") else "\n" + sample["prompt" if part == "recon" else "instruction"]
@@ -503,7 +545,7 @@ class Harmon(nn.Module):
         if part == "t2i":
             return encode(TEMPLATE.format(UNCONDITIONAL if sample.get("drop") else "Generate an image: " + sample["caption"].strip())), 0
         if part == "i2t":  # the two sides of the image are tokenised apart
-            ids = encode(USER) + [IMAGE] + encode(TEMPLATE.format("\n" + sample["question"])[len(USER) :])
+            ids = encode(USER) + [IMAGE] + encode(TEMPLATE.format("\n" + sample["question"])[len(USER):])
         elif part == "text":
             ids = encode(TEMPLATE.format(sample["question"]))
         else:
@@ -512,8 +554,9 @@ class Harmon(nn.Module):
         return ids + answer + encode("\n"), len(answer) + 1
 
     def collate(self, part, samples, pad_to=None):
-        """Samples (dicts) -> ids (B, W) and pads (B,), left-padded to W = pad_to, or the config's maximum, or the longest row where pad_to is 0;
-        longer rows are cut. i2t and text also get labels (B, A): the next token for each of the last A positions, IGNORE where none is trained."""
+        """Samples (dicts) -> ids (B, W) and pads (B,), left-padded to W = pad_to, or the config's maximum, or the longest row where pad_to
+        is 0; longer rows are cut. i2t and text also get labels (B, A): the next token for each of the last A positions, IGNORE where none
+        is trained."""
         rows, tails = zip(*[self.prompt_ids(part, s) for s in samples])
         width = pad_to if pad_to is not None else self.config.max_dialogue if part in ("i2t", "text") else self.config.max_prompt
         width = width or max(map(len, rows))
@@ -521,14 +564,14 @@ class Harmon(nn.Module):
         if part not in ("i2t", "text"):
             return {"ids": ids, "pads": pads}
         # a label at every token of the answer, shifted to the position that predicts it
-        labels = [([IGNORE] * (len(row) - tail) + row[len(row) - tail : -1] + [IGNORE])[1:width] + [IGNORE] for row, tail in zip(rows, tails)]
+        labels = [([IGNORE] * (len(row) - tail) + row[-tail:-1] + [IGNORE])[1:width] + [IGNORE] for row, tail in zip(rows, tails)]
         labels = left_pad(labels, width, IGNORE)[0]
         longest = width if max(map(len, rows)) > width else min(width, -(-(max(tails) + 1) // 8) * 8)  # few different shapes
         return {"ids": ids, "pads": pads, "labels": labels[:, -longest:]}
 
     def draw(self, part, generator, rate_generator):
-        """Randomness of one sample, on the CPU: order (L,), t (M, k), noise (M, k, C). The mask rate, from `rate_generator`, is a truncated normal on
-        [mask_ratio_min, 1] with mode 1 and scale 0.25; all samples of a batch must share it."""
+        """Randomness of one sample, on the CPU: order (L,), t (M, k), noise (M, k, C). The mask rate, from `rate_generator`, is a
+        truncated normal on [mask_ratio_min, 1] with mode 1 and scale 0.25; all samples of a batch must share it."""
         if part in ("i2t", "text"):
             return {}
         c = self.config
@@ -543,7 +586,8 @@ class Harmon(nn.Module):
     # ---- losses
 
     def embed(self, ids, images=None):
-        """ids (B, W) with one IMAGE slot per row, images (B, N, h) -> embeddings (B, W - 1 + N, h), the images in the place of the slots."""
+        """ids (B, W) with one IMAGE slot per row, images (B, N, h) -> embeddings (B, W - 1 + N, h), the images in the place of the slots.
+        """
         text = self.llm.model.embed_tokens(ids.clamp(min=0))
         if images is None:
             return text
@@ -560,7 +604,8 @@ class Harmon(nn.Module):
         return x, torch.cat([z[:, S:], z[:, :S]], 1)
 
     def fuse(self, latents, visible, pads, context=None, past=None):
-        """Visible latents, read by the LLM after the context (B, W, h) or after its cached keys and values -> (B, S + V, D), buffers first."""
+        """Visible latents, read by the LLM after the context (B, W, h) or after its cached keys and values -> (B, S + V, D), buffers
+        first."""
         x, z = self.visual_features(latents, visible)
         embeds = z if context is None else torch.cat([context, z], 1)
         hidden, S = self.llm(embeds, pads, past, keep=z.shape[1])[0], self.config.buffer_size
@@ -568,7 +613,8 @@ class Harmon(nn.Module):
         return x + self.proj_out(hidden)
 
     def generation_loss(self, context, pads, latents, order, t, noise, count=None):
-        """Masked autoregression: DiffLoss of the k masked tokens, given the context and the visible tokens. count: masked tokens to divide by."""
+        """Masked autoregression: DiffLoss of the k masked tokens, given the context and the visible tokens. count: masked tokens to divide
+        by."""
         k = t.shape[-1]
         masked, visible = order[:, :k], order[:, k:].sort(1).values  # visible tokens enter in raster order
         x = self.fuse(latents, visible, pads, context)
@@ -584,16 +630,18 @@ class Harmon(nn.Module):
     def reca_loss(self, latents, ids, pads, order, t, noise, source_latents=None, grad_scale=None, count=None):
         """Reconstruction alignment: the image's own clean features, seen by the understanding branch, are the prompt for its generation.
 
-        latents (B, m, n, C): what is generated. ids (B, W), pads (B,): the request with an image slot. source_latents: what is understood, the
-        same image where absent (RecA), another one for editing. order, t, noise: see the top of the file. grad_scale: factor on the gradient
-        that reaches the clean branch (None: self.grad_scale). LLM sequence: [pads | prefix | L + S clean | request | V visible + S]."""
+        latents (B, m, n, C): what is generated. ids (B, W), pads (B,): the request with an image slot. source_latents: what is understood,
+        the same image where absent (RecA), another one for editing. order, t, noise: see the top of the file. grad_scale: factor on the
+        gradient that reaches the clean branch (None: self.grad_scale). LLM sequence: [pads | prefix | L + S clean | request | V visible +
+        S]."""
         scale = self.grad_scale if grad_scale is None else grad_scale
         clean = self.visual_features(latents if source_latents is None else source_latents)[1]  # (B, L + S, h): all tokens, buffers last
         context = self.embed(ids, scale_gradient(clean, scale))
         return self.generation_loss(context, pads, latents, order, t, noise, count)
 
     def i2t_loss(self, ids, pads, labels, latents=None, grad_scale=None, count=None):
-        """Next-token cross entropy on the answers (labels (B, A): of the last A positions), with the image in the context; without it text only."""
+        """Next-token cross entropy on the answers (labels (B, A): of the last A positions), with the image in the context; without it text
+        only."""
         scale = self.grad_scale if grad_scale is None else grad_scale
         images = None if latents is None else scale_gradient(self.visual_features(latents)[1], scale)
         hidden = self.llm(self.embed(ids, images), pads, keep=labels.shape[1])[0]
@@ -607,11 +655,13 @@ class Harmon(nn.Module):
     # ---- samplers
 
     @torch.no_grad()
-    def sample(self, context, pads, grid, cfg=None, steps=None, temperature=1.0, schedule="constant", orders=None, noise=None, generator=None):
-        """Masked autoregression -> latents (R, m, n, C), or (R/2, m, n, C) where cfg != 1: then the first half of the rows is conditional, the second
-        half their unconditional partners. context (R, W, h), pads (R,): embeddings of the rows' contexts; grid (m, n); steps: passes over the grid;
-        schedule: guidance "constant", or "linear", which grows from 1 to cfg with the number of tokens made. Randomness, drawn from `generator`
-        where absent: orders (R, L), equal for partners, and noise, per step what DiffLoss.sample takes."""
+    def sample(self, context, pads, grid, cfg=None, steps=None, temperature=1.0, schedule="constant", orders=None, noise=None,
+               generator=None):
+        """Masked autoregression -> latents (R, m, n, C), or (R/2, m, n, C) where cfg != 1: then the first half of the rows is conditional,
+        the second half their unconditional partners. context (R, W, h), pads (R,): embeddings of the rows' contexts; grid (m, n); steps:
+        passes over the grid; schedule: guidance "constant", or "linear", which grows from 1 to cfg with the number of tokens made.
+        Randomness, drawn from `generator` where absent: orders (R, L), equal for partners, and noise, per step what DiffLoss.sample takes.
+        """
         if schedule not in ("constant", "linear"):
             raise ValueError(f"schedule {schedule!r}: expected constant or linear")
         cfg, steps = self.config.cfg if cfg is None else cfg, steps or self.config.mask_steps
@@ -663,33 +713,37 @@ class Harmon(nn.Module):
         return self.decode_latents(self.sample(context, pads, grid, cfg, steps, temperature, schedule, generator=generator)).clamp(-1, 1)
 
     @torch.no_grad()
-    def sample_with_image(self, images, rows, unconditional, cfg=None, **randomness):
-        """images (B, 3, H, W), rows of ids with an image slot, ids of the unconditional row (text only) -> images, not clamped."""
+    def sample_with_image(self, images, rows, unconditional, cfg=None, **options):
+        """images (B, 3, H, W), rows of ids with an image slot, ids of the unconditional row (text only), options of `sample` -> images, not
+        clamped."""
         latents = self.precompute(images.to(self.device))["latents"]
         context, pads = self.context(rows, latents)
         if cfg != 1:
             other = self.context([unconditional] * len(rows), width=context.shape[1])
             context, pads = torch.cat([context, other[0]]), torch.cat([pads, other[1]])
-        return self.decode_latents(self.sample(context, pads, latents.shape[1:3], cfg, **randomness))
+        return self.decode_latents(self.sample(context, pads, latents.shape[1:3], cfg, **options))
 
-    def reconstruct(self, images, prompt="Describe the image in detail.", cfg=None, steps=None, temperature=1.0, generator=None, schedule="constant"):
-        """images (B, 3, H, W) in [-1, 1] -> what the model draws when it is shown them. The request follows "user\\n" and the image at once, without the
-        blank line of RecA's training rows: so does the published sampler."""
+    def reconstruct(self, images, prompt="Describe the image in detail.", cfg=None, steps=None, temperature=1.0, generator=None,
+                    schedule="constant"):
+        """images (B, 3, H, W) in [-1, 1] -> what the model draws when it is shown them; prompt: one, or one per image. As in the published
+        sampler the image follows "user\\n" at once, without the blank line of RecA's training rows."""
         prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
-        encode = self.tokenizer.encode
-        rows = [insert_image(self.tokenizer, encode(TEMPLATE.format(p))) for p in prompts]
-        return self.sample_with_image(images, rows, encode(TEMPLATE.format(UNCONDITIONAL)), cfg, steps=steps, temperature=temperature,
-                                      schedule=schedule, generator=generator).clamp(-1, 1)
+        rows = [insert_image(self.tokenizer, self.tokenizer.encode(TEMPLATE.format(p))) for p in prompts]
+        unconditional = self.prompt_ids("t2i", {"drop": True})[0]
+        return self.sample_with_image(images, rows, unconditional, cfg, steps=steps, temperature=temperature, schedule=schedule,
+                                      generator=generator).clamp(-1, 1)
 
     def edit(self, images, instructions, cfg=None, steps=None, temperature=1.0, generator=None, schedule="constant"):
         """images (B, 3, H, W) in [-1, 1] and one instruction for each -> edited images. The rows are those of the `edit` loss."""
         rows = [self.prompt_ids("edit", {"instruction": text})[0] for text in instructions]
-        return self.sample_with_image(images, rows, self.tokenizer.encode(TEMPLATE.format(UNCONDITIONAL)), cfg, steps=steps, temperature=temperature,
-                                      schedule=schedule, generator=generator).clamp(-1, 1)
+        unconditional = self.prompt_ids("t2i", {"drop": True})[0]
+        return self.sample_with_image(images, rows, unconditional, cfg, steps=steps, temperature=temperature, schedule=schedule,
+                                      generator=generator).clamp(-1, 1)
 
     @torch.no_grad()
     def generate_tokens(self, context, pads, max_new_tokens, temperature=0.0, generator=None, stop=None):
-        """Continues the rows (B, W, h), greedily at temperature 0 -> ids (B, at most max_new_tokens). Ends once every row has had the id `stop`."""
+        """Continues the rows (B, W, h), greedily at temperature 0 -> ids (B, at most max_new_tokens). Ends once every row has had the id
+        `stop`."""
         x, past, out, done = context, None, [], torch.zeros(len(context), dtype=torch.bool, device=context.device)
         while len(out) < max_new_tokens and not bool(done.all()):
             hidden, past = self.llm(x, pads, past, keep=1)
@@ -718,20 +772,20 @@ class Harmon(nn.Module):
 
     @classmethod
     def load_published(cls, path, vae_path=None, config=None, tokenizer=None, dtype=torch.float32, device="cpu"):
-        """harmon_*.pth with vae_path = kl16.ckpt, or a checkpoint (file or folder, sharded or not) that holds the VAE under `vae.` -> model in eval mode.
-        Strict, but one of the two names of the tied embedding may be absent. config: None for the published one that fits. Raises ValueError with a
-        table of the keys that do not fit."""
+        """harmon_*.pth with vae_path = kl16.ckpt, or a checkpoint (file or folder, sharded or not) that holds the VAE under `vae.` ->
+        model in eval mode. Strict, but one of the two names of the tied embedding may be absent. config: None for the published one that
+        fits. Raises ValueError with a table of the keys that do not fit."""
         state = read_weights(path, device)
         embed, head = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
         if embed not in state and head not in state:
-            raise ValueError(f"{path}: no {embed} among its {len(state)} keys (the first: {', '.join(list(state)[:3])}): not a Harmon checkpoint")
+            raise ValueError(f"{path}: no {embed} among its {len(state)} keys ({', '.join(list(state)[:3])}, ...): not a Harmon checkpoint")
         state[embed] = state.get(embed, state.get(head))
         state[head] = state[embed]
         if config is None:
             sizes = {c.hidden_size: c for name, c in CONFIGS.items() if name != "tiny"}
             config = sizes.get(state[embed].shape[1])
             if config is None:
-                raise ValueError(f"{path}: hidden size {state[embed].shape[1]}, the published ones are {sorted(sizes)}: pass config=HarmonConfig(...)")
+                raise ValueError(f"{path}: hidden size {state[embed].shape[1]}, published are {sorted(sizes)}: pass config=HarmonConfig(...)")
         if vae_path is not None:
             parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the file may hold its training loss as well
             state |= {f"vae.{k}": v for k, v in read_weights(vae_path, device).items() if k.startswith(parts)}
