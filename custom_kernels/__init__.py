@@ -1,24 +1,29 @@
-"""Public functions that pick an implementation (see pick.py); models call these and never a kernel.
+"""Public functions that pick an implementation (pick.py says which and why); models call these and never a kernel.
 
-Each module holds a function's plain PyTorch reference, which is its specification, beside the Triton kernel that computes the same."""
+Each of the three modules holds a function's plain PyTorch reference, which is its specification, beside the Triton kernels that compute the
+same. On a CPU the reference runs, at the cost of one comparison. Which kernels were measured, and where they win: python -m custom_kernels.bench."""
 import torch
 
 from .attention import (AttentionPlan, attention_bounds, attention_decode_triton, attention_flex, attention_plan as _plan, attention_reference,
                         attention_triton, flex_block_mask, interval_mask)
-from .diffusion_loss import (add_noise, diffusion_loss_rows_reference, diffusion_tables, flow_loss_rows_reference,
-                             gated_add_reference, norm_modulate_reference)
-from .linear_cross_entropy import linear_cross_entropy_reference
+from .diffusion_loss import (add_noise, diffusion_loss_rows_reference, diffusion_loss_rows_triton, diffusion_tables, flow_loss_rows_reference,
+                             flow_loss_rows_triton, gated_add_reference, gated_add_triton, norm_modulate_reference, norm_modulate_triton)
+from .linear_cross_entropy import linear_cross_entropy_fused, linear_cross_entropy_reference
 from .pick import autocast, choose
 
-FEW_QUERIES = 128  # up to here a dense mask costs nothing worth avoiding, and compiling for every new cache length would
+FEW_QUERIES = 128  # up to here a dense mask is small, and compiling for every new length of a cache would cost more
 
 
 def attention_plan(lo, hi, num_keys):
-    """Intervals lo, hi (R, Tq) of integers, R = 1 or the batch size -> a plan, to be shared by all layers. Ends outside [0, num_keys] are
-    clamped to it; a query with hi <= lo sees nothing. ValueError where the shapes are not two equal (R, Tq)."""
+    """Intervals lo, hi (R, Tq) of integers, R = 1 or the batch size -> a plan that all layers share. Ends outside [0, num_keys] are clamped to
+    it; a query with hi <= lo sees nothing. ValueError where the shapes are not two equal (R, Tq)."""
     plan = _plan(lo, hi, num_keys)
     if lo.is_cuda and lo.shape[1] > FEW_QUERIES:  # made now, so that a compiled model finds them instead of tracing them
-        {"flex": flex_block_mask, "triton": attention_bounds}.get(choose("attention", None, lo.device), lambda plan: None)(plan)
+        choice = choose("attention", None, lo.device)
+        if choice == "flex":
+            flex_block_mask(plan)
+        elif choice == "triton":
+            attention_bounds(plan)
     return plan
 
 
@@ -40,8 +45,38 @@ def attention(q, k, v, lo, hi, plan=None):
     return attention_triton(q, k, v, plan)
 
 
-linear_cross_entropy = linear_cross_entropy_reference
-norm_modulate = norm_modulate_reference
-gated_add = gated_add_reference
-diffusion_loss_rows = diffusion_loss_rows_reference
-flow_loss_rows = flow_loss_rows_reference
+def linear_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, count=None):
+    """Cross entropy of hidden @ weight.T + bias, summed over the rows whose label is not ignore_index and divided by `count`, or where that is
+    None by the number of those rows (no such row: 0, with gradient 0). hidden (N, D), weight (V, D), bias (V,), labels (N,) int64, count a
+    0-dim tensor or a number -> float32 scalar. On CUDA never more than a chunk of the logits exists."""
+    choice = choose("linear_cross_entropy", weight.shape[0], hidden.device)
+    if choice == "reference":
+        return linear_cross_entropy_reference(hidden, weight, labels, bias, ignore_index, count)
+    hidden, weight, bias = autocast(hidden, weight, bias)
+    return linear_cross_entropy_fused(hidden, weight, labels, bias, ignore_index, count, kernels=choice == "triton")
+
+
+def norm_modulate(x, shift, scale, weight=None, bias=None, eps=1e-6):
+    """LayerNorm(x) * (1 + scale) + shift over the last axis; x (..., W), shift and scale of its shape or broadcast to it, weight and bias (W,) or
+    None -> (..., W). Statistics in float32."""
+    if choose("norm_modulate", x.shape[-1], x.device) == "triton":
+        return norm_modulate_triton(x, shift, scale, weight, bias, eps)
+    return norm_modulate_reference(x, shift, scale, weight, bias, eps)
+
+
+def gated_add(h, gate, a):
+    """h + gate * a; h and a (..., W), gate of their shape or broadcast to it."""
+    return (gated_add_triton if choose("gated_add", h.shape[-1], h.device) == "triton" else gated_add_reference)(h, gate, a)
+
+
+def diffusion_loss_rows(out, x0, noise, t, tables):
+    """Harmon's token loss, DDPM with learned variance: out (N, 2C) = [epsilon | v], x0 and noise (N, C), t (N,) int64, tables =
+    diffusion_tables(betas) -> (mse, vb), float32 (N,) each: mean squared error of epsilon, and the variational bound in bits per channel,
+    which trains v only."""
+    choice = choose("diffusion_loss_rows", x0.shape[1], out.device)
+    return (diffusion_loss_rows_triton if choice == "triton" else diffusion_loss_rows_reference)(out, x0, noise, t, tables)
+
+
+def flow_loss_rows(v, x0, noise):
+    """BAGEL's token loss, rectified flow: v, x0, noise (N, C) -> mean_c (v - (noise - x0))^2, float32 (N,)."""
+    return (flow_loss_rows_triton if choose("flow_loss_rows", x0.shape[1], v.device) == "triton" else flow_loss_rows_reference)(v, x0, noise)

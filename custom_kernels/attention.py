@@ -172,7 +172,7 @@ def tiles(D, dtype):
     """Tile sides (queries, keys), warps and pipeline stages of the forward, dq and dk/dv kernels. Not measured yet: the largest of those
     tried that the compiler fits into the registers of an A100 and an H100 with hardly a spill (see tests/test_kernels_compile.py)."""
     if dtype.itemsize > 2:
-        return dict(forward=(64, 32, 8, 2), dq=(32, 32, 4, 1), dkdv=(32, 32, 8, 1))
+        return dict(forward=(64, 32, 4, 2), dq=(64, 32, 4, 1), dkdv=(32, 32, 4, 1))
     if D <= 64:
         return dict(forward=(128, 64, 4, 3), dq=(128, 64, 8, 2), dkdv=(32, 128, 8, 2))
     if D <= 96:
