@@ -21,10 +21,12 @@ k) and noise (B, M, k, C) belong to M diffusion draws of each masked token, in t
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
+from statistics import NormalDist
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 from custom_kernels import (add_noise, attention, attention_plan, diffusion_loss_rows, diffusion_tables, gated_add, linear_cross_entropy,
@@ -79,6 +81,7 @@ class HarmonConfig:
     grad_scale: float = 0.1  # on the clean features' gradient in RecA: damps proj_in and the encoder there, not the masked branch
     max_prompt: int = 128  # text tokens of a generation row
     max_dialogue: int = 1472  # text tokens of an understanding row
+    pad_multiple: int = 64  # rows are padded to a multiple of this, so that shapes take few values
     checkpointing: bool = False  # recompute the blocks in the backward pass: less memory, a third more arithmetic
     # sampler
     cfg: float = 3.0
@@ -90,7 +93,7 @@ CONFIGS = {
                          encoder_dim=96, encoder_depth=2, encoder_heads=4, decoder_dim=96, decoder_depth=2, decoder_heads=4, mlp_ratio=2.5,
                          buffer_size=4, native_grid=3, class_num=1, dropout=0.0, diffloss_depth=3, diffloss_width=128,
                          num_sampling_steps="25", image_size=48, vae=TOKENIZERS["tiny-kl"], mask_bucket=1, max_prompt=64,
-                         max_dialogue=128, mask_steps=9),
+                         max_dialogue=128, pad_multiple=4, mask_steps=9),
     "harmon-0.5b": HarmonConfig(),
     "harmon-1.5b": HarmonConfig(hidden_size=1536, intermediate_size=8960, num_layers=28, num_heads=12,
                                 encoder_dim=1280, encoder_depth=20, encoder_heads=16, decoder_dim=1280, decoder_depth=20, decoder_heads=16,
@@ -522,6 +525,15 @@ class Harmon(nn.Module):
     def stride(self):
         return self.vae.stride * self.config.patch_size
 
+    def preprocess(self, image, purpose):
+        """PIL image -> (3, S, S) in [-1, 1]. "understand": padded to a square; "recon": stretched to a square of the longer side, then
+        resized, as in the published training; anything else: resized at once, as in its sampler."""
+        from data import preprocess_pad, preprocess_stretch, to_tensor  # here, because models otherwise do without the data side
+        size = self.config.image_size
+        if purpose in ("understand", "recon"):
+            return (preprocess_pad if purpose == "understand" else preprocess_stretch)(image, size)
+        return to_tensor(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+
     @torch.no_grad()
     def precompute(self, images, stage="base"):
         """images (N, 3, H, W) in [-1, 1] -> {"latents": (N, m, n, C)}: the posterior's mean, never a sample. The VAE is frozen in every
@@ -554,20 +566,20 @@ class Harmon(nn.Module):
         return ids + answer + encode("\n"), len(answer) + 1
 
     def collate(self, part, samples, pad_to=None):
-        """Samples (dicts) -> ids (B, W) and pads (B,), left-padded to W = pad_to, or the config's maximum, or the longest row where pad_to
-        is 0; longer rows are cut. i2t and text also get labels (B, A): the next token for each of the last A positions, IGNORE where none
-        is trained."""
+        """Samples (dicts) -> ids (B, W) and pads (B,), left-padded to W = pad_to, or to the longest row, rounded up to pad_multiple and at
+        most the config's maximum; what is longer is cut at its end. i2t and text also get labels (B, A): the next token for each of the
+        last A positions, IGNORE where none is trained."""
+        c, dialogue = self.config, part in ("i2t", "text")
         rows, tails = zip(*[self.prompt_ids(part, s) for s in samples])
-        width = pad_to if pad_to is not None else self.config.max_dialogue if part in ("i2t", "text") else self.config.max_prompt
-        width = width or max(map(len, rows))
+        longest, up = max(map(len, rows)), lambda n: -(-n // c.pad_multiple) * c.pad_multiple
+        width = pad_to or min(up(longest), c.max_dialogue if dialogue else c.max_prompt)
         ids, pads = left_pad(rows, width)
-        if part not in ("i2t", "text"):
+        if not dialogue:
             return {"ids": ids, "pads": pads}
         # a label at every token of the answer, shifted to the position that predicts it
         labels = [([IGNORE] * (len(row) - tail) + row[-tail:-1] + [IGNORE])[1:width] + [IGNORE] for row, tail in zip(rows, tails)]
         labels = left_pad(labels, width, IGNORE)[0]
-        longest = width if max(map(len, rows)) > width else min(width, -(-(max(tails) + 1) // 8) * 8)  # few different shapes
-        return {"ids": ids, "pads": pads, "labels": labels[:, -longest:]}
+        return {"ids": ids, "pads": pads, "labels": labels[:, -min(width, up(max(tails) + 1)):] if longest <= width else labels}
 
     def draw(self, part, generator, rate_generator):
         """Randomness of one sample, on the CPU: order (L,), t (M, k), noise (M, k, C). The mask rate, from `rate_generator`, is a
@@ -576,9 +588,9 @@ class Harmon(nn.Module):
             return {}
         c = self.config
         L, M = (c.image_size // self.stride) ** 2, c.diffusion_batch_mul
-        low = torch.special.ndtr(torch.tensor((c.mask_ratio_min - 1) / 0.25, dtype=torch.float64))
-        u = torch.rand((), generator=rate_generator, dtype=torch.float64)
-        rate = 1 + 0.25 * torch.special.ndtri(low + u * (0.5 - low)).item()
+        normal, u = NormalDist(1.0, 0.25), torch.rand((), generator=rate_generator, dtype=torch.float64).item()
+        low = normal.cdf(c.mask_ratio_min)
+        rate = normal.inv_cdf(low + u * (0.5 - low))
         k = min(L, max(1, round(math.ceil(L * rate) / c.mask_bucket)) * c.mask_bucket)
         return {"order": torch.randperm(L, generator=generator), "t": torch.randint(0, T, (M, k), generator=generator),
                 "noise": torch.randn(M, k, latent_channels(c), generator=generator)}
@@ -771,10 +783,11 @@ class Harmon(nn.Module):
     # ---- published weights
 
     @classmethod
-    def load_published(cls, path, vae_path=None, config=None, tokenizer=None, dtype=torch.float32, device="cpu"):
-        """harmon_*.pth with vae_path = kl16.ckpt, or a checkpoint (file or folder, sharded or not) that holds the VAE under `vae.` ->
-        model in eval mode. Strict, but one of the two names of the tied embedding may be absent. config: None for the published one that
-        fits. Raises ValueError with a table of the keys that do not fit."""
+    def load_published(cls, path, config=None, tokenizer_path=None, tokenizer=None, device="cpu", dtype=None):
+        """path: harmon_*.pth together with tokenizer_path = kl16.ckpt, or a checkpoint (file or folder, sharded or not) that holds the VAE
+        under `vae.` -> model in eval mode. Strict, but one of the two names of the tied embedding may be absent. config: a name, a
+        HarmonConfig, or None for the published one that fits. The model is built without memory and filled in `dtype` (None: float32) on
+        `device`; the VAE is float32 always. Raises FileNotFoundError, and ValueError with a table of the keys that do not fit."""
         state = read_weights(path, device)
         embed, head = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
         if embed not in state and head not in state:
@@ -782,18 +795,19 @@ class Harmon(nn.Module):
         state[embed] = state.get(embed, state.get(head))
         state[head] = state[embed]
         if config is None:
-            sizes = {c.hidden_size: c for name, c in CONFIGS.items() if name != "tiny"}
-            config = sizes.get(state[embed].shape[1])
-            if config is None:
-                raise ValueError(f"{path}: hidden size {state[embed].shape[1]}, published are {sorted(sizes)}: pass config=HarmonConfig(...)")
-        if vae_path is not None:
+            sizes = {c.hidden_size: name for name, c in CONFIGS.items() if name != "tiny"}
+            if state[embed].shape[1] not in sizes:
+                raise ValueError(f"{path}: hidden size {state[embed].shape[1]}, published: {sizes}: pass config=HarmonConfig(...)")
+            config = sizes[state[embed].shape[1]]
+        if tokenizer_path is not None:
             parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the file may hold its training loss as well
-            state |= {f"vae.{k}": v for k, v in read_weights(vae_path, device).items() if k.startswith(parts)}
+            state |= {f"vae.{k}": v for k, v in read_weights(tokenizer_path, device).items() if k.startswith(parts)}
         elif not any(k.startswith("vae.") for k in state):
-            raise ValueError(f"{path}: {len(state)} keys and no vae.*: the image tokenizer is a file of its own, pass vae_path=kl16.ckpt")
+            raise ValueError(f"{path}: {len(state)} keys and no vae.*: the VAE is a file of its own, give kl16.ckpt with --tokenizer-ckpt")
         with torch.device("meta"):
-            model = cls(config, tokenizer).to(dtype)
-        load_strict(model, state, str(path) if vae_path is None else f"{path} + {vae_path}")
+            model = cls(CONFIGS[config] if isinstance(config, str) else config, tokenizer).to(dtype or torch.float32)
+        model.vae.float()
+        load_strict(model, state, str(path) if tokenizer_path is None else f"{path} + {tokenizer_path}")
         model.llm.lm_head.weight = model.llm.model.embed_tokens.weight
         return model.eval()
 
