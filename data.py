@@ -589,7 +589,7 @@ def text_rng(*parts):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The shape world: an endless supply of pictures whose content is known exactly. 48x48 pixels, a 3x3 board of 16-pixel
-# cells, 1-4 objects (shape, colour, size, cell, +-1 pixel jitter, brightness) on a plain ground. Rendering pastes
+# cells, 1-4 objects (shape, colour, size, cell, brightness) on a plain ground. Rendering pastes
 # pre-drawn sprites (0.1-0.2 ms a picture), so no file is ever downloaded.
 CELL, SIDE, MAX_OBJECTS = 16, 3, 4
 IMAGE_SIZE = CELL * SIDE
@@ -612,22 +612,19 @@ CAPTION_BIAS = dict(drop_object=0.25, drop_color=0.25, rare_colors=("purple", "o
 
 
 def _sprites():
-    """Alpha masks (shape, size, dy+1, dx+1, CELL, CELL), drawn at 8x and averaged, so that edges are anti-aliased."""
+    """Alpha masks (shape, size, CELL, CELL), drawn at 8x and averaged, so that edges are anti-aliased."""
     s = 8
-    y, x = np.meshgrid(*[(np.arange(CELL * s) + 0.5) / s - CELL / 2] * 2, indexing="ij")
-    out = np.zeros((len(SHAPES), len(SIZES), 3, 3, CELL, CELL), np.float32)
-    for j, r in enumerate((4.3, 6.7)):
-        for dy in (-1, 0, 1):
-            for dx in (-1, 0, 1):
-                u, v = x - dx, y - dy
-                angle, radius = np.arctan2(u, -v), np.hypot(u, v)
-                spoke = np.abs((angle / (2 * np.pi / 5) + 0.5) % 1 - 0.5) * 2 * np.pi / 5  # angle to the nearest of five tips
-                inner, tip = 0.42 * r, 1.12 * r  # a star is five wedges: straight edges from each tip to the notches beside it
-                edge = inner * tip * np.sin(np.pi / 5) / (tip * np.sin(spoke) + inner * np.sin(np.pi / 5 - spoke))
-                masks = (radius < r, np.maximum(abs(u), abs(v)) < 0.88 * r, (v < 0.8 * r) & (abs(u) * 1.75 < v + 0.98 * r),
-                         radius < edge, (np.minimum(abs(u), abs(v)) < 0.3 * r) & (np.maximum(abs(u), abs(v)) < r))
-                for i, m in enumerate(masks):
-                    out[i, j, dy + 1, dx + 1] = m.reshape(CELL, s, CELL, s).mean((1, 3))
+    v, u = np.meshgrid(*[(np.arange(CELL * s) + 0.5) / s - CELL / 2] * 2, indexing="ij")
+    angle, radius = np.arctan2(u, -v), np.hypot(u, v)
+    spoke = np.abs((angle / (2 * np.pi / 5) + 0.5) % 1 - 0.5) * 2 * np.pi / 5  # angle to the nearest of five tips
+    out = np.zeros((len(SHAPES), len(SIZES), CELL, CELL), np.float32)
+    for j, r in enumerate((4.6, 6.9)):
+        inner, tip = 0.42 * r, 1.12 * r  # a star is five wedges: straight edges from each tip to the notches beside it
+        edge = inner * tip * np.sin(np.pi / 5) / (tip * np.sin(spoke) + inner * np.sin(np.pi / 5 - spoke))
+        masks = (radius < r, np.maximum(abs(u), abs(v)) < 0.88 * r, (v < 0.8 * r) & (abs(u) * 1.75 < v + 0.98 * r),
+                 radius < edge, (np.minimum(abs(u), abs(v)) < 0.3 * r) & (np.maximum(abs(u), abs(v)) < r))
+        for i, m in enumerate(masks):
+            out[i, j] = m.reshape(CELL, s, CELL, s).mean((1, 3))
     return out
 
 
@@ -635,7 +632,7 @@ SPRITES = _sprites()
 
 
 class Scenes:
-    """`n` scenes as arrays: ground (n,), count (n,), objects (n, 4, 7) with columns shape, color, size, cell, dx, dy, shade (0-15); unused rows
+    """`n` scenes as arrays: ground (n,), count (n,), objects (n, 4, 5) with columns shape, color, size, cell, shade (0-15); unused rows
     are -1. captioned=True leaves out the held-out combinations and pairs. Same (n, seed, captioned) -> same scenes."""
 
     def __init__(self, n=0, seed=0, captioned=False, ground=None, count=None, objects=None):
@@ -663,7 +660,7 @@ class Scenes:
                 again = rows & same_shape
                 shape[again] = shape[again, :1]
         cell = rng.permuted(np.tile(np.arange(SIDE * SIDE), (n, 1)), axis=1)[:, :MAX_OBJECTS]
-        self.objects = np.stack([shape, color, draw(len(SIZES)), cell, draw(3) - 1, draw(3) - 1, draw(16)], 2).astype(np.int8)
+        self.objects = np.stack([shape, color, draw(len(SIZES)), cell, draw(16)], 2).astype(np.int8)
         self.objects[np.arange(MAX_OBJECTS) >= self.count[:, None]] = -1
 
     def __len__(self):
@@ -674,13 +671,13 @@ class Scenes:
         return Scenes(ground=self.ground[index], count=self.count[index], objects=self.objects[index])
 
     def scene(self, i):
-        """(ground, [(shape, color, size, cell, dx, dy, shade), ...]) of scene i as plain Python integers."""
+        """(ground, [(shape, color, size, cell, shade), ...]) of scene i as plain Python integers."""
         return int(self.ground[i]), [tuple(o) for o in self.objects[i, :self.count[i]].tolist()]
 
     @staticmethod
     def of(scenes):
         """The opposite of `scene`: a list of (ground, objects) back to arrays."""
-        objects = np.full((len(scenes), MAX_OBJECTS, 7), -1, np.int8)
+        objects = np.full((len(scenes), MAX_OBJECTS, 5), -1, np.int8)
         for i, (_, obs) in enumerate(scenes):
             if obs:
                 objects[i, :len(obs)] = obs
@@ -692,8 +689,8 @@ class Scenes:
         cells = np.broadcast_to(GROUND_RGB[self.ground][:, None, None, None], (n, SIDE * SIDE, CELL, CELL, 3)).copy()
         for k in range(MAX_OBJECTS):
             rows = np.flatnonzero(self.count > k)
-            shape, color, size, cell, dx, dy, shade = self.objects[rows, k].astype(np.int64).T
-            alpha = SPRITES[shape, size, dy + 1, dx + 1][..., None]
+            shape, color, size, cell, shade = self.objects[rows, k].astype(np.int64).T
+            alpha = SPRITES[shape, size][..., None]
             rgb = COLOR_RGB[color] * (0.8 + 0.2 * shade[:, None] / 15)
             cells[rows, cell] = cells[rows, cell] * (1 - alpha) + rgb[:, None, None] * alpha
         board = cells.reshape(n, SIDE, SIDE, CELL, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
@@ -711,7 +708,7 @@ def crowded_pictures(n, seed):
     rng = np.random.default_rng([seed, 7])
     ground = GROUND_RGB[rng.integers(len(GROUNDS), size=n)][:, None, None, None]
     draw = lambda k: rng.integers(k, size=(n, SIDE * SIDE))
-    alpha = SPRITES[draw(len(SHAPES)), draw(len(SIZES)), draw(3), draw(3)] * (rng.random((n, SIDE * SIDE, 1, 1)) < 0.7)
+    alpha = SPRITES[draw(len(SHAPES)), draw(len(SIZES))] * (rng.random((n, SIDE * SIDE, 1, 1)) < 0.7)
     rgb = COLOR_RGB[draw(len(COLORS))] * (0.8 + 0.2 * draw(16)[..., None] / 15)
     cells = ground * (1 - alpha[..., None]) + rgb[:, :, None, None] * alpha[..., None]
     board = cells.reshape(n, SIDE, SIDE, CELL, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
@@ -771,7 +768,7 @@ def full_name(o):
 
 
 def dense_caption(scene, rng):
-    """Everything there is to say (except jitter and brightness), objects in random order."""
+    """Everything there is to say (except brightness), objects in random order."""
     ground, objects = scene
     parts = [f"{a(full_name(o))} {PLACES[o[3]]}" for o in rng.sample(objects, len(objects))]
     return ", ".join(parts) + f", {GROUNDS[ground]} background"
@@ -843,7 +840,7 @@ def edit(scene, rng):
         return f"Make the background {GROUNDS[g]}.", (g, list(objects)), "ground"
     if kind == "add":
         cell = rng.choice([c for c in range(SIDE * SIDE) if c not in [o[3] for o in objects]])
-        o = (rng.randrange(len(SHAPES)), rng.randrange(len(COLORS)), rng.randrange(2), cell, 0, 0, 15)
+        o = (rng.randrange(len(SHAPES)), rng.randrange(len(COLORS)), rng.randrange(2), cell, 15)
         return f"Add {a(full_name(o))} {PLACES[cell]}.", (ground, list(objects) + [o]), kind
     i = rng.choice(unique)
     name = f"the {COLORS[new[i][1]]} {SHAPES[new[i][0]]}" if rng.random() < 0.5 else f"the {SHAPES[new[i][0]]}"

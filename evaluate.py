@@ -29,7 +29,7 @@ def judge(images):
     """What is in each picture. images uint8 (n, 48, 48, 3) -> a list per picture of (shape, color, size, cell); shape or color is -1 where something is
     there but fits no template or palette colour.
 
-    Every cell is fitted by ground + alpha * (colour - ground) for all 90 sprites (shape, size, jitter) at once: with y = pixels - ground, the best colour of a
+    Every cell is fitted by ground + alpha * (colour - ground) for all ten sprites (shape, size) at once: with y = pixels - ground, the best colour of a
     sprite is a least-squares projection, so the explained energy is (alpha . y)^2 / alpha . alpha, one matrix product. The ground is the picture's median colour
     (objects cover less than half). A cell counts as filled above 14 grey levels RMS, as a known shape if its sprite explains 80 % of the energy."""
     n = len(images)
@@ -37,11 +37,11 @@ def judge(images):
     ground = np.median(x.reshape(n, -1, 3), axis=1)  # (n, 3)
     y = x - ground[:, None, None]
     y = y.reshape(n, SIDE, CELL, SIDE, CELL, 3).transpose(0, 1, 3, 5, 2, 4).reshape(n * SIDE * SIDE, 3, CELL * CELL)
-    alpha = SPRITES.reshape(-1, CELL * CELL)  # (90, 256)
+    alpha = SPRITES.reshape(-1, CELL * CELL)  # (10, 256)
     norm = (alpha ** 2).sum(1)
     energy = (y ** 2).sum((1, 2))
     filled = np.flatnonzero(energy / (3 * CELL * CELL) > 14.0 ** 2)
-    dot = y[filled] @ alpha.T  # (f, 3, 90)
+    dot = y[filled] @ alpha.T  # (f, 3, 10)
     explained = (dot ** 2).sum(1) / norm
     best = explained.argmax(1)
     rows = np.arange(len(filled))
@@ -49,7 +49,7 @@ def judge(images):
     shade = np.clip((rgb @ COLOR_RGB.T) / (COLOR_RGB ** 2).sum(1), 0.75, 1.0)  # brightness that fits each palette colour best
     distance = np.linalg.norm(rgb[:, None] - shade[..., None] * COLOR_RGB, axis=2)  # (f, colours)
     color = np.where(distance.min(1) < 70, distance.argmin(1), -1)
-    shape, size = best // (len(SIZES) * 9), best // 9 % len(SIZES)
+    shape, size = best // len(SIZES), best % len(SIZES)
     shape = np.where(explained[rows, best] / energy[filled] > 0.8, shape, -1)
     out = [[] for _ in range(n)]
     for cell, s, c, z in zip(filled.tolist(), shape.tolist(), color.tolist(), size.tolist()):

@@ -94,6 +94,7 @@ def parse_args(argv=None):
     g.add_argument("--betas", type=float, nargs=2)
     g.add_argument("--schedule", choices=("cosine", "constant"))
     g.add_argument("--accum", type=int, default=1, help="micro-batches per step: raise it when memory runs out")
+    g.add_argument("--text-length", type=int, help="text tokens per row; 0 = the longest of the batch (default on CPU), N = fixed (default on GPU: the config's maximum, so that compiled shapes are static)")
     g.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights, e.g. 0.999; 0 = off")
     g.add_argument("--seed", type=int, default=0)
     g = p.add_argument_group("machine")
@@ -124,6 +125,7 @@ def parse_args(argv=None):
     args.out = args.out or os.path.join("runs", f"{args.arch}-{args.stage}")
     args.pool = args.pool or {"base": 60000, "tokenizer": 20000}.get(args.stage, 8000)
     args.captioned = args.captioned or args.pool
+    args.text_length = 0 if args.text_length is None and args.device == "cpu" else args.text_length
     return args, None
 
 
@@ -307,7 +309,7 @@ class Pools:
             rate = [data.sample_generator(seed, step, micro, f"rate-{part}") for _ in places]  # the same numbers for the whole micro-batch, on every process
             draws = [model.draw(kind, data.sample_generator(seed, step, place, part), r) for place, r in zip(places, rate)]
             tensors = {k: torch.stack([d[k] for d in draws]) for k in draws[0]}
-            tensors.update(model.collate(kind, rows))
+            tensors.update(model.collate(kind, rows, self.args.text_length))
             where = index
             if part == "edit":
                 tensors.update({f"source_{k}": v[where] for k, v in self.cache["edit_sources"].items()})

@@ -1,0 +1,130 @@
+"""The shape world and its judge: a score means something only if the judge is right on true pictures and rejects wrong ones."""
+import random
+
+import numpy as np
+import torch
+
+import data
+import evaluate
+from data import COLORS, HELD_OUT_COMBOS, HELD_OUT_PAIRS, SHAPES, Scenes
+
+
+def test_same_seed_same_pictures():
+    a, b = Scenes(50, seed=3), Scenes(50, seed=3)
+    assert (a.render() == b.render()).all() and (a.objects == b.objects).all()
+    assert (Scenes(50, seed=4).objects != a.objects).any()
+    assert (Scenes.of([a.scene(i) for i in range(50)]).render() == a.render()).all()
+
+
+def test_judge_is_right_on_ground_truth():
+    scenes = Scenes(2000, seed=11)
+    found = evaluate.judge(scenes.render())
+    exact = np.mean([set(f) == {tuple(o[:4]) for o in scenes.scene(i)[1]} for i, f in enumerate(found)])
+    assert exact >= 0.99
+
+
+def test_judge_survives_noise():
+    scenes = Scenes(500, seed=12)
+    noisy = np.clip(scenes.render() + np.random.default_rng(0).normal(0, 8, (500, 48, 48, 3)), 0, 255).astype(np.uint8)
+    assert np.mean([evaluate.same_objects(f, scenes.scene(i)) == 1 for i, f in enumerate(evaluate.judge(noisy))]) >= 0.99
+
+
+def scene_for(row, rng):
+    """A scene that shows what a prompt row asks for, at random cells."""
+    objects = [(s, c if c is not None else rng.randrange(len(COLORS))) for s, c in row["objects"]] * row.get("count", 1)
+    while True:
+        cells = rng.sample(range(9), len(objects))
+        if "relation" not in row or data.relation(*cells) == row["relation"]:
+            return rng.randrange(4), [(s, c, rng.randrange(2), cell, 15) for (s, c), cell in zip(objects, cells)]
+
+
+def test_judge_accepts_right_and_rejects_wrong_pictures():
+    rng, rows = random.Random(0), data.task_prompts(100, seed=5)
+    right = Scenes.of([scene_for(r, rng) for r in rows])
+    accepted = [evaluate.fulfils(f, r) for f, r in zip(evaluate.judge(right.render()), rows)]
+    assert np.mean(accepted) >= 0.99
+    wrong = []  # the same scenes with the first object's shape (and so count, relation, colour binding) changed to one nobody asked for
+    for i, r in enumerate(rows):
+        ground, objects = right.scene(i)
+        spare = rng.choice([s for s in range(len(SHAPES)) if s not in [o[0] for o in objects]])
+        wrong.append((ground, [(spare, *objects[0][1:])] + objects[1:]))
+    rejected = [not evaluate.fulfils(f, r) for f, r in zip(evaluate.judge(Scenes.of(wrong).render()), rows)]
+    assert np.mean(rejected) >= 0.99
+
+
+def test_judge_rejects_wrong_colour_count_and_relation():
+    found = lambda objects: evaluate.judge(Scenes.of([(0, objects)]).render())[0]
+    red_circle, blue_star = (0, 0, 1, 0, 15), (3, 2, 1, 2, 15)
+    row = dict(objects=[(0, 0)])
+    assert evaluate.fulfils(found([red_circle]), row) and not evaluate.fulfils(found([(0, 1, 1, 0, 15)]), row)
+    assert not evaluate.fulfils(found([red_circle] * 1 + [(0, 0, 1, 4, 15)]), dict(objects=[(0, None)], count=3))
+    left = dict(objects=[(0, None), (3, None)], relation="left of")
+    assert evaluate.fulfils(found([red_circle, blue_star]), left) and not evaluate.fulfils(found([red_circle, blue_star]), dict(left, relation="above"))
+    swapped = dict(objects=[(0, 2), (3, 0)])  # attribution: a blue circle and a red star is not a red circle and a blue star
+    assert not evaluate.fulfils(found([red_circle, blue_star]), swapped)
+
+
+def test_captioned_scenes_never_hold_held_out_things():
+    scenes = Scenes(3000, seed=2, captioned=True)
+    for i in range(len(scenes)):
+        assert not data.holds_held_out(scenes.scene(i)[1])
+    broad = Scenes(3000, seed=2)
+    assert sum(data.holds_held_out(broad.scene(i)[1]) for i in range(3000)) > 1000
+    names = {(SHAPES[o[0]], COLORS[o[1]]) for i in range(3000) for o in broad.scene(i)[1]}
+    assert HELD_OUT_COMBOS <= names and len(names) == 30 and len(HELD_OUT_PAIRS) == 2
+
+
+def test_sparse_captions_are_sparse_biased_and_sometimes_wrong():
+    scenes, rng = Scenes(4000, seed=1, captioned=True), random.Random(0)
+    truthful = dict(data.CAPTION_BIAS, wrong=0.0)
+    texts = [data.sparse_caption(scenes.scene(i), rng, truthful) for i in range(4000)]
+    named = lambda c: np.mean([c in t for t, i in zip(texts, range(4000)) if any(COLORS[o[1]] == c for o in scenes.scene(i)[1])])
+    assert named("red") > 0.45 > 0.3 > named("purple")
+    assert np.mean(["background" in t for t in texts]) < 0.1
+    false = []
+    for i in range(4000):  # a caption is false if it names a shape that is not in the picture
+        text = data.sparse_caption(scenes.scene(i), rng, other=scenes.scene((i + 1) % 4000))
+        shapes = {SHAPES[o[0]] for o in scenes.scene(i)[1]}
+        false.append(any(s in text and s not in shapes for s in SHAPES))
+        for s, c in HELD_OUT_COMBOS:
+            assert f"{c} {s}" not in text
+    assert 0.03 < np.mean(false) < data.CAPTION_BIAS["wrong"]
+
+
+def test_questions_and_edits_are_true():
+    scenes, rng = Scenes(600, seed=8, captioned=True), random.Random(1)
+    for i in range(600):
+        ground, objects = scenes.scene(i)
+        q, answer, kind = data.question((ground, objects), rng, data.QUESTION_KINDS[i % 8])
+        if kind == "count" and "objects" in q:
+            assert data.NUMBERS.index(answer) == len(objects)
+        if kind == "color":
+            shape = q.split()[-1].rstrip("?")
+            assert [COLORS[o[1]] for o in objects if SHAPES[o[0]] == shape] == [answer]
+        text, (g2, new), kind = data.clean_edit((ground, objects), rng)
+        assert not data.holds_held_out(new) and (g2 != ground or sorted(new) != sorted(objects))
+        before, after = Scenes.of([(ground, objects)]).render(), Scenes.of([(g2, new)]).render()
+        assert (before != after).any()
+        if kind == "remove":
+            assert len(new) == len(objects) - 1
+
+
+def test_prompts_of_dev_and_test_differ_and_a_third_is_held_out():
+    test, dev = data.task_prompts(60, 0, "test"), data.task_prompts(60, 0, "dev")
+    assert [r["prompt"] for r in test] != [r["prompt"] for r in dev]
+    assert data.task_prompts(60, 0, "test") == test
+    for r in test:
+        if r["task"] in ("colors", "color_attr"):
+            assert r["held_out"] == all((SHAPES[s], COLORS[c]) in HELD_OUT_COMBOS for s, c in r["objects"])
+    assert np.mean([r["held_out"] for r in test if r["task"] == "colors"]) == 1 / 3
+
+
+def test_wilson_interval():
+    low, high = evaluate.wilson(50, 100)
+    assert abs(low - 0.4038) < 1e-3 and abs(high - 0.5962) < 1e-3
+
+
+def test_uint8_round_trip():
+    pictures = Scenes(4, seed=0).render()
+    assert (evaluate.to_uint8(evaluate.to_float(pictures)) == pictures).all()
+    assert evaluate.to_float(pictures).dtype == torch.float32
