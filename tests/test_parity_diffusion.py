@@ -92,7 +92,7 @@ class Report:
 
 def segments(g, model):
     """The published packed batch -> our samples (lists of segments), and the published index of each of our tokens [understanding | generation]."""
-    c, at, split, samples = model.config, 0, 0, []
+    c, at, split, samples, understanding = model.config, 0, 0, [], []
     vae, vit = g.get("packed_vae_token_indexes", torch.zeros(0)).tolist(), g.get("packed_vit_token_indexes", torch.zeros(0)).tolist()
     text = dict(zip(g["packed_text_indexes"].tolist(), g["packed_text_ids"].tolist()))
     lost = set(g.get("ce_loss_indexes", torch.zeros(0)).tolist())
@@ -109,10 +109,11 @@ def segments(g, model):
                 sample.append(("vit", (last // c.vit.positions + 1, last % c.vit.positions + 1)))
             else:
                 sample.append(("noise" if mode == 2 else "clean", tuple(next(sizes))))
+            inner = [] if at + 1 in vae else list(range(at + 1, at + n - 1))
+            understanding += [at, *inner, at + n - 1] if mode == 0 else [at, at + n - 1, *inner]  # our images begin with both markers
             at, split = at + n, split + 1
         samples.append(sample)
-    ours = [i for i in range(at) if i not in set(vae)] + vae
-    return samples, torch.tensor(ours)
+    return samples, torch.tensor(understanding + vae)
 
 
 def dense_mask(row):
@@ -264,9 +265,9 @@ def test_understanding_loss():
     report.equal("und.labels", published_order(row["labels"][0], ours), expected)
     with torch.no_grad():
         und = model.embed(row["ids"], images["features"], row["vit_grid"])
-        hidden = model.language_model([und], model.view(row))[0][0][0]
+        hidden = published_order(model.language_model([und], model.view(row))[0][0][0], ours)
         logits = model.language_model.lm_head(hidden[places])
-    report.close("und.seq_in", und[0], g["seq_in"])
+    report.close("und.seq_in", published_order(und[0], ours), g["seq_in"])
     report.close("und.hidden", hidden, g["hidden"])
     report.close("und.logits", logits, g["logits"])
     report.close("und.ce", F.cross_entropy(logits, g["packed_label_ids"], reduction="none"), g["ce"])
@@ -363,7 +364,7 @@ def test_packing_and_padding_agree():
     whole.backward()
     want = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    padded = layout(model.config, samples, pad_to=60)
+    padded = layout(model.config, samples, pad_to=row["ids"].shape[1])
     split = lambda x, kind: torch.nn.utils.rnn.pad_sequence(
         [p.flip(0) for p in x[0].split([sum(s[1][0] * s[1][1] for s in sample if s[0] == kind) for sample in samples])], batch_first=True)
     back = lambda x: x.flip(1)  # generation tokens are padded on the left
@@ -383,8 +384,8 @@ def test_packing_and_padding_agree():
 
 
 def natural(cache, h, w):
-    """Keys or values (rows of one image: start, end, latents) in the published order start, latents, end."""
-    return cache[:, [0, *range(2, h * w + 2), 1]].transpose(0, 1)
+    """Keys or values that begin with an image (start, end, image tokens) in the published order start, image tokens, end."""
+    return cache[:, [0, *range(2, h * w + 2), 1, *range(h * w + 2, cache.shape[1])]].transpose(0, 1)
 
 
 def test_chat():
@@ -394,19 +395,19 @@ def test_chat():
         patches, grid = model.patches(g["image"][None], (10_000, 1))
         report.equal("chat patches", patches[0], patchify(g["image"], model.config.vit.patch))
         features = model.features(patchify(g["image"][None], model.config.vit.patch), grid)
-        picture = model.read([[("vit", grid)]], features)
-        report.close("chat.vit_cache.k0", picture.kv[0][0][0].transpose(0, 1), g["vit_cache.k0"])
-        report.close("chat.vit_cache.v0", picture.kv[0][1][0].transpose(0, 1), g["vit_cache.v0"])
+        picture = model.context([[("vit", grid)]], features)
+        report.close("chat.vit_cache.k0", natural(picture.kv[0][0][0], *grid), g["vit_cache.k0"])
+        report.close("chat.vit_cache.v0", natural(picture.kv[0][1][0], *grid), g["vit_cache.v0"])
         question = [("vit", grid), ("text", g["prompt_ids"].tolist())]
-        cache = model.read([question], features)
-        report.close("chat.prefill_cache.k_last", cache.kv[-1][0][0].transpose(0, 1), g["prefill_cache.k_last"])
-        report.close("chat.prefill_cache.v_last", cache.kv[-1][1][0].transpose(0, 1), g["prefill_cache.v_last"])
+        cache = model.context([question], features)
+        report.close("chat.prefill_cache.k_last", natural(cache.kv[-1][0][0], *grid), g["prefill_cache.k_last"])
+        report.close("chat.prefill_cache.v_last", natural(cache.kv[-1][1][0], *grid), g["prefill_cache.v_last"])
         report.equal("chat.rope_after_prefill", cache.rope, g["rope_after_prefill"])
-        ids = model.write(cache, config["chat_max_length"], trace=logits)
+        ids = model.generate_tokens(cache, config["chat_max_length"], trace=logits)
         report.equal("chat.tokens", torch.cat([torch.tensor([model.config.special[0]]), ids[0]])[:len(g["tokens"])], g["tokens"])
         report.close("chat.logits", torch.cat(logits)[:len(g["logits"])], g["logits"])
-        batch = model.read([question, [("text", g["prompt_ids"].tolist()[:3])], question], features.expand(3, -1, -1))  # rows padded on the left
-        ids3 = model.write(batch, config["chat_max_length"])
+        batch = model.context([question, [("text", g["prompt_ids"].tolist()[:3])], question], features.expand(3, -1, -1))  # rows padded on the left
+        ids3 = model.generate_tokens(batch, config["chat_max_length"])
         report.equal("chat.tokens in a batch", ids3[::2, :ids.shape[1]], ids.expand(2, -1))
     report.done()
 
@@ -414,7 +415,7 @@ def test_chat():
 def run_sampler(model, contexts, noise, grid, features=None, latents=None, **how):
     """-> final tokens, x before each step, velocity of each step (without the batch axis)."""
     trace, m = [], len(contexts)
-    cache = model.read(contexts, *(x if x is None else x.expand(m, -1, -1) for x in (features, latents)))
+    cache = model.context(contexts, *(x if x is None else x.expand(m, -1, -1) for x in (features, latents)))
     x = model.sample(cache, noise[None], grid, trace=trace, **how)
     return x[0], torch.cat([x for x, _ in trace]), torch.cat([v for _, v in trace]), cache
 
@@ -462,7 +463,7 @@ def test_editing_sampler():
         vit = g["image_vit"].shape[1] // c.vit.patch, g["image_vit"].shape[2] // c.vit.patch
         features = model.features(patchify(g["image_vit"][None], c.vit.patch), vit)
     pictures, text = [("clean", grid), ("vit", vit)], ("text", g["prompt_ids"].tolist())
-    first = model.read([[("clean", grid)]], None, clean)
+    first = model.context([[("clean", grid)]], None, clean)
     report.close("genedit.vae_cache.k0", natural(first.kv[0][0][0], *grid), g["vae_cache.k0"])
     report.close("genedit.vae_cache.v0", natural(first.kv[0][1][0], *grid), g["vae_cache.v0"])
     contexts = [[*pictures, text], pictures, [text]]
@@ -594,8 +595,8 @@ def test_samplers_take_text():
     grid = (3, 3)
     noise = torch.randn(2, 9, 16, generator=g())
     contexts = [[("text", [3, 4])], [("text", [5, 6, 7, 8])], [], []]
-    both = model.sample(model.read(contexts), noise, grid, cfg=3.0)
-    alone = model.sample(model.read([contexts[0], []]), noise[:1], grid, cfg=3.0)
+    both = model.sample(model.context(contexts), noise, grid, cfg=3.0)
+    alone = model.sample(model.context([contexts[0], []]), noise[:1], grid, cfg=3.0)
     assert torch.allclose(both[:1], alone, atol=1e-5)
     answers = model.answer(images, ["what", "how many are there"], max_new_tokens=3)
     assert len(answers) == 2 and all(isinstance(a, str) for a in answers)
@@ -605,14 +606,14 @@ def test_samplers_take_text():
 def test_thinking_adds_a_text():
     model = small()
     seen = []
-    read, model.read = model.read, lambda samples, *a, **k: seen.append(samples) or read(samples, *a, **k)
+    read, model.context = model.context, lambda samples, *a, **k: seen.append(samples) or read(samples, *a, **k)
     try:
         model.think = lambda samples, **k: Bagel.think(model, samples, max_new_tokens=2, **k)
         images = torch.zeros(1, 3, 48, 48)
         model.generate(["a star"], think=True, steps=2)
         model.edit(images, ["blue"], think=True, steps=2)
     finally:
-        del model.read, model.think
+        del model.context, model.think
     system = ("text", model.encode(model_diffusion.THINK_PAINT))
     star, blue, pictures = ("text", model.encode("a star")), ("text", model.encode("blue")), [("clean", (3, 3)), ("vit", (3, 3))]
     assert seen[0] == [[system, star]] and seen[1][0][:2] == [system, star] and len(seen[1][0]) == 3 and seen[1][1] == [system]
@@ -666,4 +667,4 @@ def test_keys_load_into_the_wanted_dtype():
         kinds[n.startswith("vae.") or "pos_embed" in n].add(t.dtype)
     assert kinds == {True: {torch.float32}, False: {torch.bfloat16}}
     noise = torch.zeros(1, 4, half.llm2vae.out_features)
-    assert torch.isfinite(half.sample(half.read([[("text", [1, 2])], []]), noise, (2, 2), cfg=2.0, steps=3)).all()
+    assert torch.isfinite(half.sample(half.context([[("text", [1, 2])], []]), noise, (2, 2), cfg=2.0, steps=3)).all()
