@@ -92,7 +92,8 @@ CONFIGS = {
     "tiny": ShowOConfig(
         hidden_size=128, num_layers=4, num_heads=4, intermediate_size=512, text_vocab=1024, eos=1018, codebook_size=1024, image_size=48,
         vq=TOKENIZERS["tiny-lfq"], clip=VISION_ENCODERS["tiny-clip"], clip_mean=(0.5,) * 3, clip_std=(0.5,) * 3, train_clip=True,
-        system_prompt="", user="Question:", assistant="Answer:", max_prompt=40, max_dialogue=56, max_request=32, cfg=3.0, mask_steps=6, reca_steps=6),
+        system_prompt="", user="Question:", assistant="Answer:", max_prompt=40, max_dialogue=56, max_request=32, cfg=3.0, mask_steps=6,
+        reca_steps=6),
     "show-o-256": ShowOConfig(w_clip_vit=False, system_prompt="", max_request=384),
     "show-o-512": ShowOConfig(w_clip_vit=False, system_prompt="", max_request=384, image_size=512, reca_steps=20),
     "show-o-clip-256": ShowOConfig(max_dialogue=228),
@@ -105,7 +106,8 @@ CONFIGS = {
 
 
 def rotate(x, rope):
-    """x (B, T, heads, d), rope = cos, sin (B or 1, T, 1, r/2): turns the pairs (i, i + r/2) of the first r dimensions, leaves the others."""
+    """x (B, T, heads, d), rope = cos, sin (B or 1, T, 1, r/2): turns the pairs (i, i + r/2) of the first r dimensions, leaves the
+    others."""
     cos, sin = rope
     half = cos.shape[-1]
     a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
@@ -177,8 +179,8 @@ class Backbone(nn.Module):
         self.final_layernorm = nn.LayerNorm(c.hidden_size, eps=c.norm_eps)
 
     def forward(self, x, layout, read=slice(None), cache=None, slots=None):
-        """Embeddings x (B, T, D) -> hidden states of the slots `read` (a slice) after the final norm. With a cache (inference) the keys and values
-        are written to its `slots` (B, T), and the layout's lo and hi count cache slots."""
+        """Embeddings x (B, T, D) -> hidden states of the slots `read` (a slice) after the final norm. With a cache (inference) the keys
+        and values are written to its `slots` (B, T), and the layout's lo and hi count cache slots."""
         frequency = self.theta ** (-torch.arange(0, self.rotary_dim, 2, device=x.device).float() / self.rotary_dim)
         angle = (layout.positions[..., None].float() * frequency)[:, :, None]  # (B or 1, T, 1, r/2)
         rope = angle.cos(), angle.sin()
@@ -225,12 +227,13 @@ def pad_rows(rows, fill, length, device=None):
     """Lists of ids -> (B, length) int64, right-padded with `fill`. Raises ValueError if one is longer."""
     longest = max(map(len, rows))
     if longest > length:
-        raise ValueError(f"a prompt of {longest} ids does not fit into {length}: shorten the text, or raise pad_to or the config's max_ field")
+        raise ValueError(f"a prompt of {longest} ids does not fit into {length}: shorten the text, or raise pad_to or the config's maximum")
     return torch.tensor([[*r, *[fill] * (length - len(r))] for r in rows], device=device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# masks. n (B,) = ids of each row that are no pads, T = ids with pads, N = image codes of the target, A = slots of the picture in the context.
+# masks. n (B,) = ids of each row that are no pads, T = ids with pads, N = image codes of the target, A = slots of the picture in the
+# context.
 # Each line of a layout is one stretch of memory: where its slots stand in the published row, then which slots [lo, hi) they see.
 
 
@@ -241,8 +244,8 @@ def make_layout(rows, *stretches):
 
 
 def t2i_layout(n, T, N, start):
-    """Text-to-image; published order PAD.. text [soi] codes [eoi], soi at the place `start`. Text is causal; soi, codes, eoi see all but pads.
-    (Pads, which nobody reads, see the pads before them: so the published masks are met to the last entry. Likewise below.)"""
+    """Text-to-image; published order PAD.. text [soi] codes [eoi], soi at the place `start`. Text is causal; soi, codes, eoi see all but
+    pads. (Pads, which nobody reads, see the pads before them: so the published masks are met to the last entry. Likewise below.)"""
     n, j, i, S = n[:, None], torch.arange(T, device=n.device)[None], torch.arange(N + 2, device=n.device)[None], N + 2
     text = j < n
     return make_layout(len(n),
@@ -251,8 +254,8 @@ def t2i_layout(n, T, N, start):
 
 
 def reca_clip_layout(n, T, N, A, block):
-    """RecA with CLIP; published order [mmu][soi] features [eoi] bos text eos PAD.. [soi] codes [eoi]; ids and pads take `block` places. All is
-    causal, and besides: everybody sees the features, codes see each other but not the closing eoi, nobody sees a pad."""
+    """RecA with CLIP; published order [mmu][soi] features [eoi] bos text eos PAD.. [soi] codes [eoi]; ids and pads take `block` places.
+    All is causal, and besides: everybody sees the features, codes see each other but not the closing eoi, nobody sees a pad."""
     n, j, i, S = n[:, None], torch.arange(T, device=n.device)[None], torch.arange(N, device=n.device)[None], N + 2
     end, start = S + A + n, A + block
     return make_layout(len(n),
@@ -264,8 +267,9 @@ def reca_clip_layout(n, T, N, A, block):
 
 
 def reca_vq_layout(n, T, N, A, limit):
-    """RecA with image codes as context; published order PAD.. [mmu][soi] given codes [eoi] bos text eos [soi] codes [eoi]; given codes, ids and
-    pads take A + limit places. mmu and text are causal; soi, given codes, eoi see all from mmu to eoi; the target sees all but pads."""
+    """RecA with image codes as context; published order PAD.. [mmu][soi] given codes [eoi] bos text eos [soi] codes [eoi]; given codes,
+    ids and pads take A + limit places. mmu and text are causal; soi, given codes, eoi see all from mmu to eoi; the target sees all but
+    pads."""
     n, j, i, S = n[:, None] - 3, torch.arange(T - 3, device=n.device)[None], torch.arange(N + 2, device=n.device)[None], N + 2
     text, given, pads, C = j < n, torch.arange(A + 3, device=n.device)[None], limit - 3 - n, A + 3
     return make_layout(len(n),
@@ -275,7 +279,8 @@ def reca_vq_layout(n, T, N, A, limit):
 
 
 def mmu_clip_layout(T, A, before, device=None):
-    """Image-to-text with CLIP; published order: `before` ids (mmu, system, soi), features, eoi, chat, right-padded. Causal; all see the features."""
+    """Image-to-text with CLIP; published order: `before` ids (mmu, system, soi), features, eoi, chat, right-padded. Causal; all see the
+    features."""
     j = torch.arange(T, device=device)[None]
     return make_layout(1, (before + torch.arange(A, device=device)[None], 0, A + before), (torch.where(j < before, j, j + A), 0, A + 1 + j))
 
@@ -326,8 +331,8 @@ class ShowO(nn.Module):
         self.config, self.tokenizer = config, tokenizer
         c = config
         if tokenizer is not None and (tokenizer.eos != c.eos or tokenizer.vocab_size > c.text_vocab):
-            raise ValueError(f"text tokenizer with {tokenizer.vocab_size} ids, <|endoftext|> {tokenizer.eos}; expected at most {c.text_vocab} ids, "
-                             f"<|endoftext|> {c.eos}: give the one that the model was trained with (--text-tokenizer)")
+            raise ValueError(f"text tokenizer with {tokenizer.vocab_size} ids, <|endoftext|> {tokenizer.eos}; expected at most "
+                             f"{c.text_vocab} ids, <|endoftext|> {c.eos}: give the one that the model was trained with (--text-tokenizer)")
         self.system_ids = self.encode(c.system_prompt) if tokenizer is not None and c.system_prompt else []
         self.showo = nn.Module()
         self.showo.model, self.showo.lm_head = Backbone(c), nn.Linear(c.hidden_size, c.vocab_size)
@@ -339,7 +344,8 @@ class ShowO(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """From scratch: N(0, 0.02), zero biases. What writes into the residual stream starts smaller, so that its scale does not grow with depth."""
+        """From scratch: N(0, 0.02), zero biases. What writes into the residual stream starts smaller, so that its scale does not grow
+        with depth."""
         for name, p in self.showo.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -348,8 +354,8 @@ class ShowO(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.num_layers) if out else 0.02)
 
     def trainable_parameters(self, stage):
-        """stage base | sft | reca -> [(name, parameter)] to train, and sets requires_grad: all but the image tokenizer and CLIP. A CLIP that did
-        not come pre-trained (config.train_clip) learns in the base stage."""
+        """stage base | sft | reca -> [(name, parameter)] to train, and sets requires_grad: all but the image tokenizer and CLIP. A CLIP
+        that did not come pre-trained (config.train_clip) learns in the base stage."""
         if stage not in ("base", "sft", "reca"):
             raise ValueError(f"stage {stage!r}: expected base, sft or reca")
         frozen = ("vq.",) if stage == "base" and self.config.train_clip else ("vq.", "clip.")
@@ -384,8 +390,8 @@ class ShowO(nn.Module):
         return (self.config.image_size // self.vq.stride) ** 2
 
     def preprocess(self, image, purpose):
-        """PIL image -> (3, H, W) in [-1, 1], sized as published: for "understand" and "generate" cropped to the central square, for all else
-        ("recon", "edit") squashed to a square."""
+        """PIL image -> (3, H, W) in [-1, 1], sized as published: for "understand" and "generate" cropped to the central square, for all
+        else ("recon", "edit") squashed to a square."""
         c = self.config
         if purpose == "understand" and c.w_clip_vit:
             mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
@@ -393,7 +399,8 @@ class ShowO(nn.Module):
         return magvit_pixels(image, c.image_size) if purpose in ("understand", "generate") else square_pixels(image, c.image_size)
 
     def clip_features(self, images, chat=False):
-        """images (B, 3, H, W) in [-1, 1] -> (B, A, width). RecA: bilinear to CLIP's size, pixels as they are; chat: CLIP's mean and deviation."""
+        """images (B, 3, H, W) in [-1, 1] -> (B, A, width). RecA: bilinear to CLIP's size, pixels as they are; chat: CLIP's mean and
+        deviation."""
         c, size = self.config, (self.config.clip.image_size,) * 2
         if images.shape[2:] != size:
             images = F.interpolate(images, size, mode="bicubic" if chat else "bilinear", align_corners=False, antialias=chat)
@@ -410,8 +417,9 @@ class ShowO(nn.Module):
 
     @torch.no_grad()
     def precompute(self, images, stage="base"):
-        """images (B, 3, H, W) in [-1, 1] -> all that is frozen in the stage: codes (B, N) int64, and what a picture is understood from: pixels
-        (uint8, where CLIP trains), features (and chat_features, where the two flows normalise differently) (B, A, width), or small_codes (B, A)."""
+        """images (B, 3, H, W) in [-1, 1] -> all that is frozen in the stage: codes (B, N) int64, and what a picture is understood from:
+        pixels (uint8, where CLIP trains), features (and chat_features, where the two flows normalise differently) (B, A, width), or
+        small_codes (B, A)."""
         c = self.config
         with torch.autocast(images.device.type, enabled=False):  # a code is made of signs: rounding would flip some
             out = {"codes": self.vq.encode(images.float()).flatten(1)}
@@ -436,13 +444,15 @@ class ShowO(nn.Module):
         return self.tokenizer.encode_ordinary(text)
 
     def dialogue(self, question, answer=None):
-        """`USER: question ASSISTANT: answer<eos>` -> ids, labels, IGNORE up to and including `ASSISTANT:`. Without an answer: what is to be continued."""
+        """`USER: question ASSISTANT: answer<eos>` -> ids, labels, IGNORE up to and including `ASSISTANT:`. Without an answer: what is to
+        be continued."""
         ids = self.encode(f"{self.config.user} {question} {self.config.assistant}")
         reply = [] if answer is None else [*self.encode(" " + answer.strip()), self.config.eos]
         return ids + reply, [IGNORE] * len(ids) + reply
 
     def prompt_ids(self, part, sample, limit=None):
-        """One sample -> ids and labels of its row, or ids and None. A dialogue of several turns comes as sample["turns"], [(question, answer)]."""
+        """One sample -> ids and labels of its row, or ids and None. A dialogue of several turns comes as sample["turns"], [(question,
+        answer)]."""
         c = self.config
         if part == "t2i":
             return t2i_prompt(self.encode(sample["caption"]), c, limit, sample.get("drop", False)), None
@@ -459,8 +469,9 @@ class ShowO(nn.Module):
         return ids[:limit], labels[:limit]
 
     def collate(self, part, samples, pad_to=None):
-        """Samples (dicts) -> ids (B, T), right-padded to T = pad_to, or the config's maximum, or the longest row where pad_to is 0; with labels (B, T) for
-        i2t and text, lengths (B,) for the others. Captions and dialogues that are too long are cut; a request that is raises ValueError."""
+        """Samples (dicts) -> ids (B, T), right-padded to T = pad_to, or the config's maximum, or the longest row where pad_to is 0; with
+        labels (B, T) for i2t and text, lengths (B,) for the others. Captions and dialogues that are too long are cut; a request that is
+        raises ValueError."""
         c, dialogue = self.config, part in ("i2t", "text")
         longest = c.max_dialogue + 3 + len(self.system_ids) if dialogue else c.max_prompt if part == "t2i" else c.max_request
         limit = min(pad_to or longest, longest)
@@ -470,7 +481,8 @@ class ShowO(nn.Module):
         return out | ({"labels": pad_rows(labels, IGNORE, width)} if dialogue else {"lengths": torch.tensor([len(row) for row in rows])})
 
     def draw(self, part, generator, rate_generator=None):
-        """Randomness of one sample, on the CPU: u () decides how many codes are masked, r (N,) which. Nothing has to be equal within a batch."""
+        """Randomness of one sample, on the CPU: u () decides how many codes are masked, r (N,) which. Nothing has to be equal within a
+        batch."""
         if part in ("i2t", "text"):
             return {}
         return {"u": torch.rand((), generator=generator), "r": torch.rand(self.image_tokens, generator=generator)}
@@ -495,8 +507,8 @@ class ShowO(nn.Module):
             return self.mm_projector(features.to(self.mm_projector[0].weight.dtype))
 
     def cross_entropy(self, x, layout, read, labels, count=None):
-        """Runs the rows and scores their slots `read` against labels (B, k), over the whole vocabulary: words as well as image codes. count: the
-        denominator, if it is not the number of labels."""
+        """Runs the rows and scores their slots `read` against labels (B, k), over the whole vocabulary: words as well as image codes.
+        count: the denominator, if it is not the number of labels."""
         hidden, head = self.showo.model(x, layout, read), self.showo.lm_head
         return linear_cross_entropy(hidden.flatten(0, 1), head.weight, labels.flatten(), bias=head.bias, ignore_index=IGNORE, count=count)
 
@@ -510,16 +522,16 @@ class ShowO(nn.Module):
         return context, reca_vq_layout(lengths, T, N, small_codes.shape[1], c.max_request)
 
     def reca_loss(self, codes, ids, lengths, u, r, features=None, pixels=None, small_codes=None, prefix_grad=None, count=None, **_):
-        """Reconstruction alignment: understand a picture, then reproduce it. The picture's own understanding features stand where a very dense
-        caption would; the target is the same picture as image codes, of which a random part is masked. The row, in published order:
+        """Reconstruction alignment: understand a picture, then reproduce it. The picture's own understanding features stand where a very
+        dense caption would; the target is the same picture as image codes, of which a random part is masked. The row, in published order:
             [mmu][soi] picture [eoi] bos USER: \\n describe this ASSISTANT: eos PAD.. [soi] masked codes [eoi]
         Only masked codes are in the loss, and each predicts itself: no shift. Codes see each other and all before them.
 
-        codes (B, N): the target. ids (B, T), lengths (B,): the request (collate "recon"). u (B,), r (B, N): how many codes are masked, and which.
-        What is understood: features (B, A, width), or the pixels that CLIP makes them from, or small_codes (B, A), those of a degraded copy.
-        prefix_grad False is the published convention of the CLIP variant: the whole INPUT row (projected features and all embeddings, the mask's
-        included) is built without gradients, so this loss trains blocks, final norm and head, while projector and embeddings learn from
-        image-to-text alone. The VQ variant lets gradients through to the embeddings."""
+        codes (B, N): the target. ids (B, T), lengths (B,): the request (collate "recon"). u (B,), r (B, N): how many codes are masked,
+        and which. What is understood: features (B, A, width), or the pixels that CLIP makes them from, or small_codes (B, A), those of a
+        degraded copy. prefix_grad False is the published convention of the CLIP variant: the whole INPUT row (projected features and all
+        embeddings, the mask's included) is built without gradients, so this loss trains blocks, final norm and head, while projector and
+        embeddings learn from image-to-text alone. The VQ variant lets gradients through to the embeddings."""
         c, N = self.config, codes.shape[1]
         image, labels = mask_codes(codes, u, r, c)
         if prefix_grad is None:
@@ -530,8 +542,8 @@ class ShowO(nn.Module):
         return self.cross_entropy(x, layout, slice(1, N + 1), labels, count)
 
     def edit_loss(self, codes, ids, lengths, u, r, count=None, **source):
-        """Editing, which the published model lacks. Our layout: RecA's row with the SOURCE picture as context, the instruction as request and the codes
-        of the EDITED picture as target. The row is built with gradients, like everything in base training."""
+        """Editing, which the published model lacks. Our layout: RecA's row with the SOURCE picture as context, the instruction as request
+        and the codes of the EDITED picture as target. The row is built with gradients, like everything in base training."""
         source = {k: source.get(f"source_{k}") for k in ("features", "pixels", "small_codes")}
         return self.reca_loss(codes, ids, lengths, u, r, **source, prefix_grad=True, count=count)
 
@@ -539,8 +551,8 @@ class ShowO(nn.Module):
         return self.embed(ids), t2i_layout(lengths, ids.shape[1], N, self.config.max_prompt)
 
     def t2i_loss(self, codes, ids, lengths, u, r, count=None, **_):
-        """Text-to-image: codes (B, N), captions ids (B, T) and lengths (B,), masking u (B,), r (B, N). As published, soi and eoi are in the loss with
-        their own ids: two trivial terms per row in the mean."""
+        """Text-to-image: codes (B, N), captions ids (B, T) and lengths (B,), masking u (B,), r (B, N). As published, soi and eoi are in
+        the loss with their own ids: two trivial terms per row in the mean."""
         c, N = self.config, codes.shape[1]
         image, labels = mask_codes(codes, u, r, c)
         labels = torch.cat([torch.full_like(labels[:, :1], c.eoi), labels, torch.full_like(labels[:, :1], c.soi)], dim=1)
@@ -548,7 +560,8 @@ class ShowO(nn.Module):
         return self.cross_entropy(self.with_target(image, context), layout, slice(0, N + 2), labels, count)
 
     def mmu_context(self, ids, codes=None, features=None, pixels=None):
-        """[mmu] system [soi] picture [eoi] chat -> (B, T', D), layout; ids (B, T) lack the picture, which is features, pixels or codes (B, A)."""
+        """[mmu] system [soi] picture [eoi] chat -> (B, T', D), layout; ids (B, T) lack the picture, which is features, pixels or codes
+        (B, A)."""
         c, before = self.config, 2 + len(self.system_ids)  # mmu, system, soi
         if c.w_clip_vit:
             picture = self.project(features, pixels)
@@ -557,15 +570,16 @@ class ShowO(nn.Module):
         return x, causal_layout(x.shape[1], before + codes.shape[1] + 1, ids.device)
 
     def i2t_loss(self, ids, labels, codes=None, features=None, chat_features=None, pixels=None, count=None, **_):
-        """Image-to-text: ids and labels (B, T) (collate "i2t"); each slot predicts the id behind it. What is understood: chat_features where there are
-        any, else features, pixels or codes."""
+        """Image-to-text: ids and labels (B, T) (collate "i2t"); each slot predicts the id behind it. What is understood: chat_features
+        where there are any, else features, pixels or codes."""
         x, layout = self.mmu_context(ids, codes, features if chat_features is None else chat_features, pixels)
         first = x.shape[1] - ids.shape[1]  # the slots before hold the picture and what precedes it: no labels
         return self.cross_entropy(x, layout, slice(first, x.shape[1] - 1), labels[:, 1:], count)
 
     def text_loss(self, ids, labels, count=None, **_):
         """Text alone, ids and labels (B, T): a question and the answer that is learned, or the published lm rows (labels = ids)."""
-        return self.cross_entropy(self.embed(ids), causal_layout(ids.shape[1], 0, ids.device), slice(0, ids.shape[1] - 1), labels[:, 1:], count)
+        T = ids.shape[1]
+        return self.cross_entropy(self.embed(ids), causal_layout(T, 0, ids.device), slice(0, T - 1), labels[:, 1:], count)
 
     def forward(self, batch):
         """{part: tensors} -> {part: loss}, all parts in one forward."""
@@ -589,12 +603,13 @@ class ShowO(nn.Module):
 
     @torch.no_grad()
     def sample(self, context, layout, image, guidance, steps, temperature=1.0, generator=None, exponential=None, gumbel_u=None, trace=None):
-        """Parallel decoding: MaskGIT with Show-o's details. Every step draws all unknown codes, keeps the most confident ones, masks the others again.
+        """Parallel decoding: MaskGIT with Show-o's details. Every step draws all unknown codes, keeps the most confident ones, masks the
+        others again.
 
-        context (b, T, D) with the layout of its row, target included, or 2b rows, the unconditional ones second; image (b, N) ids, mask_id = to be
-        painted. Guidance g: logits = (1 + g) cond - g uncond. Noise, from the generator if not given: exponential (steps, b, N, codebook), since
-        argmax(p / e) with e ~ Exp(1) is a draw from p, and gumbel_u (steps, b, N), uniform. trace: a list that gets a dict per step.
-        Returns the codes of the last step, (b, N)."""
+        context (b, T, D) with the layout of its row, target included, or 2b rows, the unconditional ones second; image (b, N) ids,
+        mask_id = to be painted. Guidance g: logits = (1 + g) cond - g uncond. Noise, from the generator if not given: exponential (steps,
+        b, N, codebook), since argmax(p / e) with e ~ Exp(1) is a draw from p, and gumbel_u (steps, b, N), uniform. trace: a list that
+        gets a dict per step. Returns the codes of the last step, (b, N)."""
         c, (b, N), rows, model = self.config, image.shape, len(context), self.showo.model
         S, codebook, source = N + 2, slice(c.image_offset, c.mask_id), image.device if generator is None else generator.device
         slots = torch.arange(S + context.shape[1], device=image.device).expand(rows, -1)
@@ -607,9 +622,9 @@ class ShowO(nn.Module):
             if rows > b:
                 logits = (1 + guidance) * logits[:b] - guidance * logits[b:]
             p = logits.softmax(dim=-1)
-            e = torch.empty(p.shape, device=source).exponential_(generator=generator).to(p) if exponential is None else exponential[k].view_as(p)
+            e = torch.empty(p.shape, device=source).exponential_(generator=generator) if exponential is None else exponential[k].view_as(p)
             unknown = image == c.mask_id
-            codes = torch.where(unknown, (p / e).argmax(dim=-1), image - c.image_offset)
+            codes = torch.where(unknown, (p / e.to(p)).argmax(dim=-1), image - c.image_offset)
             confidence = torch.where(unknown, p.gather(2, codes[..., None]).squeeze(2), torch.finfo(p.dtype).max)
             done = (k + 1) / steps
             planned = int(N * mask_ratio(torch.tensor(done)))  # on the CPU: no sync; in float32 as published, for the same rounding
@@ -632,8 +647,9 @@ class ShowO(nn.Module):
         return self.t2i_context(ids, torch.tensor([len(p) for p in prompts], device=self.device), N)
 
     def paint(self, context, image, cfg, steps, temperature, generator):
-        """cfg as in the other models: 1 = none. image (b, h, w) ids -> codes (b, h, w). Unconditional is the empty text, without any picture. (The
-        demo's unconditional row for reconstruction is only partly known. That ours stands at other positions is no matter: rotation is relative.)"""
+        """cfg as in the other models: 1 = none. image (b, h, w) ids -> codes (b, h, w). Unconditional is the empty text, without any
+        picture. (The demo's unconditional row for reconstruction is only partly known. That ours stands at other positions is no matter:
+        rotation is relative.)"""
         b, h, w = image.shape
         if cfg != 1:
             context = stack_rows(context, self.text_context([""] * b, h * w))
@@ -670,30 +686,31 @@ class ShowO(nn.Module):
 
     @torch.no_grad()
     def inpaint(self, images, mask, prompts, **how):
-        """mask (B, 1, H, W), 1 = paint anew: resized to the grid of codes (bicubic); from 0.5 on a code is masked. how: cfg, steps, temperature, generator."""
+        """mask (B, 1, H, W), 1 = paint anew: resized to the grid of codes (bicubic); from 0.5 on a code is masked. how: cfg, steps,
+        temperature, generator."""
         codes = self.vq.encode(images.float())  # (B, h, w)
         hole = F.interpolate(mask.float(), codes.shape[1:], mode="bicubic").squeeze(1) >= 0.5
         return self.decode_codes(self.paint_text(prompts, (codes + self.config.image_offset).masked_fill(hole, self.config.mask_id), **how))
 
     @torch.no_grad()
     def extrapolate(self, images, prompts, side="right", **how):
-        """Pictures -> half as large again towards `side` (left, right, up, down): the near half of the grid is given, as much beyond it is painted."""
+        """Pictures -> half as large again towards `side` (left, right, up, down): the near half of the grid is given, as much beyond it
+        is painted."""
         if side not in ("left", "right", "up", "down"):
             raise ValueError(f"extrapolate: side {side!r}, expected left, right, up or down")
         dim, flip = 2 if side in ("left", "right") else 1, side in ("left", "up")
         order = lambda *parts: torch.cat(parts[::-1] if flip else parts, dim)
         codes = self.vq.encode(images.float())  # (B, h, w)
-        far, near = codes.tensor_split([codes.shape[dim] // 2], dim)
-        if flip:
-            near, far = far, near
-        image = order(near + self.config.image_offset, torch.full_like(far, self.config.mask_id))
-        new = self.paint_text(prompts, image, **how)
-        return self.decode_codes(order(codes, new.narrow(dim, 0 if flip else near.shape[dim], far.shape[dim])))
+        far = codes.shape[dim] // 2  # so much of the grid is left out, and as much is new
+        near = codes.narrow(dim, 0 if flip else far, codes.shape[dim] - far)
+        image = order(near + self.config.image_offset, torch.full_like(codes, self.config.mask_id).narrow(dim, 0, far))
+        new = self.paint_text(prompts, image, **how).narrow(dim, 0 if flip else near.shape[dim], far)
+        return self.decode_codes(order(codes, new))
 
     @torch.no_grad()
     def write(self, x, layout, lengths, max_new_tokens, temperature=0.0, top_k=None, generator=None):
-        """Continues rows whose first lengths (B,) slots are no pads -> ids (B, at most max_new_tokens), eos from where a row has ended. Temperature 0 is
-        greedy. A row's new ids overwrite its pads, so that every mask stays an interval."""
+        """Continues rows whose first lengths (B,) slots are no pads -> ids (B, at most max_new_tokens), eos from where a row has ended.
+        Temperature 0 is greedy. A row's new ids overwrite its pads, so that every mask stays an interval."""
         (B, T), model = x.shape[:2], self.showo.model
         cache = self.new_cache(B, T + max_new_tokens)
         hidden = model(x, layout, cache=cache, slots=torch.arange(T, device=x.device).expand(B, -1))
@@ -718,11 +735,13 @@ class ShowO(nn.Module):
     @torch.no_grad()
     def answer(self, images, questions, max_new_tokens=32, temperature=0.0, generator=None, top_k=None):
         """images (B, 3, H, W) in [-1, 1], or None, and a question for each row -> list of answers."""
-        c, picture, head, line = self.config, {}, [c.eos] if images is None else mmu_prompt([], self.config, self.system_ids), ""
+        c, picture, line = self.config, {}, ""
+        head = [c.eos] if images is None else mmu_prompt([], c, self.system_ids)
         if images is not None and c.w_clip_vit:
             picture = {"features": self.clip_features(images.to(self.device), chat=True)}
         elif images is not None:
-            picture, head, line = {"codes": self.vq.encode(images.to(self.device).float()).flatten(1)}, [*head, c.eos], "\n"  # at inference only
+            picture = {"codes": self.vq.encode(images.to(self.device).float()).flatten(1)}
+            head, line = [*head, c.eos], "\n"  # at inference only
         rows = [head + self.dialogue(line + q.strip())[0] for q in questions]
         ids = pad_rows(rows, c.pad, max(map(len, rows)), self.device)
         x, layout = self.mmu_context(ids, **picture) if picture else (self.embed(ids), causal_layout(ids.shape[1], 0, self.device))
@@ -734,7 +753,8 @@ class ShowO(nn.Module):
     # ---- published weights
 
     @classmethod
-    def load_published(cls, path, config="show-o-clip-512", tokenizer_path=None, vision_path=None, tokenizer=None, device="cpu", dtype=None):
+    def load_published(cls, path, config="show-o-clip-512", tokenizer_path=None, vision_path=None, tokenizer=None, device="cpu",
+                       dtype=None):
         """Show-o or Show-o-RecA (file or folder: pytorch_model.bin or safetensors) with magvitv2 (tokenizer_path) and, for show-o-clip-*,
         clip-vit-large-patch14-336 (vision_path) -> model in eval mode. Strict: ValueError with a table of the keys that do not fit."""
         c = CONFIGS[config]

@@ -1,6 +1,8 @@
 """Show-o against numbers from the published implementation: integers exact, floats within 1e-4 absolute (float32, CPU).
 
 PARITY_DIR=folder replaces tests/golden (folder/showo/{config.json, weights.safetensors, cases.safetensors}, any sizes). A case that the folder lacks is skipped."""
+import contextlib
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -10,11 +12,11 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from custom_kernels.attention import interval_mask
+from data import load_tokenizer
 from image_tokenizer import LFQConfig, load_strict
 from model_ar import (CONFIGS, IGNORE, Layout, ShowO, ShowOConfig, causal_layout, lm_prompt, mask_codes, mask_ratio, mmu_clip_layout,
                       mmu_prompt, pad_rows, reca_clip_layout, reca_prompt, reca_vq_layout, stack_rows, t2i_layout, t2i_prompt, with_bos)
@@ -547,3 +549,180 @@ def test_keys(name, config):
     else:
         got = {k: tuple(v.shape) for k, v in state.items() if not k.startswith(("vq.", "clip."))}
     assert got == want
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what no golden number covers
+
+
+@lru_cache(maxsize=None)
+def tiny():
+    torch.manual_seed(0)
+    return ShowO(CONFIGS["tiny"], load_tokenizer("tiny")).eval()
+
+
+SAMPLES = {"recon": [{"prompt": "Describe it."}, {"prompt": "What do you see in the picture?"}],
+           "edit": [{"instruction": "Make it blue."}, {"instruction": "Remove the large red star."}],
+           "t2i": [{"caption": "a red circle"}, {"caption": "two small blue squares on a gray background"}],
+           "i2t": [{"question": "What is it?", "answer": "red"}, {"question": "How many stars are there?", "answer": "two large stars"}],
+           "text": [{"question": "a red star. What color is it?", "answer": "red"}, {"question": "What?", "answer": "no"}]}
+
+
+def tiny_batch(stage, pad_to=None):
+    m, g = tiny(), torch.Generator().manual_seed(1)
+    images = torch.rand(2, 3, 48, 48, generator=g) * 2 - 1
+    frozen, source = m.precompute(images, stage), m.precompute(images.flip(0), stage)
+    batch = {}
+    for part, samples in SAMPLES.items():
+        draws = [m.draw(part, g) for _ in samples]
+        batch[part] = m.collate(part, samples, pad_to) | {k: torch.stack([d[k] for d in draws]) for k in draws[0]}
+        if part != "text":
+            batch[part] |= frozen
+        if part == "edit":
+            batch[part] |= {f"source_{k}": v for k, v in source.items()}
+    return batch
+
+
+@pytest.mark.parametrize("stage", ["base", "reca"])
+def test_pads_change_nothing_and_counts_add_up(stage):
+    """Padding is invisible; the mean over a batch is the sum over its rows with a common count."""
+    m, r = tiny(), Report()
+    whole = m(tiny_batch(stage))
+    tight = tiny_batch(stage, pad_to=0)
+    for part, tensors in tight.items():
+        assert tensors["ids"].shape[1] < tiny_batch(stage)[part]["ids"].shape[1]
+        r.check(f"{part} without pads", m({part: tensors})[part], whole[part])
+        count = m.target_count(part, tensors)
+        rows = [m({part: {k: v[i:i + 1] for k, v in tensors.items()} | {"count": count}})[part] for i in range(2)]
+        r.check(f"{part} by rows", sum(rows), whole[part])
+    r.done()
+
+
+def test_editing_is_reconstruction_of_another_picture():
+    m, batch = tiny(), tiny_batch("reca")
+    edit = batch["edit"]
+    same = {k: v for k, v in edit.items() if not k.startswith("source_")} | {f"source_{k}": edit[k] for k in ("features", "codes")}
+    assert m({"edit": same})["edit"] == m.reca_loss(**{k: v for k, v in edit.items() if not k.startswith("source_")})
+    assert m({"edit": edit})["edit"] != m({"edit": same})["edit"]
+
+
+def test_what_trains():
+    """In base training everything but the image tokenizer gets a gradient; afterwards the encoder is frozen as well."""
+    m = tiny()
+    names = [n for n, _ in m.trainable_parameters("base")]
+    grads = gradients(m, sum(m(tiny_batch("base")).values()))
+    assert {n for n, g in grads.items() if g.any()} == set(names) and not any(n.startswith("vq.") for n in names)
+    m.zero_grad(set_to_none=True)
+    for stage in ("sft", "reca"):
+        assert {n.split(".")[0] for n, p in m.trainable_parameters(stage)} == {"showo", "mm_projector"}
+    assert [n for n in ("showo.lm_head.bias", "showo.model.final_layernorm.weight") if m.no_decay(n, None)] == ["showo.lm_head.bias"]
+    with pytest.raises(ValueError, match="expected base, sft or reca"):
+        m.trainable_parameters("pretrain")
+
+
+def test_collate():
+    m, c = tiny(), CONFIGS["tiny"]
+    decode = lambda ids: m.tokenizer.decode([i for i in ids if 0 <= i < c.text_vocab])
+    out = m.collate("i2t", SAMPLES["i2t"])
+    assert out["ids"].shape == (2, c.max_dialogue + 3) and out["ids"][0, :3].tolist() == [c.mmu, c.soi, c.eoi]
+    assert decode(out["ids"][1].tolist()) == "Question: How many stars are there? Answer: two large stars<|endoftext|>"
+    assert [decode(row) for row in out["labels"].tolist()] == [" red<|endoftext|>", " two large stars<|endoftext|>"]
+    turns = m.collate("i2t", [{"turns": [("a?", "b"), ("c?", "d")]}], 0)
+    assert decode(turns["ids"][0].tolist()) == "Question: a? Answer: b<|endoftext|>Question: c? Answer: d<|endoftext|>"
+    assert decode(turns["labels"][0].tolist()) == " b<|endoftext|> d<|endoftext|>"
+    out = m.collate("t2i", [{"caption": "a red circle", "drop": True}, {"caption": "star " * 99}])
+    assert out["lengths"].tolist() == [3, c.max_prompt] and out["ids"][1, -1] == c.eos and out["ids"][0, :4].tolist() == [c.t2i, c.eos, c.eos, c.pad]
+    assert decode(m.collate("recon", SAMPLES["recon"])["ids"][0].tolist()) == "<|endoftext|>Question: \n Describe it. Answer:<|endoftext|>"
+    with pytest.raises(ValueError, match="does not fit into 32: shorten"):
+        m.collate("edit", [{"instruction": "star " * 99}])
+    with pytest.raises(ValueError, match="--text-tokenizer"):
+        ShowO(ShowOConfig(hidden_size=8, num_layers=1, num_heads=1, intermediate_size=8, text_vocab=9, eos=8), m.tokenizer)
+
+
+def test_samplers():
+    """Same generator, same picture; pictures and answers do not depend on their neighbours in the batch; known codes stay."""
+    m, g = tiny(), lambda: torch.Generator().manual_seed(3)
+    images = torch.rand(2, 3, 48, 48, generator=g()) * 2 - 1
+    codes = m.vq.encode(images)
+    for draw in (lambda n: m.generate(["a red circle", "two blue stars on a white background"][:n], generator=g()),
+                 lambda n: m.edit(images[:n], ["Make it blue.", "Remove the star from the top left."][:n], cfg=1.0, generator=g()),
+                 lambda n: m.reconstruct(images[:n], steps=3, generator=g())):
+        assert torch.equal(draw(2), draw(2)) and draw(2).shape == (2, 3, 48, 48) and draw(2).abs().max() <= 1
+    assert m.generate(["a"], size=96, generator=g()).shape == (1, 3, 96, 96)
+    with pytest.raises(ValueError, match="multiple of"):
+        m.generate(["a"], size=50)
+    # a row next to a longer one is the row alone: with pads, with the unconditional half
+    short = m.text_context(["a"], 9)
+    both = stack_rows(short, m.text_context(["two blue stars on a white background"], 9))
+    mask, noise = torch.full((2, 9), m.config.mask_id), (torch.rand(6, 2, 9, 1024, generator=g()) + 0.1, torch.rand(6, 2, 9, generator=g()))
+    one = m.sample(*short, mask[:1], 0.0, 6, exponential=noise[0][:, :1], gumbel_u=noise[1][:, :1])
+    assert torch.equal(one, m.sample(*both, mask, 0.0, 6, exponential=noise[0], gumbel_u=noise[1])[:1])
+    questions = ["Why?", "How many small red stars are there in this picture?"]
+    assert m.answer(images, questions, 5) == [m.answer(images[i:i + 1], questions[i:i + 1], 5)[0] for i in range(2)]
+    assert m.answer(None, questions, 5) == [m.answer(None, questions[i:i + 1], 5)[0] for i in range(2)]
+    hole = torch.zeros(2, 1, 48, 48)
+    hole[..., :16] = 1
+    seen = []
+    m.decode_codes, decode = lambda codes: seen.append(codes) or codes, m.decode_codes
+    try:
+        m.inpaint(images, hole, ["a", "b"], generator=g())
+        for side in ("left", "right", "up", "down"):
+            m.extrapolate(images, ["a", "b"], side, generator=g())
+    finally:
+        m.decode_codes = decode
+    assert torch.equal(seen[0][:, :, 1:], codes[:, :, 1:])
+    for grown, kept in zip(seen[1:], (lambda x: x[:, :, 1:], lambda x: x[:, :, :3], lambda x: x[:, 1:], lambda x: x[:, :3])):
+        assert torch.equal(kept(grown), codes) and grown.numel() == 2 * 12
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_published_files(clip, tmp_path, monkeypatch):
+    """Files in the published form load strictly; a CLIP file may hold its text tower."""
+    m = model(clip)
+    monkeypatch.setitem(CONFIGS, "golden", m.config)
+    split = {"showo": {}, "vq": {}, "clip": {"text_model.x": torch.zeros(1), "vision_model.embeddings.position_ids": torch.arange(3)}}
+    for k, v in m.state_dict().items():
+        kind = k.split(".")[0]
+        split["showo" if kind == "mm_projector" else kind][k if kind in ("showo", "mm_projector") else k.partition(".")[2]] = v.clone()
+    (tmp_path / "show-o").mkdir()
+    torch.save(split["showo"], tmp_path / "show-o" / "pytorch_model.bin")
+    save_file(split["vq"], tmp_path / "magvitv2.safetensors")
+    save_file(split["clip"], tmp_path / "clip.safetensors")
+    files = dict(config="golden", tokenizer_path=tmp_path / "magvitv2.safetensors", vision_path=tmp_path / "clip.safetensors" if clip else None)
+    loaded = ShowO.load_published(tmp_path / "show-o", **files)
+    assert all(torch.equal(v, m.state_dict()[k]) for k, v in loaded.state_dict().items()) and not loaded.training
+    half = ShowO.load_published(tmp_path / "show-o", **files, dtype=torch.bfloat16)
+    assert half.showo.lm_head.weight.dtype == torch.bfloat16 and half.vq.encoder.conv_in.weight.dtype == torch.float32
+    ids, lengths = padded([t2i_prompt([1, 2], m.config)], m.config)
+    assert half.sample(*half.t2i_context(ids, lengths, 4), torch.full((1, 4), m.config.mask_id), 0.0, 2).shape == (1, 4)
+    with pytest.raises(ValueError, match="--tokenizer-ckpt"):
+        ShowO.load_published(tmp_path / "show-o", "golden")
+    if clip:
+        with pytest.raises(ValueError, match="--vision-ckpt"):
+            ShowO.load_published(tmp_path / "show-o", "golden", tmp_path / "magvitv2.safetensors")
+    del split["showo"]["showo.lm_head.bias"]
+    torch.save(split["showo"], tmp_path / "show-o" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="missing +showo.lm_head.bias"):
+        ShowO.load_published(tmp_path / "show-o", **files)
+
+
+@pytest.mark.parametrize("config", ["show-o-512", "show-o-clip-512"])
+def test_published_size_runs_without_a_host_sync(config, monkeypatch):
+    """On the meta device a question to the data (.item(), nonzero, a boolean index) is an error: none may be in a training step."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no meta device
+    c = dataclasses.replace(CONFIGS[config], num_layers=2)
+    with torch.device("meta"):
+        m = ShowO(c)
+        m.system_ids = [0] * (28 if c.w_clip_vit else 0)
+        m.trainable_parameters("reca")
+        int_, N = lambda *shape: torch.zeros(shape, dtype=torch.long), m.image_tokens
+        picture = {"codes": int_(2, N), "features": torch.zeros(2, 576, 1024)} if c.w_clip_vit else {"codes": int_(2, N), "small_codes": int_(2, N // 4)}
+        draw = {"u": torch.zeros(2), "r": torch.zeros(2, N)}
+        text = lambda T: {"ids": int_(2, T), "lengths": int_(2)}
+        batch = {"recon": text(c.max_request) | picture | draw, "edit": text(c.max_request) | picture | draw | {f"source_{k}": v for k, v in picture.items()},
+                 "t2i": text(c.max_prompt) | picture | draw, "i2t": {"ids": int_(2, 99), "labels": int_(2, 99)} | picture,
+                 "text": {"ids": int_(2, 99), "labels": int_(2, 99)}}
+        losses = m(batch)
+        sum(losses.values()).backward()
+    assert {k: v.shape for k, v in losses.items()} == {k: torch.Size([]) for k in batch}
+    assert all(m.flops_per_sample(part) > 0 for part in batch)
