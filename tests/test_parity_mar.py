@@ -1,6 +1,7 @@
 """Harmon against numbers from the published implementation: every stage at the tolerance at which two correct float32 programs agree.
 
 PARITY_DIR=folder replaces tests/golden (folder/harmon/{config.json, weights.safetensors, cases.safetensors}, any sizes)."""
+import gzip
 import json
 import os
 import re
@@ -10,11 +11,12 @@ from functools import lru_cache
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from custom_kernels import add_noise
+from data import load_tokenizer
 from image_tokenizer import AutoencoderConfig, load_strict
-from model_mar import IGNORE, IMAGE, Harmon, HarmonConfig, Qwen2, kept_steps, noise_process, tables_on
+from model_mar import CONFIGS, IGNORE, IMAGE, Harmon, HarmonConfig, Qwen2, kept_steps, noise_process, tables_on
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.path.join(os.environ.get("PARITY_DIR", os.path.join(HERE, "golden")), "harmon")
@@ -430,3 +432,354 @@ def test_reconstruction_sampler(monkeypatch):
     run = lambda orders, noise: model.sample_with_image(given["image"], rows, given["uncond_ids"].tolist(), p["cfg"], steps=p["num_iter"],
                                                         temperature=p["temperature"], orders=orders, noise=noise)
     check_sampler("recon_sample", model, given, out, run, monkeypatch)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# published weights
+
+
+def published_keys(size):
+    """Names and shapes of the transformers-style export; without `vae.` they are those of harmon_*.pth, its `vae.` part is kl16.ckpt."""
+    with gzip.open(os.path.join(HERE, "golden", "keys", f"harmon-{size}.keys.json.gz")) as f:
+        return json.load(f)
+
+
+@pytest.mark.parametrize("size, decayed, exempt", [("0.5b", 668_872_192, 36_070_688), ("1.5b", 2_342_740_480, 152_033_568)])
+def test_keys_and_counts_of_published_sizes(size, decayed, exempt):
+    with torch.device("meta"):
+        model = Harmon(CONFIGS[f"harmon-{size}"])
+    keys = published_keys(size)
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == keys
+    assert len([k for k in keys if not k.startswith("vae.")]) == {"0.5b": 663, "1.5b": 951}[size]
+    parameters = [(name, p) for name, p in model.named_parameters() if not name.startswith("vae.")]
+    assert sum(p.numel() for name, p in parameters if not model.no_decay(name, p)) == decayed
+    assert sum(p.numel() for name, p in parameters if model.no_decay(name, p)) == exempt
+    names = {name for name, _ in model.trainable_parameters("reca")}
+    assert {name for name, _ in parameters} - names == {"mar.class_emb.weight"}
+    assert all(p.requires_grad == (name in names) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("size", ["0.5b", "1.5b"])
+@pytest.mark.parametrize("layout", ["pth", "hf"])
+def test_keys_load_at_published_sizes(size, layout, tmp_path):
+    """The real loading code on files with every published key and shape, whose tensors all repeat one number and so take no room."""
+    tensors = {k: torch.full((1,), 0.5).expand(shape) for k, shape in published_keys(size).items()}
+    if layout == "pth":
+        path, vae_path = tmp_path / f"harmon_{size}.pth", tmp_path / "kl16.ckpt"
+        torch.save({k: v for k, v in tensors.items() if not k.startswith("vae.")}, path)
+        torch.save({"model": {k[4:]: v for k, v in tensors.items() if k.startswith("vae.")} | {"loss.logvar": torch.zeros(())}}, vae_path)
+    else:
+        path, vae_path = tmp_path, None
+        torch.save({k: v for k, v in tensors.items() if k != "llm.lm_head.weight"}, tmp_path / "pytorch_model.bin")
+    model = Harmon.load_published(path, tokenizer_path=vae_path)
+    assert model.config == CONFIGS[f"harmon-{size}"]
+    assert not any(p.is_meta for p in model.parameters()) and not model.training
+    assert model.llm.lm_head.weight is model.llm.model["embed_tokens"].weight
+    assert model.mar.diffloss.net.final_layer["linear"].bias[3] == 0.5 and not any(p.requires_grad for p in model.vae.parameters())
+
+
+def save_sharded(folder, tensors):
+    names = sorted(tensors)
+    shards = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    for shard, keys in shards.items():
+        save_file({k: tensors[k].clone() for k in keys}, folder / shard)
+    with open(folder / "model.safetensors.index.json", "w") as f:
+        json.dump({"weight_map": {k: shard for shard, keys in shards.items() for k in keys}}, f)
+
+
+@pytest.mark.parametrize("layout", ["pth", "file", "sharded"])
+def test_load_published_keeps_the_numbers(layout, tmp_path):
+    config, _, model = golden()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    vae_path = None
+    if layout == "pth":
+        path, vae_path = tmp_path / "harmon.pth", tmp_path / "kl16.ckpt"
+        torch.save({k: v for k, v in state.items() if not k.startswith("vae.")}, path)
+        torch.save({"model": {k[4:]: v for k, v in state.items() if k.startswith("vae.")}}, vae_path)
+    elif layout == "file":
+        path = tmp_path / "model.safetensors"
+        save_file({k: v for k, v in state.items() if k != "llm.lm_head.weight"}, path)
+    else:
+        path = tmp_path
+        save_sharded(tmp_path, {k: v for k, v in state.items() if k != "llm.model.embed_tokens.weight"})
+    loaded = Harmon.load_published(path, config=model.config, tokenizer_path=vae_path)
+    assert all(torch.equal(v, state[k]) for k, v in loaded.state_dict().items())
+    half = Harmon.load_published(path, config=model.config, tokenizer_path=vae_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.llm.parameters()} == {torch.bfloat16} and {p.dtype for p in half.vae.parameters()} == {torch.float32}
+    # every path of a bf16 model without autocast: dtypes must fit
+    grid, h = (model.config.native_grid + 1, model.config.native_grid), model.config.hidden_size
+    latents = half.sample(torch.zeros(2, 3, h, dtype=torch.bfloat16), torch.tensor([0, 1]), grid, 2.0, 3, generator=torch.Generator().manual_seed(0))
+    images = half.decode_latents(latents)
+    assert images.dtype == torch.float32 and torch.isfinite(images).all()
+    context, pads = half.context([[1, 2, IMAGE, 3]], half.precompute(images)["latents"])
+    assert half.generate_tokens(context, pads, 3).shape == (1, 3)
+
+
+def test_load_published_errors(tmp_path):
+    _, _, model = golden()
+    state = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("vae.")}
+    path = tmp_path / "harmon.pth"
+
+    def error(state, match, **kwargs):
+        torch.save(state, path)
+        with pytest.raises(ValueError, match=match) as e:
+            Harmon.load_published(path, **kwargs)
+        assert "harmon.pth" in str(e.value)
+
+    error(state, "hidden size .* published")
+    error(state, r"no vae\.\*.*--tokenizer-ckpt", config=model.config)
+    error({"encoder.conv_in.weight": torch.zeros(1)}, "not a Harmon checkpoint")
+    state |= {k: v.clone() for k, v in model.state_dict().items() if k.startswith("vae.")}
+    wrong = {k: v for k, v in state.items() if k != "proj_in.2.bias"} | {"mar.extra": torch.zeros(1), "proj_out.0.bias": torch.zeros(3)}
+    error(wrong, r"(?s)1 missing, 1 unexpected, 1 of another shape.*proj_in\.2\.bias.*mar\.extra.*proj_out\.0\.bias.*\(3,\)", config=model.config)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Harmon.load_published(tmp_path / "nowhere.pth")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the data side and training, on the tiny model
+
+
+@lru_cache(maxsize=None)
+def tiny():
+    torch.manual_seed(0)
+    model = Harmon(CONFIGS["tiny"], load_tokenizer("tiny"))
+    for p in model.mar.diffloss.parameters():  # starts as the identity: nothing would depend on the condition
+        torch.nn.init.normal_(p, std=0.1)
+    model.trainable_parameters("base")
+    return model
+
+
+class QwenLike:
+    """Enough of Qwen's tokenizer for the template: newlines that follow each other are one token."""
+    special = {"<|im_start|>": 900, "<|im_end|>": 901}
+    words = ["user", "assistant", "\n", "\n\n"]
+
+    def encode(self, text):
+        pieces = re.findall(r"<\|im_start\|>|<\|im_end\|>|user|assistant|\n+|[^\n<]", text)
+        return [self.special[p] if p in self.special else self.words.index(p) if p in self.words else 100 + ord(p) for p in pieces]
+
+    def decode(self, ids):
+        back = {v: k for k, v in self.special.items()}
+        return "".join(self.words[i] if i < len(self.words) else back[i] if i in back else chr(i - 100) for i in ids)
+
+
+def test_prompts_have_the_published_shape():
+    model = Harmon.__new__(Harmon)
+    torch.nn.Module.__init__(model)
+    model.tokenizer = tok = QwenLike()
+    start, end, user, newline, blank = 900, 901, 0, 2, 3
+    tail = [end, newline, start, 1, newline]
+    ids = lambda part, **sample: model.prompt_ids(part, sample)[0]
+    assert ids("recon", prompt="ab") == [start, user, blank, IMAGE, *tok.encode("ab"), *tail]  # blank line, image, no newline after it
+    assert ids("edit", instruction="ab") == ids("recon", prompt="ab")
+    assert ids("recon", prompt="ab", drop=True) == [start, user, newline, IMAGE, *tok.encode("Generate an image."), *tail]
+    assert ids("t2i", caption=" ab ") == [start, user, newline, *tok.encode("Generate an image: ab"), *tail]
+    assert ids("t2i", caption="ab", drop=True) == [start, user, newline, *tok.encode("Generate an image."), *tail]
+    row, answer = model.prompt_ids("i2t", {"question": "ab?", "answer": "cd"})
+    assert row == [start, user, newline, IMAGE, newline, *tok.encode("ab?"), *tail, *tok.encode("cd"), end, newline] and answer == 4
+    assert ids("text", question="ab?", answer="cd") == [i for i in ids("i2t", question="ab?", answer="cd")[:3]] + row[5:]
+    with pytest.raises(ValueError, match="'video'"):
+        ids("video")
+
+
+def test_collate():
+    model, tok = tiny(), tiny().tokenizer
+    samples = [{"question": "what color is it?", "answer": "red"}, {"question": "and where?", "answer": "above the large blue circle"}]
+    out = model.collate("i2t", samples, 40)
+    assert out["ids"].shape == (2, 40) and (out["ids"] == IMAGE).sum(1).tolist() == [1, 1]
+    for row, pads, labels, sample in zip(out["ids"], out["pads"], out["labels"], samples):
+        row, kept = row.tolist(), (labels != IGNORE).nonzero().flatten()
+        assert row[int(pads)] == tok.special["<|im_start|>"] and not any(row[: int(pads)])
+        assert tok.decode(labels[kept].tolist()) == sample["answer"] + "<|im_end|>"
+        at = 40 - len(labels) + kept  # the token that a position predicts is the one after it
+        assert [row[i + 1] for i in at] == labels[kept].tolist()
+        assert tok.decode(row[at[-1] + 1:]) == "<|im_end|>\n"
+    assert model.collate("i2t", samples, 12)["labels"].shape == (2, 12)  # cut: the labels that are left stay where they belong
+    short = model.collate("i2t", samples, 30)
+    whole = model.collate("i2t", samples)
+    assert whole["ids"].shape[1] % model.config.pad_multiple == 0 and whole["ids"].shape[1] < 40
+    full = model.prompt_ids("i2t", samples[1])[0]
+    if len(full) <= 30:
+        assert short["ids"][1, -len(full):].tolist() == full
+    cut = model.collate("i2t", samples, len(full) - 3)
+    assert (cut["labels"][1] != IGNORE).sum() == len(tok.encode(samples[1]["answer"])) + 1 - 2 and cut["pads"][1] == 0
+    t2i = model.collate("t2i", [{"caption": "a red circle"}, {"caption": "x", "drop": True}])
+    assert tok.decode(t2i["ids"][1, int(t2i["pads"][1]):].tolist()) == "<|im_start|>user\nGenerate an image.<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_draw():
+    model = tiny()
+    c, make = model.config, lambda seed: torch.Generator().manual_seed(seed)
+    draws = [model.draw("recon", make(i), make(7)) for i in range(3)]
+    k = draws[0]["t"].shape[1]
+    assert [d["t"].shape for d in draws] == [(c.diffusion_batch_mul, k)] * 3 and draws[0]["noise"].shape == (c.diffusion_batch_mul, k, c.vae.z_channels)
+    assert not torch.equal(draws[0]["noise"], draws[1]["noise"]) and sorted(draws[0]["order"].tolist()) == list(range(9))
+    again = model.draw("recon", make(1), make(7))
+    assert all(torch.equal(again[n], draws[1][n]) for n in again)
+    assert model.draw("i2t", make(0), make(0)) == {}
+    counts = torch.tensor([model.draw("t2i", make(0), make(i))["t"].shape[1] for i in range(300)])
+    assert set(counts.tolist()) == {7, 8, 9}
+    big = Harmon.__new__(Harmon)
+    torch.nn.Module.__init__(big)
+    for bucket in (1, 32):  # 1,024 tokens; the mean of the truncated normal is .8667
+        big.config, big.vae = replace(CONFIGS["harmon-0.5b"], mask_bucket=bucket, diffusion_batch_mul=1), type("VAE", (), {"stride": 16})()
+        counts = torch.tensor([big.draw("t2i", make(0), make(i))["t"].shape[1] for i in range(400)])
+        assert (counts % bucket == 0).all() and counts.max() <= 1024 and counts.min() >= 704
+        assert abs(counts.float().mean() / 1024 - 0.8667) < 0.015
+
+
+def tiny_batch(n=6, parts=("recon", "i2t", "t2i", "edit", "text")):
+    model, make = tiny(), lambda *s: torch.Generator().manual_seed(hash(s) % 2 ** 31)
+    latents = torch.randn(2 * n, 3, 3, 16, generator=make(0))
+    samples = {"recon": [{"prompt": "Describe it."}], "i2t": [{"question": "what is it?", "answer": "a red circle"}, {"question": "how many?", "answer": "two"}],
+               "t2i": [{"caption": "a red circle and a blue star"}], "edit": [{"instruction": "make it green"}],
+               "text": [{"question": "two stars. how many?", "answer": "two"}, {"question": "a?", "answer": "no, a large one"}]}
+    batch = {}
+    for part in parts:
+        rows = [samples[part][i % len(samples[part])] | {"drop": i == 3} for i in range(n)]
+        draws = [model.draw(part, make(part == "recon", i), make(99)) for i in range(n)]
+        batch[part] = model.collate(part, rows, 36) | {key: torch.stack([d[key] for d in draws]) for key in draws[0]}
+        if part != "text":
+            batch[part]["latents"] = latents[:n]
+        if part == "edit":
+            batch[part]["source_latents"] = latents[n:]
+    return batch
+
+
+def test_a_batch_may_be_split():
+    """Losses and gradients of a batch = the mean over its parts, if these share the count, as ranks and micro-batches do."""
+    model, batch, report = tiny(), tiny_batch(), Report()
+    whole = model(batch)
+    expected = gradients(model, sum(whole.values()))
+    total = {part: 0.0 for part in batch}
+    model.zero_grad()
+    for piece in (slice(0, 2), slice(2, 6)):
+        part_of = {part: {k: v[piece] for k, v in t.items()} for part, t in batch.items()}
+        for part, t in part_of.items():
+            t["count"] = (batch[part]["labels"] != IGNORE).sum().float() if "labels" in t else torch.tensor(6.0 * t["t"].shape[-1])
+        losses = model(part_of)
+        sum(losses.values()).backward()
+        total = {part: total[part] + losses[part].detach() for part in total}
+    for part in batch:
+        report.close(part, total[part], whole[part].detach(), WHOLE)
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            report.close(name, p.grad, expected[name], (1e-4, 1e-6))
+    report.done()
+
+
+def test_every_parameter_learns_and_conditions_matter():
+    model, batch = tiny(), tiny_batch()
+    grads = gradients(model, sum(model(batch).values()))
+    dead = [name for name, p in model.named_parameters() if p.requires_grad and not grads[name].abs().sum() > 0]
+    assert not dead
+    with torch.no_grad():
+        loss = lambda part, **change: model({part: batch[part] | change})[part].item()
+        base = {part: loss(part) for part in batch}
+        assert loss("edit", source_latents=batch["edit"]["latents"]) != base["edit"]
+        assert loss("t2i", ids=batch["t2i"]["ids"].roll(1, 1)) != base["t2i"]
+        assert loss("i2t", latents=-batch["i2t"]["latents"]) != base["i2t"]
+        padded = {k: model.collate("recon", [{"prompt": "Describe it."}] * 6, 50)[k] for k in ("ids", "pads")}
+        drop = model.collate("recon", [{"prompt": "Describe it.", "drop": True}] * 6, 50)
+        for k in padded:
+            padded[k][3] = drop[k][3]
+        assert abs(loss("recon", **padded) - base["recon"]) < 1e-5  # pads change nothing
+
+
+def test_grad_scale_is_for_post_training():
+    model = tiny()
+    assert model.grad_scale == 1.0
+    batch = tiny_batch(parts=("recon",))
+    loss = lambda **k: model.reca_loss(**batch["recon"], **k)
+    full, damped = gradients(model, loss()), gradients(model, loss(grad_scale=0.1))
+    masked_branch = gradients(model, loss(grad_scale=0.0))
+    assert loss(grad_scale=0.1).item() == loss().item()
+    for name in ("proj_in.0.weight", "mar.encoder_blocks.0.attn.qkv.weight"):
+        expected = masked_branch[name] + 0.1 * (full[name] - masked_branch[name])
+        assert torch.allclose(damped[name], expected, atol=1e-6, rtol=1e-4) and not torch.allclose(full[name], damped[name], rtol=1e-2)
+    model.trainable_parameters("reca")
+    assert model.grad_scale == model.config.grad_scale == 0.1
+    with pytest.raises(ValueError, match="stage 'x'"):
+        model.trainable_parameters("x")
+    model.trainable_parameters("base")
+
+
+def test_dropout_and_checkpointing():
+    batch = tiny_batch(n=3, parts=("recon", "i2t"))
+    for checkpointing in (False, True):
+        torch.manual_seed(1)
+        model = Harmon(replace(CONFIGS["tiny"], dropout=0.1, checkpointing=checkpointing))
+        model.load_state_dict(tiny().state_dict())
+        torch.manual_seed(2)
+        losses = model.train()(batch)
+        sum(losses.values()).backward()
+        if checkpointing:
+            assert all(losses[p].item() == first[p] for p in first)
+            assert all(torch.allclose(p.grad, grads[n], atol=1e-7) for n, p in model.named_parameters() if n in grads)
+        first, grads = {p: v.item() for p, v in losses.items()}, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        torch.manual_seed(3)
+        assert model(batch)["recon"].item() != first["recon"]
+        quiet = model.eval()(batch)["recon"].item()
+        assert quiet == model(batch)["recon"].item() and quiet != first["recon"]
+
+
+def test_answers_with_a_cache_equal_those_without():
+    """Batched, rows of different lengths, with and without images; greedy and at a temperature."""
+    model = tiny().eval()
+    images = torch.rand(3, 3, 48, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    questions = ["what is it?", "how many red circles are there?", "where is the blue star?"]
+    end = model.tokenizer.special["<|im_end|>"]
+    for pictures in (images, None):
+        answers = model.answer(pictures, questions, max_new_tokens=6)
+        for i, question in enumerate(questions):
+            ids, tail = model.prompt_ids("text" if pictures is None else "i2t", {"question": question, "answer": ""})
+            ids, written = ids[:-tail], []
+            with torch.no_grad():
+                clean = None if pictures is None else model.visual_features(model.precompute(images[i:i + 1])["latents"])[1]
+                while len(written) < 6:
+                    hidden = model.llm(model.embed(torch.tensor([ids + written]), clean), torch.tensor([0]))[0]
+                    token = int(model.llm.lm_head(hidden[0, -1]).argmax())
+                    if token == end:
+                        break
+                    written.append(token)
+            assert answers[i] == model.tokenizer.decode(written)
+    sampled = lambda seed: model.answer(images, questions, 6, temperature=1.5, generator=torch.Generator().manual_seed(seed))
+    assert sampled(1) == sampled(1) != sampled(2)
+    context, pads = model.context([[5, 6, 7], [8]])
+    tokens = model.generate_tokens(context, pads, 8)
+    assert tokens.shape == (2, 8) and model.generate_tokens(context[:1], pads[:1], 8, stop=int(tokens[0, 0])).shape == (1, 1)
+
+
+def test_pictures():
+    model, make = tiny().eval(), lambda seed: torch.Generator().manual_seed(seed)
+    prompts, images = ["a red circle", "two blue stars"], torch.rand(2, 3, 48, 48, generator=make(0)) * 2 - 1
+    runs = {"generate": lambda g: model.generate(prompts, generator=g), "linear": lambda g: model.generate(prompts, 2.0, 4, 0.9, g, schedule="linear"),
+            "no guidance": lambda g: model.generate(prompts, cfg=1.0, generator=g), "more steps than tokens": lambda g: model.generate(prompts, steps=20, generator=g),
+            "reconstruct": lambda g: model.reconstruct(images, generator=g), "edit": lambda g: model.edit(images, ["make it red", "remove the star"], generator=g)}
+    for name, run in runs.items():
+        a, b, c = run(make(1)), run(make(1)), run(make(2))
+        assert a.shape == (2, 3, 48, 48) and a.min() >= -1 and a.max() <= 1, name
+        assert torch.equal(a, b) and not torch.equal(a, c), name
+    assert model.generate(prompts[:1], size=(32, 64), generator=make(0)).shape == (1, 3, 32, 64)
+    with pytest.raises(ValueError, match="multiples of 16"):
+        model.generate(prompts, size=40)
+    with pytest.raises(ValueError, match="schedule"):
+        model.generate(prompts, schedule="cosine")
+
+
+def test_tiny_fits_its_budget_and_flops_are_plausible():
+    model = tiny()
+    assert sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vae.")) <= 1_500_000
+    for part in ("recon", "i2t", "t2i", "edit", "text"):
+        assert 1e7 < model.flops_per_sample(part) < 1e9
+    with torch.device("meta"):
+        big = Harmon(CONFIGS["harmon-1.5b"])
+    assert 1.5e13 < big.flops_per_sample("recon") < 4e13  # about 1,300 LLM tokens, two encoder passes, 3,600 DiffLoss rows
+
+
+def test_preprocess():
+    model, image = tiny(), Image.new("RGB", (60, 30), (255, 0, 0))
+    for purpose in ("understand", "recon", "edit"):
+        x = model.preprocess(image, purpose)
+        assert x.shape == (3, 48, 48) and ((x[0] > 0.99).float().mean() < 0.6) == (purpose == "understand")
