@@ -50,13 +50,13 @@ PUBLISHED = {
     "diffusion": dict(lr=4e-5, betas=(0.9, 0.95), weight_decay=0.0, warmup=500, clip=1.0, steps=1000, batch=48, i2t_weight=0.0, drop=0.1, schedule="constant"),
 }
 TINY = {
-    "tokenizer": dict(lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0, warmup=50, clip=1.0, steps=3000, batch=64, i2t_weight=1.0, drop=0.1, schedule="cosine"),
+    "tokenizer": dict(lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0, warmup=50, clip=1.0, steps=4000, batch=64, i2t_weight=1.0, drop=0.1, schedule="cosine"),
     "base": dict(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.02, warmup=200, clip=1.0, steps=12000, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
     "sft": dict(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=20, clip=1.0, steps=400, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
     "reca": dict(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=20, clip=1.0, steps=400, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
 }
 MIX = {"tokenizer": {"images": 1.0}, "base": {"t2i": 1.0, "i2t": 1.0, "edit": 0.5, "text": 0.5}, "sft": {"t2i": 1.0, "i2t": 1.0}, "reca": {"recon": 1.0, "i2t": 1.0}}
-TOKENIZERS = {"mar": ("tiny-kl", "vae"), "ar": ("tiny-lfq", "vq"), "diffusion": ("tiny-flux", "vae")}  # name of the tiny one, attribute of the model
+TOKENIZERS = {"mar": ("tiny-kl", "vae"), "ar": ("tiny-lfq", "vq"), "diffusion": ("tiny-kl", "vae")}  # name of the tiny one, attribute of the model
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40": 181, "4090": 165, "3090": 71}  # dense bf16, for MFU
 
 
@@ -201,7 +201,7 @@ class Pools:
         self.args, self.parts = args, mix(args)
         bias = dict(data.CAPTION_BIAS, wrong=args.wrong_captions)
         self.templates = data.RECA_TEMPLATES[:args.templates or None]
-        self.pool_of = {"recon": "broad", "i2t": "broad", "t2i": "captioned", "oracle": "broad", "edit": "edits", "images": "broad"}
+        self.pool_of = {"recon": "broad", "i2t": "broad", "t2i": "captioned", "oracle": "broad", "edit": "edits", "images": "crowded"}
         images, self.text, self.scenes = {}, {}, {}
         need = {self.pool_of[p] for p in self.parts if p in self.pool_of}
         if args.data:
@@ -219,7 +219,9 @@ class Pools:
             raise ValueError(f"--config {args.config}: RecA keeps understanding by image-to-text data, so give --i2t-data JSON (or --i2t-weight 0 to go without)")
         if args.config != "tiny" and not args.data:
             raise ValueError(f"--config {args.config} draws {getattr(model.config, 'image_size', 512)}-pixel pictures: give --data PATH (folders, tars); the shape world is for tiny")
-        if {"broad"} & need or "text" in self.parts:
+        if "crowded" in need:
+            images["crowded"] = data.crowded_pictures(args.pool, seed=args.seed)
+        if "broad" in need or "text" in self.parts:
             self.scenes["broad"] = data.Scenes(args.pool, seed=10 + args.seed, captioned=args.pool_without_held_out)
         if "captioned" in need and "captioned" not in images:
             scenes = self.scenes["captioned"] = data.Scenes(args.captioned, seed=20 + args.seed, captioned=True)
@@ -234,7 +236,7 @@ class Pools:
         self.cache, self.size = {}, {}
         start = time.time()
         for name in sorted(need):
-            source = images.get(name) or self.scenes[name]
+            source = images[name] if name in images else self.scenes[name]
             self.size[name] = len(source)
             self.cache[name] = self.encode(model, source, name, stage, device, rank, world)
         self.size["text"] = args.pool
@@ -254,8 +256,8 @@ class Pools:
         progress = data.Progress(range(0, share, chunk), f"encoding {name}", rank == 0)
         for i in progress:
             part = rows[i:i + chunk]
-            if isinstance(source, data.Scenes):
-                x = evaluate.to_float(source[part].render())
+            if isinstance(source, (data.Scenes, np.ndarray)):
+                x = evaluate.to_float(source[part] if isinstance(source, np.ndarray) else source[part].render())
             else:
                 x = torch.stack([model.preprocess(source[j][1], purpose) for j in part])
             chunks.append({k: v.cpu() for k, v in model.precompute(x.to(device), stage).items()})
@@ -685,7 +687,7 @@ def main(argv=None):
                 for n, p in named:
                     p.copy_(ema[n])
         if args.stage == "tokenizer" and isinstance(model.tokenizer, image_tokenizer.Autoencoder):
-            image_tokenizer.calibrate(model.tokenizer, pools.cache["broad"]["images"][:4096].float().to(device) / 127.5 - 1)
+            image_tokenizer.calibrate(model.tokenizer, evaluate.to_float(data.Scenes(4096, seed=args.seed).render(), device))
         after, text = scores(args, model)
         before = before or next((r["scores"] for r in history if r.get("step") == 0 and "scores" in r), None)
         save_weights(args, model, step=args.steps, scores_before=before, scores_after=after)
