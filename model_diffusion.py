@@ -81,7 +81,7 @@ class BagelConfig:
 
 CONFIGS = {
     "tiny": BagelConfig(vocab_size=1024, hidden_size=128, intermediate_size=128, num_layers=4, num_heads=4, num_kv_heads=2, rope_theta=1e4,
-                        special=(1019, 1020, 1021, 1022), vit=VISION_ENCODERS["tiny-siglip"], vae=TOKENIZERS["tiny-kl"], latent_patch_size=1,
+                        special=(1019, 1020, 1021, 1022), vit=VISION_ENCODERS["tiny-siglip"], vae=TOKENIZERS["tiny-kl"],
                         latent_patch_size=1, max_latent_size=6, image_size=48, vae_resize=(48, 48), vit_resize=(48, 48), reca_resize=(48, 48),
                         max_prompt=32, max_request=16, max_dialogue=48, steps=25, interval=(0.0, 1.0)),
     "bagel-7b-mot": BagelConfig(),
@@ -528,8 +528,8 @@ class Bagel(nn.Module):
 
     def collate(self, part, samples, pad_to=None):
         """Samples (dicts) -> tensors of `layout`, a row for each. Texts get room for `pad_to` tokens (None: the config's maximum, 0: that
-        of the longest), what is longer is cut. "drop": True leaves out the text, "drop_image" the source of an edit. labels (B, A) are those
-        of the last A tokens."""
+        of the longest), what is longer is cut. "drop": True leaves out the text, "drop_image" the source of an edit. labels (B, A) are of
+        the last A tokens."""
         c = self.config
         limit = {"t2i": c.max_prompt, "recon": c.max_request, "edit": c.max_request}.get(part, c.max_dialogue)
         limit = min(pad_to or limit, limit)
