@@ -136,6 +136,8 @@ def attention_flex(q, k, v, plan):
     if q.device.type == "cpu" or torch.compiler.is_compiling():
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
     if _compiled_flex is None:
+        # towers, batch parts and image sizes are all shapes of one function here; at the limit of 8 it would fall back to dense scores
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         _compiled_flex = torch.compile(flex_attention)
     return _compiled_flex(q, k, v, block_mask=mask, enable_gqa=gqa)
 
@@ -525,7 +527,11 @@ def dot_precision(dtype):
 
 
 def dense_rows(x):
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """The last axis dense, and (B, H, T, D) with offsets inside a head that fit 32 bits."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    if x.shape[2] * x.stride(2) >= 2 ** 31:
+        raise ValueError(f"attention: {x.shape[2]} rows {x.stride(2)} numbers apart need 64-bit offsets; set NANORECA_KERNELS=reference")
+    return x
 
 
 def statistics_dtype(dtype):

@@ -236,10 +236,9 @@ def linear_cross_entropy_op(hidden: torch.Tensor, weight: torch.Tensor, bias: to
 @linear_cross_entropy_op.register_fake
 def _(hidden, weight, bias, labels, inv_count, ignore_index, gradients, kernels):
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    nothing = hidden.new_empty(0, dtype=exact)
-    return (hidden.new_empty((), dtype=exact), hidden.new_empty(hidden.shape) if gradients else nothing,
-            nothing.new_empty(weight.shape) if gradients else nothing,
-            nothing.new_empty(bias.shape) if gradients and bias is not None else nothing)
+    gradient = lambda like, dtype: hidden.new_empty(like.shape if gradients and like is not None else 0, dtype=dtype)
+    return (hidden.new_empty((), dtype=exact), gradient(hidden, hidden.dtype if gradients else exact), gradient(weight, exact),
+            gradient(bias, exact))
 
 
 def _setup(ctx, inputs, output):

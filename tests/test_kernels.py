@@ -1,0 +1,496 @@
+"""custom_kernels: the references against plain formulas, the paths against the references, the Triton kernels against the references.
+
+Triton's interpreter must be chosen before Triton is imported and would change every other test of the process, so `test_kernels_in_the_interpreter`
+runs this file again in a process of its own; the tests under `if INTERPRETING` exist only there. It computes in float32 (and float64 for
+gradcheck): bfloat16 is not to be trusted in the interpreter, and is tested where there is a GPU."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("NANORECA_KERNELS") == "triton"
+if INTERPRETING:
+    pytest.importorskip("triton")
+
+import custom_kernels as ck  # noqa: E402
+from custom_kernels import pick  # noqa: E402
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+GOLDEN = os.environ.get("PARITY_DIR", os.path.join(ROOT, "tests", "golden"))
+attention_module = sys.modules["custom_kernels.attention"]  # the package's function of that name hides the module
+cross_entropy_module = sys.modules["custom_kernels.linear_cross_entropy"]
+
+
+def same(name, got, want, tolerance):
+    assert got.shape == want.shape and got.dtype == want.dtype, f"{name}: {got.shape} {got.dtype}, expected {want.shape} {want.dtype}"
+    assert got.isfinite().all(), f"{name}: not finite"
+    difference, allowed = (got - want).abs().max().item() if got.numel() else 0.0, tolerance * max(1.0, want.abs().max().item() if want.numel() else 0)
+    ok = "OK" if difference <= allowed else "NOT OK"
+    line = f"{name:40} {ok:6} max difference {difference:.2e}, allowed {allowed:.2e}"
+    print(line)
+    assert ok == "OK", line
+
+
+def with_gradients(f, inputs, generator):
+    """-> outputs of f(*inputs) and the gradients of one random weighting of them, in the inputs that want one."""
+    outs = f(*inputs)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    weights = [torch.randn(o.shape, dtype=o.dtype, generator=generator) for o in outs]
+    return [*(o.detach() for o in outs), *torch.autograd.grad(outs, wanted, weights)]
+
+
+def compare(name, f, reference, inputs, tolerance=3e-6):
+    got = with_gradients(f, inputs, torch.Generator().manual_seed(1))
+    want = with_gradients(reference, inputs, torch.Generator().manual_seed(1))
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        same(f"{name} [{i}]", a, b, tolerance)
+
+
+def intervals(kind, R, Tq, Tk, g):
+    """Intervals of many kinds, with some empty ones and some of one key."""
+    i = torch.arange(Tq).repeat(R, 1)
+    if kind == "causal":  # left-padded rows: pads see nothing
+        pads = torch.arange(R)[:, None] * 3
+        return torch.where(i < pads, 0, pads), torch.where(i < pads, 0, i + 1 + Tk - Tq)
+    if kind == "full":
+        return torch.zeros(R, Tq).long(), torch.full((R, Tq), Tk)
+    if kind == "packed":  # three documents: text, a bidirectional block, text
+        cuts = torch.tensor([0, Tq // 3, Tq // 2, Tq])
+        doc = torch.bucketize(i, cuts, right=True) - 1
+        return cuts[doc] * Tk // Tq, torch.where(doc == 1, cuts[2] * Tk // Tq, (i + 1) * Tk // Tq)
+    a, b = torch.randint(0, Tk + 1, (2, R, Tq), generator=g)
+    lo, hi = torch.minimum(a, b), torch.maximum(a, b)
+    lo[:, 0], hi[:, 0] = 5, 5  # empty
+    lo[:, -1], hi[:, -1] = 7, 3  # inside out: empty as well
+    if Tq > 2:
+        lo[:, 1], hi[:, 1] = Tk - 1, Tk  # one key
+    return lo, hi
+
+
+def qkv(B, Hq, Hkv, Tq, Tk, D, g, dtype=torch.float32):
+    """As models have them: (B, T, H, D) in memory."""
+    return [torch.randn(B, T, H, D, generator=g, dtype=dtype).transpose(1, 2).requires_grad_() for T, H in ((Tq, Hq), (Tk, Hkv), (Tk, Hkv))]
+
+
+def rows_case(dtype, W, g):
+    x, y, w, b = (torch.randn(s, generator=g, dtype=dtype).requires_grad_() for s in ((2, 5, W), (2, 5, 3 * W), (W,), (W,)))
+    return x, y, w, b
+
+
+def diffusion_case(dtype, N, C, g):
+    t = torch.randint(0, 1000, (N,), generator=g)
+    t[:N // 3] = 0
+    t[-1] = 999
+    x0, noise, near, v = torch.randn(4, N, C, generator=g, dtype=dtype)
+    out = torch.cat([noise + 0.02 * near, v], 1).requires_grad_()
+    betas = torch.linspace(1e-4, 0.02, 1000)
+    return out, x0.clamp(-1, 1), noise, t, ck.diffusion_tables(betas)
+
+
+if INTERPRETING:
+    @pytest.mark.parametrize("kind, B, R, Hq, Hkv, Tq, Tk, D", [
+        ("random", 2, 2, 2, 1, 70, 100, 80), ("causal", 2, 2, 4, 2, 70, 70, 64), ("packed", 1, 1, 2, 2, 130, 130, 72),
+        ("full", 1, 1, 1, 1, 33, 64, 128), ("random", 2, 1, 3, 1, 20, 45, 24), ("random", 1, 1, 1, 1, 3, 40, 8), ("causal", 1, 1, 1, 1, 1, 1, 16)])
+    def test_attention(kind, B, R, Hq, Hkv, Tq, Tk, D):
+        g = torch.Generator().manual_seed(0)
+        q, k, v = qkv(B, Hq, Hkv, Tq, Tk, D, g)
+        plan = ck.attention_plan(*intervals(kind, R, Tq, Tk, g), Tk)
+        compare(f"attention {kind} {D}", lambda *x: ck.attention_triton(*x, plan), lambda *x: ck.attention_reference(*x, plan), (q, k, v))
+
+    def test_attention_large_scores_and_half_precision():
+        g = torch.Generator().manual_seed(0)
+        q, k, v = qkv(1, 1, 1, 40, 70, 32, g)
+        plan = ck.attention_plan(*intervals("random", 1, 40, 70, g), 70)
+        loud = (q.detach() * 300, k.detach(), v.detach())  # scores of hundreds: exp without the running maximum would overflow
+        same("large scores", ck.attention_triton(*loud, plan), ck.attention_reference(*loud, plan), 2e-5)
+        half = [t.detach().half() for t in (q, k, v)]
+        same("float16", ck.attention_triton(*half, plan).float(), ck.attention_reference(q, k, v, plan).detach(), 3e-3)
+
+    @pytest.mark.parametrize("Tq, Tk, Hq, Hkv, D", [(1, 300, 4, 2, 80), (3, 70, 6, 1, 64), (1, 20, 1, 1, 128)])
+    def test_decode(Tq, Tk, Hq, Hkv, D):
+        g = torch.Generator().manual_seed(0)
+        q, k, v = (t.detach() for t in qkv(2, Hq, Hkv, Tq, Tk, D, g))
+        lo = torch.randint(0, Tk, (2, Tq), generator=g)
+        hi = lo + torch.randint(1, Tk, (2, Tq), generator=g)
+        if Tq > 1:
+            hi[0, 0] = lo[0, 0]
+        plan = ck.attention_plan(lo, hi, Tk)
+        same("decode", ck.attention_decode_triton(q, k, v, plan), ck.attention_reference(q, k, v, plan), 2e-6)
+        same("attention picks it", ck.attention(q, k, v, None, None, plan=plan), ck.attention_decode_triton(q, k, v, plan), 0)
+
+    def test_keys_outside_the_bounds_are_never_read():
+        """Tiles that nobody sees hold nan: one multiplication with them, even by 0, would show."""
+        g = torch.Generator().manual_seed(0)
+        q, k, v = qkv(1, 1, 1, 64, 256, 16, g)
+        plan = ck.attention_plan(torch.full((1, 64), 64), torch.full((1, 64), 128), 256)
+        with torch.no_grad():
+            want = ck.attention_reference(q, k, v, plan)
+            for t in (k, v):
+                t[:, :, :64] = t[:, :, 128:] = float("nan")
+            same("output", ck.attention_triton(q, k, v, plan), want, 2e-6)
+        dq, dk, dv = torch.autograd.grad(ck.attention_triton(q, k, v, plan).sum(), (q, k, v))
+        assert dq.isfinite().all() and dk.isfinite().all() and dv.isfinite().all()
+        assert dv[:, :, :64].abs().max() == 0 and dk[:, :, 128:].abs().max() == 0 and dv[:, :, 64:128].abs().min() > 0
+
+    def test_same_input_same_bits():
+        g = torch.Generator().manual_seed(0)
+        q, k, v = qkv(1, 2, 1, 40, 70, 16, g)
+        plan = ck.attention_plan(*intervals("random", 1, 40, 70, g), 70)
+        f = lambda: torch.autograd.grad(ck.attention_triton(q, k, v, plan).square().sum(), (q, k, v))
+        assert all(torch.equal(a, b) for a, b in zip(f(), f()))
+
+    @pytest.mark.parametrize("N, V, D, bias, kept, count", [
+        (150, 130, 40, True, 0.5, None), (100, 70, 72, False, 0.9, 7.0), (20, 70, 16, True, 0.0, None), (1, 65, 16, False, 1.0, torch.tensor(3.0))])
+    def test_linear_cross_entropy(N, V, D, bias, kept, count, monkeypatch):
+        monkeypatch.setattr(cross_entropy_module, "chunk_rows", lambda N, V, numbers: min(N, 64))  # several chunks, the last one ragged
+        g = torch.Generator().manual_seed(0)
+        h, w = (torch.randn(n, D, generator=g).requires_grad_() for n in (N, V))
+        b = torch.randn(V, generator=g).requires_grad_() if bias else None
+        labels = torch.randint(0, V, (N,), generator=g).masked_fill(torch.rand(N, generator=g) >= kept, -100)
+        f = lambda h, w, b: ck.linear_cross_entropy_fused(h, w, labels, b, count=count)
+        compare("linear cross entropy", f, lambda h, w, b: ck.linear_cross_entropy_reference(h, w, labels, b, count=count), (h, w, b), 3e-6)
+        with torch.no_grad():
+            same("without gradients", f(h, w, b), ck.linear_cross_entropy_reference(h, w, labels, b, count=count), 1e-6)
+
+    @pytest.mark.parametrize("W", [48, 130])
+    def test_norm_modulate_and_gated_add(W):
+        x, y, w, b = rows_case(torch.float32, W, torch.Generator().manual_seed(0))
+        shift, scale = (lambda y: y.chunk(3, -1)[0]), (lambda y: y.chunk(3, -1)[1])
+        for weight, bias in ((w, b), (None, None)):
+            compare("norm_modulate", lambda x, y, w, b: ck.norm_modulate_triton(x, shift(y), scale(y), w, b),
+                    lambda x, y, w, b: ck.norm_modulate_reference(x, shift(y), scale(y), w, b), (x, y, weight, bias))
+        compare("norm_modulate, one shift for all", lambda x, y: ck.norm_modulate_triton(x, y[:, :1, :W], y[:, :1, W:2 * W], eps=1e-2),
+                lambda x, y: ck.norm_modulate_reference(x, y[:, :1, :W], y[:, :1, W:2 * W], eps=1e-2), (x, y))
+        compare("gated_add", lambda x, y: ck.gated_add_triton(x, y.chunk(3, -1)[2], y[..., :W]),
+                lambda x, y: ck.gated_add_reference(x, y.chunk(3, -1)[2], y[..., :W]), (x, y))
+
+    def test_loss_rows():
+        g = torch.Generator().manual_seed(0)
+        out, *rest = diffusion_case(torch.float32, 300, 10, g)
+        compare("diffusion rows", lambda out: ck.diffusion_loss_rows_triton(out, *rest), lambda out: ck.diffusion_loss_rows_reference(out, *rest),
+                (out,), 1e-5)  # vb at t = 0 is a logarithm of a difference
+        v, x0, noise = torch.randn(3, 70, 17, generator=g)
+        compare("flow rows", lambda v: ck.flow_loss_rows_triton(v, x0, noise), lambda v: ck.flow_loss_rows_reference(v, x0, noise), (v.requires_grad_(),))
+
+    def test_gradcheck_in_float64():
+        g = torch.Generator().manual_seed(0)
+        q, k, v = qkv(1, 2, 1, 3, 4, 3, g, torch.float64)
+        plan = ck.attention_plan(torch.tensor([[0, 2, 3]]), torch.tensor([[4, 3, 3]]), 4)
+        assert torch.autograd.gradcheck(lambda *x: ck.attention_triton(*x, plan), (q, k, v), fast_mode=True)
+        h, w, b = (torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in ((3, 2), (5, 2), (5,)))
+        labels = torch.tensor([4, -100, 1])
+        assert torch.autograd.gradcheck(lambda h, w, b: ck.linear_cross_entropy_fused(h, w, labels, b), (h, w, b), fast_mode=True)
+        x, y, w, b = rows_case(torch.float64, 6, g)
+        assert torch.autograd.gradcheck(lambda x, y, w, b: ck.norm_modulate_triton(x, y[..., :6], y[..., 6:12], w, b), (x, y, w, b), fast_mode=True)
+        assert torch.autograd.gradcheck(lambda x, y: ck.gated_add_triton(x, y[..., :6], y[..., 6:12]), (x, y), fast_mode=True)
+        out, *rest = diffusion_case(torch.float64, 12, 3, g)
+        assert torch.autograd.gradcheck(lambda v: ck.flow_loss_rows_triton(v, *rest[:2]), (out[:, :3].detach().requires_grad_(),), fast_mode=True)
+        # epsilon is detached in vb by design, so a numerical derivative sees more than autograd there: v alone
+        epsilon, v = out.detach().chunk(2, 1)
+        f = lambda v: ck.diffusion_loss_rows_triton(torch.cat([epsilon, v], 1), *rest)
+        assert torch.autograd.gradcheck(f, (v.clone().requires_grad_(),), fast_mode=True, atol=1e-4)
+
+    def test_operators_are_what_they_declare():
+        """Shapes, types and strides of the fake versions that torch.compile works with; schemas; gradients."""
+        g = torch.Generator().manual_seed(0)
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        q, k, v = qkv(1, 2, 1, 5, 7, 8, g)
+        plan = ck.attention_plan(*intervals("random", 1, 5, 7, g), 7)
+        torch.library.opcheck(attention_module.interval_attention, (q, k, v, plan.lo, plan.hi, *ck.attention_bounds(plan)), test_utils=tests)
+        torch.library.opcheck(attention_module.interval_attention_decode, (q.detach(), k.detach(), v.detach(), plan.lo, plan.hi), test_utils=tests)
+        h, w = (torch.randn(n, 4, generator=g).requires_grad_() for n in (3, 5))
+        for gradients, kernels in ((True, True), (False, True), (True, False), (False, False)):
+            arguments = h, w, None, torch.tensor([1, -100, 2]), torch.ones(()), -100, gradients, kernels
+            torch.library.opcheck(cross_entropy_module.linear_cross_entropy_op, arguments, test_utils=tests[::2])
+        m = sys.modules["custom_kernels.diffusion_loss"]
+        x, y, w, b = (t.flatten(0, -2) if t.dim() > 1 else t for t in (t.detach() for t in rows_case(torch.float32, 8, g)))
+        torch.library.opcheck(m.norm_modulate_op, (x, y[:, :8], y[:, 8:16], w, b, 1e-6), test_utils=tests)
+        torch.library.opcheck(m.norm_modulate_backward_op, (x, x, y[:, :8], w, b, x[:, 0].clone(), x[:, 1].clone()), test_utils=tests)
+        torch.library.opcheck(m.norm_modulate_backward_op, (x, x, y[:, :8], None, None, x[:, 0].clone(), x[:, 1].clone()), test_utils=tests)
+        torch.library.opcheck(m.gated_add_op, (x, y[:, :8], x), test_utils=tests)
+        torch.library.opcheck(m.gated_add_backward_op, (x, y[:, :8], x), test_utils=tests)
+        case = diffusion_case(torch.float32, 9, 4, g)
+        torch.library.opcheck(m.diffusion_rows_op, case, test_utils=tests)
+        torch.library.opcheck(m.diffusion_rows_backward_op, (torch.ones(9), torch.ones(9), *(t.detach() for t in case)), test_utils=tests)
+        torch.library.opcheck(m.flow_rows_op, (x, x, x), test_utils=tests)
+        torch.library.opcheck(m.flow_rows_backward_op, (x[:, 0].clone(), x, x, x), test_utils=tests)
+
+    def test_compiled_graph_is_whole():
+        g = torch.Generator().manual_seed(0)
+        q, k, v = qkv(1, 2, 1, 9, 9, 8, g)
+        plan = ck.attention_plan(*intervals("random", 1, 9, 9, g), 9)
+        w, labels = torch.randn(5, 16, generator=g).requires_grad_(), torch.tensor([0, -100, 4] * 3)
+
+        def model(q, k, v, w):
+            h = ck.attention(q, k, v, None, None, plan=plan).transpose(1, 2).flatten(2)[0]  # (9, 16)
+            h = ck.gated_add(h, h * 2, ck.norm_modulate(h, h, h))
+            return ck.linear_cross_entropy(h, w, labels) + ck.flow_loss_rows(h, h.detach(), h.detach() * 3).sum()
+
+        compare("compiled", torch.compile(model, backend="aot_eager", fullgraph=True), model, (q, k, v, w), 1e-6)
+
+else:
+    def test_kernels_in_the_interpreter():
+        pytest.importorskip("triton", reason="triton is not installed: kernels are not interpreted (pip install --no-deps triton==3.7.1)")
+        env = os.environ | {"TRITON_INTERPRET": "1", "NANORECA_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
+        run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--durations=5", os.path.abspath(__file__)],
+                             env=env, cwd=ROOT, capture_output=True, text=True)
+        print(run.stdout[-2000:])
+        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+    @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+    @pytest.mark.parametrize("kind, R", [("random", 2), ("random", 1), ("causal", 2), ("packed", 1), ("full", 1)])
+    def test_attention_reference_is_softmax_over_the_interval(kind, R):
+        g = torch.Generator().manual_seed(0)
+        q, k, v = qkv(2, 4, 2, 20, 20, 8, g)
+        lo, hi = intervals(kind, R, 20, 20, g)
+
+        def plain(q, k, v):
+            k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+            keys = torch.arange(20)
+            seen = ((keys >= lo[..., None]) & (keys < hi[..., None]))[:, None]
+            p = (q @ k.mT / 8 ** 0.5).exp() * seen
+            return p / p.sum(-1, keepdim=True).clamp(min=1e-30) @ v
+
+        compare(f"reference {kind}", lambda *x: ck.attention(*x, lo, hi), plain, (q, k, v))
+        plan = ck.attention_plan(lo, hi, 20)
+        compare(f"plan {kind}", lambda *x: ck.attention(*x, None, None, plan=plan), plain, (q, k, v))
+        assert plan.kind == {"full": "full"}.get(kind, "mask")
+        with torch.no_grad():
+            same("flex", ck.attention_flex(q.detach(), k.detach(), v.detach(), plan), plain(q, k, v), 2e-6)
+
+    def test_plan():
+        i = torch.arange(6)[None]
+        assert ck.attention_plan(i * 0, i + 1, 6).kind == "causal" and ck.attention_plan(i * 0, i * 0 + 99, 6).kind == "full"
+        assert ck.attention_plan(i * 0, i + 1, 7).kind == "mask"
+        with pytest.raises(ValueError, match=r"lo \(1, 6\) and hi \(6,\)"):
+            ck.attention_plan(i, i[0], 6)
+
+    @pytest.mark.parametrize("kind, Tq, Tk", [("random", 70, 100), ("causal", 70, 70), ("packed", 130, 130), ("full", 33, 64), ("random", 200, 300)])
+    def test_bounds_and_tiles_say_what_the_mask_says(kind, Tq, Tk):
+        """The bounds that the kernels skip by, and FlexAttention's tile lists, against the dense mask, tile by tile."""
+        g = torch.Generator().manual_seed(0)
+        plan = ck.attention_plan(*intervals(kind, 2, Tq, Tk, g), Tk)
+        mask = ck.interval_mask(plan.lo, plan.hi, Tk)[:, 0]  # (2, Tq, Tk)
+        q_bounds, k_bounds = ck.attention_bounds(plan)
+        G, keys, queries = attention_module.GRAIN, torch.arange(Tk), torch.arange(Tq)
+        for r in range(2):
+            for (lo, full, full_end, hi), rows in zip(q_bounds[r].tolist(), mask[r].split(G)):
+                assert not rows[:, (keys < lo) | (keys >= hi)].any() and rows[:, (keys >= full) & (keys < full_end)].all()
+                assert lo >= hi or rows[:, lo].any() and rows[:, hi - 1].any(), "bounds are as tight as they can be"
+            for (lo, full, full_end, hi), columns in zip(k_bounds[r].tolist(), mask[r].split(G, 1)):
+                assert not columns[(queries < lo) | (queries >= hi)].any() and columns[(queries >= full) & (queries < full_end)].all()
+        if kind == "full":
+            assert (k_bounds[0, :, 1] == 0).all() and (k_bounds[0, :, 2] == Tq).all(), "a full mask has no edges"
+        block = ck.flex_block_mask(plan)
+        for r in range(2):
+            for i, rows in enumerate(mask[r].split(attention_module.FLEX_BLOCK)):
+                part, full = (set(b[r, 0, i, :n[r, 0, i]].tolist()) for n, b in ((block.kv_num_blocks, block.kv_indices),
+                                                                                (block.full_kv_num_blocks, block.full_kv_indices)))
+                for j, tile in enumerate(rows.split(attention_module.FLEX_BLOCK, 1)):
+                    assert (j in full) == bool(tile.all()) and (j in part) == bool(tile.any() and not tile.all())
+
+    @pytest.mark.parametrize("kept, count", [(0.5, None), (1.0, torch.tensor(7.0)), (0.0, None), (0.3, 5)])
+    def test_linear_cross_entropy(kept, count, monkeypatch):
+        monkeypatch.setattr(cross_entropy_module, "chunk_rows", lambda N, V, numbers: 7)
+        g = torch.Generator().manual_seed(0)
+        h, w, b = (torch.randn(s, generator=g).requires_grad_() for s in ((20, 8), (30, 8), (30,)))
+        labels = torch.randint(0, 30, (20,), generator=g).masked_fill(torch.rand(20, generator=g) >= kept, -1)
+        n = count if count is not None else max(1, int((labels != -1).sum()))
+
+        def plain(h, w, b):
+            return F.cross_entropy(h @ w.T + b, labels, ignore_index=-1, reduction="sum") / n
+
+        compare("reference", lambda h, w, b: ck.linear_cross_entropy(h, w, labels, b, ignore_index=-1, count=count), plain, (h, w, b))
+        compare("chunked", lambda h, w, b: ck.linear_cross_entropy_fused(h, w, labels, b, -1, count, kernels=False), plain, (h, w, b))
+        compare("frozen weight", lambda h, w, b: ck.linear_cross_entropy_fused(h, w, labels, b, -1, count, kernels=False), plain,
+                (h, w.detach(), b.detach()))
+
+    def test_chunked_cross_entropy_in_bfloat16(monkeypatch):
+        """As a GPU would run it under autocast: float32 weights and their float32 gradients, products in bfloat16, everything else in float32."""
+        monkeypatch.setattr(ck, "choose", lambda *_: "chunked")
+        monkeypatch.setattr(cross_entropy_module, "chunk_rows", lambda N, V, numbers: 50)
+        g = torch.Generator().manual_seed(0)
+        inputs = [torch.randn(s, generator=g).requires_grad_() for s in ((130, 64), (300, 64), (300,))]
+        labels = torch.randint(0, 300, (130,), generator=g).masked_fill(torch.rand(130, generator=g) < 0.3, -100)
+
+        def run(f, autocast):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = f(*inputs)
+            return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+        plain = lambda h, w, b: F.cross_entropy(F.linear(h, w, b).float(), labels)
+        for name, got, usual, want in zip(("loss", "hidden", "weight", "bias"), run(lambda h, w, b: ck.linear_cross_entropy(h, w, labels, b), True),
+                                          run(plain, True), run(plain, False)):
+            assert got.dtype == want.dtype == torch.float32
+            assert (got - want).abs().max() <= 2 * (usual - want).abs().max() + 1e-6, name
+            assert name == "loss" or (got - want).abs().max() > 1e-7, "it was meant to run in bfloat16"
+
+    def test_norm_modulate_and_gated_add():
+        x, y, w, b = rows_case(torch.float32, 10, torch.Generator().manual_seed(0))
+
+        def plain(x, y, w, b):
+            mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+            return ((x - mean) / (var + 1e-6).sqrt() * w + b) * (1 + y[..., 10:20]) + y[..., :10]
+
+        compare("norm_modulate", lambda x, y, w, b: ck.norm_modulate(x, y[..., :10], y[..., 10:20], w, b), plain, (x, y, w, b))
+        compare("gated_add", lambda x, y: ck.gated_add(x, y[..., :10], y[..., 10:20]), lambda x, y: x + y[..., :10] * y[..., 10:20], (x, y))
+
+    def test_diffusion_rows_against_distributions():
+        """vb as what it stands for: a divergence between two Gaussians (t > 0), a probability of a bin (t = 0); mean squared error of epsilon."""
+        g = torch.Generator().manual_seed(0)
+        out, x0, noise, t, tables = diffusion_case(torch.float64, 200, 6, g)
+        betas = torch.linspace(1e-4, 0.02, 1000).double()
+        a = torch.cumprod(1 - betas, 0)[t][:, None]
+        prev = torch.cat([torch.ones(1).double(), torch.cumprod(1 - betas, 0)])[t][:, None]
+        beta = betas[t][:, None]
+        x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise
+        assert torch.allclose(ck.add_noise(x0, noise, t, tables), x_t, atol=1e-6)
+        mean = lambda x0: beta * prev.sqrt() / (1 - a) * x0 + (1 - beta).sqrt() * (1 - prev) / (1 - a) * x_t
+        epsilon, v = out.chunk(2, 1)
+        predicted = mean((x_t - (1 - a).sqrt() * epsilon.detach()) / a.sqrt())
+        variance = beta * (1 - prev) / (1 - a)
+        variance = torch.where(t[:, None] == 0, betas[1] * (1 - torch.cumprod(1 - betas, 0)[0]) / (1 - torch.cumprod(1 - betas, 0)[1]), variance)
+        std = (0.5 * ((v + 1) / 2 * beta.log() + (1 - v) / 2 * variance.log())).exp()
+        normal = torch.distributions.Normal
+        kl = torch.distributions.kl_divergence(normal(mean(x0), variance.sqrt()), normal(predicted, std))
+        mse, vb = ck.diffusion_loss_rows(out, x0, noise, t, tables)
+        same("mse", mse, (epsilon - noise).square().mean(1), 1e-12)
+        later = t > 0
+        same("vb, t > 0", vb[later], kl.mean(1)[later] / torch.tensor(2.0).log(), 1e-5)  # the tables are float32
+        low, high = normal(predicted, std).cdf(x0 - 1 / 255), normal(predicted, std).cdf(x0 + 1 / 255)
+        low, high = torch.where(x0 < -0.999, 0, low), torch.where(x0 > 0.999, 1, high)
+        bits = -(high - low).clamp(min=1e-12).log2().mean(1)
+        assert ((vb - bits)[~later].abs() <= 0.02 * bits[~later].abs() + 0.02).all()  # the published loss approximates the Gaussian's cdf by tanh
+        assert torch.autograd.grad(vb.sum(), out, retain_graph=True)[0][:, :6].abs().max() == 0, "vb must not train epsilon"
+
+    def test_flow_rows():
+        v, x0, noise = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+        same("flow", ck.flow_loss_rows(v, x0, noise), (v - (noise - x0)).square().mean(1), 1e-7)
+
+    def golden(name):
+        path = os.path.join(GOLDEN, name, "cases.safetensors")
+        if not os.path.exists(path):
+            pytest.skip(f"{path} is not there")
+        from safetensors.torch import load_file
+        with open(os.path.join(GOLDEN, name, "config.json")) as f:
+            return load_file(path), json.load(f)
+
+    def take(cases, *names):
+        if any(n not in cases for n in names):
+            pytest.skip(f"the golden set holds no {names}")
+        return [cases[n] for n in names]
+
+    def is_this_mask(name, lo, hi, mask):
+        """The intervals give the published mask, and attention over them what attention under the dense mask gives."""
+        mask = mask.bool().view(-1, *mask.shape[-2:])
+        mine = ck.interval_mask(lo, hi, mask.shape[-1])[:, 0].expand_as(mask)
+        assert torch.equal(mine, mask), f"{name}: {int((mine != mask).sum())} of {mask.numel()} entries differ"
+        q, k, v = torch.randn(3, len(mask), 2, mask.shape[-1], 8, generator=torch.Generator().manual_seed(0))
+        some = mask.any(-1)[:, None, :, None]
+        want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]).masked_fill(~some, 0)
+        same(name, ck.attention(q, k, v, lo, hi), want, 2e-6)
+
+    @pytest.mark.parametrize("case", ["und", "t2i", "edit", "reca"])
+    def test_bagel_masks_are_intervals(case):
+        cases, _ = golden("bagel")
+        mask, splits, modes, samples = take(cases, *(f"{case}.{n}" for n in ("mask", "split_lens", "attn_modes", "sample_lens")))
+        start, lo, hi, ends = 0, [], [], torch.cumsum(samples, 0)
+        for n, mode in zip(splits.tolist(), modes.tolist()):  # 0 is causal; an image sees itself and all before it
+            sample = torch.cat([torch.zeros(1).long(), ends])[torch.bucketize(torch.tensor(start), ends, right=True)].item()
+            lo += [sample] * n
+            hi += [start + n if mode else start + i + 1 for i in range(n)]
+            start += n
+        is_this_mask(case, torch.tensor(lo)[None], torch.tensor(hi)[None], mask)
+
+    @pytest.mark.parametrize("case", ["t2i", "lm", "mmu", "mmu_vit"])
+    def test_showo_masks_are_intervals(case):
+        """First and last key that a query sees; with CLIP, after moving the features to the front, where the model stores them."""
+        cases, config = golden("showo")
+        mask, = take(cases, f"mask.out.{case}")
+        mask = mask[:, 0]
+        if case == "mmu_vit":
+            seen_by_all = mask[0].all(0)  # the features' columns, and the few before them that every later row sees
+            order = torch.cat([seen_by_all.nonzero()[:, 0], (~seen_by_all).nonzero()[:, 0]])
+            mask = mask[:, order][:, :, order]
+        hi = mask.shape[-1] - mask.flip(-1).int().argmax(-1)
+        is_this_mask(case, mask.int().argmax(-1), hi * mask.any(-1), mask)
+
+    def test_harmon_masks_are_intervals():
+        """Causal over right-padded rows: what a real token sees; pads are dropped."""
+        cases, _ = golden("harmon")
+        pads, = take(cases, "recon.out.llm_attention_mask")
+        T = pads.shape[1]
+        real = pads.bool()
+        mask = torch.stack([torch.ones(T, T).tril().bool() & r[None, :] for r in real])
+        for row, r in zip(mask, real):  # a row at a time, its pads moved to the front and its tokens seeing what is behind them
+            order = torch.cat([(~r).nonzero()[:, 0], r.nonzero()[:, 0]])
+            n, i = int((~r).sum()), torch.arange(T)[None]
+            moved = row[order][:, order].clone()
+            moved[:n] = False
+            is_this_mask("recon", torch.where(i < n, 0, n), torch.where(i < n, 0, i + 1), moved)
+
+    def test_harmon_loss_rows():
+        cases, _ = golden("harmon")
+        names = ("in.target", "in.noise", "in.t", "out.net", "out.x_t", "out.mse_rows", "out.vb_rows")
+        x0, noise, t, out, x_t, mse, vb = take(cases, *("diffloss." + n for n in names))
+        betas, log_variance = take(cases, "tables.train.betas", "tables.train.posterior_log_variance_clipped")
+        tables = ck.diffusion_tables(betas)
+        same("log variance", tables[:, 4], log_variance.float(), 1e-7)
+        same("x_t", ck.add_noise(x0, noise, t, tables), x_t, 1e-6)
+        got, got_vb = ck.diffusion_loss_rows(out, x0, noise, t, tables)
+        same("mse rows", got, mse, 3e-6)
+        assert ((got_vb - vb).abs() <= 1e-3 + 1e-4 * vb.abs()).all(), (got_vb - vb).abs().max()
+
+    def test_compiled_graph_is_whole():
+        g = torch.Generator().manual_seed(0)
+        q, k, v = qkv(1, 2, 1, 9, 9, 8, g)
+        plan = ck.attention_plan(*intervals("random", 1, 9, 9, g), 9)
+        w, labels = torch.randn(5, 16, generator=g).requires_grad_(), torch.tensor([0, -100, 4] * 3)
+
+        def model(q, k, v, w):
+            h = ck.attention(q, k, v, None, None, plan=plan).transpose(1, 2).flatten(2)[0]
+            h = ck.gated_add(h, h * 2, ck.norm_modulate(h, h, h))
+            return ck.linear_cross_entropy(h, w, labels) + ck.linear_cross_entropy_fused(h, w, labels, kernels=False)
+
+        compare("compiled", torch.compile(model, backend="aot_eager", fullgraph=True), model, (q, k, v, w), 1e-6)
+
+    def test_cpu_takes_the_reference_at_once(monkeypatch):
+        for name in ("attention", "linear_cross_entropy", "norm_modulate", "gated_add", "diffusion_loss_rows", "flow_loss_rows"):
+            assert pick.choose(name, 64, torch.device("cpu")) == "reference"
+        code = "import sys, custom_kernels; assert 'triton' not in sys.modules"  # importing it costs time that a CPU run has no use for
+        env = {k: v for k, v in os.environ.items() if k not in ("NANORECA_KERNELS", "TRITON_INTERPRET")} | {"CUDA_VISIBLE_DEVICES": ""}
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=env)
+        run = subprocess.run([sys.executable, "-c", "import custom_kernels"], cwd=ROOT, env=env | {"NANORECA_KERNELS": "fast"}, capture_output=True, text=True)
+        assert "NANORECA_KERNELS='fast' is not known" in run.stderr and run.returncode == 1
+        monkeypatch.setattr(pick, "FORCED", "triton")
+        with pytest.raises(ValueError, match="given CPU tensors"):
+            pick.choose("attention", 64, torch.device("cpu"))
+
+    def test_pick_table(monkeypatch):
+        """On a GPU a kernel runs only where the table says so, and the table says so only where it holds a measurement."""
+        monkeypatch.setattr(pick, "triton", pick)
+        cuda = torch.device("cuda")
+        for (name, size), (choice, measurement) in pick.PICK.items():
+            assert choice in ("reference", "triton", "flex", "chunked") and (choice != "triton" or measurement != pick.NOT_MEASURED)
+            assert pick.choose(name, size, cuda) == choice and (name, None) in pick.PICK
+        assert pick.choose("attention", 96, cuda) == pick.PICK["attention", None][0]
+        monkeypatch.setattr(pick, "FORCED", "triton")
+        assert pick.choose("gated_add", 5, cuda) == "triton"
+        monkeypatch.setattr(pick, "FORCED", "reference")
+        assert pick.choose("attention", 64, cuda) == "reference"
+
+    def test_bench_without_a_gpu():
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        run = subprocess.run([sys.executable, "-m", "custom_kernels.bench"], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert run.returncode == 2 and "needs a CUDA GPU" in run.stderr and len(run.stderr.strip().splitlines()) == 1, run.stderr
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="bfloat16 is tested on a GPU")
+    def test_bfloat16_on_a_gpu():
+        from custom_kernels import bench
+        failed = [line for line, ok in bench.check() if not ok]
+        assert not failed, "\n".join(failed)
