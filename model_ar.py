@@ -66,6 +66,7 @@ class ShowOConfig:
     max_prompt: int = 129  # text-to-image: [t2i] bos text eos
     max_dialogue: int = 381  # image-to-text: what follows the picture
     max_request: int = 128  # RecA: [mmu][soi][eoi] bos text eos and pads, behind which the target picture always starts at the same place
+    pad_multiple: int = 64  # rows are padded to a multiple of this, so that shapes take few values
     # RecA
     prefix_grad: bool = False  # CLIP variant: let the loss reach projector and embeddings (published: the row is built under no_grad)
     reca_down_scale: int = 2  # VQ variant: how much smaller the copy is whose codes are the context,
@@ -92,8 +93,8 @@ CONFIGS = {
     "tiny": ShowOConfig(
         hidden_size=128, num_layers=4, num_heads=4, intermediate_size=512, text_vocab=1024, eos=1018, codebook_size=1024, image_size=48,
         vq=TOKENIZERS["tiny-lfq"], clip=VISION_ENCODERS["tiny-clip"], clip_mean=(0.5,) * 3, clip_std=(0.5,) * 3, train_clip=True,
-        system_prompt="", user="Question:", assistant="Answer:", max_prompt=40, max_dialogue=56, max_request=32, cfg=3.0, mask_steps=6,
-        reca_steps=6),
+        system_prompt="", user="Question:", assistant="Answer:", max_prompt=40, max_dialogue=56, max_request=32, pad_multiple=4, cfg=3.0,
+        mask_steps=6, reca_steps=6),
     "show-o-256": ShowOConfig(w_clip_vit=False, system_prompt="", max_request=384),
     "show-o-512": ShowOConfig(w_clip_vit=False, system_prompt="", max_request=384, image_size=512, reca_steps=20),
     "show-o-clip-256": ShowOConfig(max_dialogue=228),
@@ -469,14 +470,13 @@ class ShowO(nn.Module):
         return ids[:limit], labels[:limit]
 
     def collate(self, part, samples, pad_to=None):
-        """Samples (dicts) -> ids (B, T), right-padded to T = pad_to, or the config's maximum, or the longest row where pad_to is 0; with
-        labels (B, T) for i2t and text, lengths (B,) for the others. Captions and dialogues that are too long are cut; a request that is
-        raises ValueError."""
+        """Samples (dicts) -> ids (B, T), right-padded to T = pad_to, or to the longest row, rounded up to pad_multiple and at most the
+        config's maximum; with labels (B, T) for i2t and text, lengths (B,) for the others. Captions and dialogues that are too long are
+        cut; a request that is too long raises ValueError."""
         c, dialogue = self.config, part in ("i2t", "text")
-        longest = c.max_dialogue + 3 + len(self.system_ids) if dialogue else c.max_prompt if part == "t2i" else c.max_request
-        limit = min(pad_to or longest, longest)
-        rows, labels = zip(*[self.prompt_ids(part, s, limit) for s in samples])
-        width = max(map(len, rows)) if pad_to == 0 else limit
+        limit = c.max_dialogue + 3 + len(self.system_ids) if dialogue else c.max_prompt if part == "t2i" else c.max_request
+        rows, labels = zip(*[self.prompt_ids(part, s, min(pad_to or limit, limit)) for s in samples])
+        width = pad_to or min(-(-max(map(len, rows)) // c.pad_multiple) * c.pad_multiple, limit)
         out = {"ids": pad_rows(rows, c.pad, width)}
         return out | ({"labels": pad_rows(labels, IGNORE, width)} if dialogue else {"lengths": torch.tensor([len(row) for row in rows])})
 
@@ -673,7 +673,7 @@ class ShowO(nn.Module):
     def edit(self, images, instructions, cfg=None, steps=None, temperature=None, generator=None):
         """Pictures and what to change -> changed pictures. For models whose base training had edit pairs; the published one's had none."""
         c, images = self.config, images.to(self.device)
-        request = {k: v.to(self.device) for k, v in self.collate("edit", [{"instruction": i} for i in instructions], 0).items()}
+        request = {k: v.to(self.device) for k, v in self.collate("edit", [{"instruction": i} for i in instructions]).items()}
         seen, side = self.precompute(images, "reca"), c.image_size // self.vq.stride
         context = self.reca_context(**request, N=side ** 2, **{k: v for k, v in seen.items() if k in ("features", "small_codes")})
         image = torch.full((len(images), side, side), c.mask_id, device=self.device)
@@ -708,9 +708,10 @@ class ShowO(nn.Module):
         return self.decode_codes(order(codes, new))
 
     @torch.no_grad()
-    def write(self, x, layout, lengths, max_new_tokens, temperature=0.0, top_k=None, generator=None):
+    def write(self, x, layout, lengths, max_new_tokens, temperature=0.0, top_k=None, generator=None, trace=None):
         """Continues rows whose first lengths (B,) slots are no pads -> ids (B, at most max_new_tokens), eos from where a row has ended.
-        Temperature 0 is greedy. A row's new ids overwrite its pads, so that every mask stays an interval."""
+        Temperature 0 is greedy. A row's new ids overwrite its pads, so that every mask stays an interval. trace: a list that gets the
+        logits of each step."""
         (B, T), model = x.shape[:2], self.showo.model
         cache = self.new_cache(B, T + max_new_tokens)
         hidden = model(x, layout, cache=cache, slots=torch.arange(T, device=x.device).expand(B, -1))
@@ -718,6 +719,8 @@ class ShowO(nn.Module):
         out, ended = [], torch.zeros(B, 1, dtype=torch.bool, device=x.device)
         for t in range(max_new_tokens):
             logits = self.logits(hidden)  # (B, vocabulary)
+            if trace is not None:
+                trace.append(logits)
             if temperature > 0:
                 if top_k is not None:
                     logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
@@ -756,8 +759,10 @@ class ShowO(nn.Module):
     def load_published(cls, path, config="show-o-clip-512", tokenizer_path=None, vision_path=None, tokenizer=None, device="cpu",
                        dtype=None):
         """Show-o or Show-o-RecA (file or folder: pytorch_model.bin or safetensors) with magvitv2 (tokenizer_path) and, for show-o-clip-*,
-        clip-vit-large-patch14-336 (vision_path) -> model in eval mode. Strict: ValueError with a table of the keys that do not fit."""
-        c = CONFIGS[config]
+        clip-vit-large-patch14-336 (vision_path) -> model in eval mode. config: a name in CONFIGS, or a ShowOConfig. The model is built
+        without memory and filled in `dtype` (None: float32); the image tokenizer is float32 always. Raises FileNotFoundError, and
+        ValueError with a table of the keys that do not fit."""
+        c = CONFIGS[config] if isinstance(config, str) else config
         for what, flag, needed, given in (("magvitv2", "--tokenizer-ckpt", True, tokenizer_path),
                                           ("clip-vit-large-patch14-336", "--vision-ckpt", c.w_clip_vit, vision_path)):
             if needed and not given:

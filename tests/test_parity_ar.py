@@ -514,12 +514,14 @@ def test_understanding(clip):
         ids, N = given["input_ids"], m.image_tokens
         x, layout = m.mmu_context(torch.cat([ids[:, :2], ids[:, N + 2:]], 1), codes=ids[:, 2:N + 2] - m.config.image_offset)
     r.check("prompt_logits", read(m.logits(m.showo.model(x, layout)), layout), out["prompt_logits"])
-    n = out["tokens"].numel()
-    tokens = m.write(x, layout, torch.tensor([x.shape[1]]), n)
+    n, trace = out["tokens"].numel(), []
+    tokens = m.write(x, layout, torch.tensor([x.shape[1]]), n, trace=trace)
     r.check("tokens", tokens.flatten(), out["tokens"].flatten())
     plain = []
-    for _ in range(n):  # the new row of the mask copies the last one and adds itself
-        new = m.logits(m.showo.model(x, layout)[:, -1:]).argmax(-1)
+    for i in range(n):  # the new row of the mask copies the last one and adds itself
+        logits = m.logits(m.showo.model(x, layout)[:, -1:])
+        r.check(f"logits {i} without a cache", logits[:, 0], trace[i])
+        new = logits.argmax(-1)
         plain.append(new)
         T = x.shape[1]
         x = torch.cat([x, m.embed(new)], 1)
@@ -587,11 +589,11 @@ def tiny_batch(stage, pad_to=None):
 def test_pads_change_nothing_and_counts_add_up(stage):
     """Padding is invisible; the mean over a batch is the sum over its rows with a common count."""
     m, r = tiny(), Report()
-    whole = m(tiny_batch(stage))
-    tight = tiny_batch(stage, pad_to=0)
-    for part, tensors in tight.items():
-        assert tensors["ids"].shape[1] < tiny_batch(stage)[part]["ids"].shape[1]
-        r.check(f"{part} without pads", m({part: tensors})[part], whole[part])
+    padded = tiny_batch(stage, pad_to=32)
+    whole = m(padded)
+    for part, tensors in tiny_batch(stage).items():
+        assert tensors["ids"].shape[1] < padded[part]["ids"].shape[1] == 32
+        r.check(f"{part} with fewer pads", m({part: tensors})[part], whole[part])
         count = m.target_count(part, tensors)
         rows = [m({part: {k: v[i:i + 1] for k, v in tensors.items()} | {"count": count}})[part] for i in range(2)]
         r.check(f"{part} by rows", sum(rows), whole[part])
@@ -606,12 +608,39 @@ def test_editing_is_reconstruction_of_another_picture():
     assert m({"edit": edit})["edit"] != m({"edit": same})["edit"]
 
 
+def test_codes_do_not_depend_on_autocast():
+    m, images = tiny(), torch.rand(16, 3, 48, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (m.vq.encode(images).flatten(1) != m.precompute(images)["codes"]).any()  # or this test says nothing
+        codes = m.precompute(images)["codes"]
+        assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in m(tiny_batch("reca")).values())
+        m.generate(["a"], generator=torch.Generator().manual_seed(0))
+    assert torch.equal(codes, m.precompute(images)["codes"])
+
+
+def test_rows_that_have_ended():
+    m = model(False)
+    x, lengths = m.embed(torch.tensor([[1, 2, 3]]).expand(16, -1)), torch.full((16,), 3)
+    bias = m.showo.lm_head.bias.detach().clone()
+    with torch.no_grad():
+        m.showo.lm_head.bias[m.config.eos] += bias.abs().max() + 4
+        ids = m.write(x, causal_layout(3), lengths, 12, temperature=2.0, generator=torch.Generator().manual_seed(0))
+        ended = (ids == m.config.eos).int().cummax(1).values
+        assert ended[:, :-1].any() and not ended[:, 0].all() and torch.equal(ended.bool(), ids == m.config.eos)
+        m.showo.lm_head.bias[m.config.eos] += 1e4
+        assert m.write(x, causal_layout(3), lengths, 12).shape == (16, 1)
+        m.showo.lm_head.bias.copy_(bias)
+
+
 def test_what_trains():
     """In base training everything but the image tokenizer gets a gradient; afterwards the encoder is frozen as well."""
     m = tiny()
     names = [n for n, _ in m.trainable_parameters("base")]
     grads = gradients(m, sum(m(tiny_batch("base")).values()))
     assert {n for n, g in grads.items() if g.any()} == set(names) and not any(n.startswith("vq.") for n in names)
+    for part, reaches in (("recon", False), ("edit", True), ("i2t", True)):
+        grads = gradients(m, m({part: tiny_batch("base")[part]})[part])
+        assert all(bool(grads[n].any()) == reaches for n in ("mm_projector.0.weight", "showo.model.embed_tokens.weight")), part
     m.zero_grad(set_to_none=True)
     for stage in ("sft", "reca"):
         assert {n.split(".")[0] for n, p in m.trainable_parameters(stage)} == {"showo", "mm_projector"}
@@ -624,15 +653,17 @@ def test_collate():
     m, c = tiny(), CONFIGS["tiny"]
     decode = lambda ids: m.tokenizer.decode([i for i in ids if 0 <= i < c.text_vocab])
     out = m.collate("i2t", SAMPLES["i2t"])
-    assert out["ids"].shape == (2, c.max_dialogue + 3) and out["ids"][0, :3].tolist() == [c.mmu, c.soi, c.eoi]
+    assert out["ids"].shape == (2, 20) and m.collate("i2t", SAMPLES["i2t"], 40)["ids"].shape == (2, 40) and out["ids"][0, :3].tolist() == [c.mmu, c.soi, c.eoi]
     assert decode(out["ids"][1].tolist()) == "Question: How many stars are there? Answer: two large stars<|endoftext|>"
     assert [decode(row) for row in out["labels"].tolist()] == [" red<|endoftext|>", " two large stars<|endoftext|>"]
-    turns = m.collate("i2t", [{"turns": [("a?", "b"), ("c?", "d")]}], 0)
+    turns = m.collate("i2t", [{"turns": [("a?", "b"), ("c?", "d")]}])
     assert decode(turns["ids"][0].tolist()) == "Question: a? Answer: b<|endoftext|>Question: c? Answer: d<|endoftext|>"
     assert decode(turns["labels"][0].tolist()) == " b<|endoftext|> d<|endoftext|>"
     out = m.collate("t2i", [{"caption": "a red circle", "drop": True}, {"caption": "star " * 99}])
     assert out["lengths"].tolist() == [3, c.max_prompt] and out["ids"][1, -1] == c.eos and out["ids"][0, :4].tolist() == [c.t2i, c.eos, c.eos, c.pad]
     assert decode(m.collate("recon", SAMPLES["recon"])["ids"][0].tolist()) == "<|endoftext|>Question: \n Describe it. Answer:<|endoftext|>"
+    out = m.collate("text", [{"question": "star " * 99, "answer": "no"}])
+    assert out["ids"].shape == (1, c.max_dialogue + 3) and (out["labels"] == IGNORE).all()
     with pytest.raises(ValueError, match="does not fit into 32: shorten"):
         m.collate("edit", [{"instruction": "star " * 99}])
     with pytest.raises(ValueError, match="--text-tokenizer"):
@@ -662,17 +693,21 @@ def test_samplers():
     assert m.answer(None, questions, 5) == [m.answer(None, questions[i:i + 1], 5)[0] for i in range(2)]
     hole = torch.zeros(2, 1, 48, 48)
     hole[..., :16] = 1
-    seen = []
+    seen, given = [], []
     m.decode_codes, decode = lambda codes: seen.append(codes) or codes, m.decode_codes
+    m.paint_text, paint = lambda prompts, image, **how: given.append(image) or paint(prompts, image, **how), m.paint_text
     try:
         m.inpaint(images, hole, ["a", "b"], generator=g())
         for side in ("left", "right", "up", "down"):
             m.extrapolate(images, ["a", "b"], side, generator=g())
     finally:
-        m.decode_codes = decode
+        m.decode_codes, m.paint_text = decode, paint
     assert torch.equal(seen[0][:, :, 1:], codes[:, :, 1:])
     for grown, kept in zip(seen[1:], (lambda x: x[:, :, 1:], lambda x: x[:, :, :3], lambda x: x[:, 1:], lambda x: x[:, :3])):
         assert torch.equal(kept(grown), codes) and grown.numel() == 2 * 12
+    for image, near, old in zip(given[1:], (lambda x: x[:, :, 1:], lambda x: x[:, :, :2], lambda x: x[:, 1:], lambda x: x[:, :2]),
+                                (lambda x: x[:, :, :2], lambda x: x[:, :, 1:], lambda x: x[:, :2], lambda x: x[:, 1:])):
+        assert torch.equal(near(image), old(codes) + m.config.image_offset) and (image == m.config.mask_id).sum() == 2 * 3
 
 
 @pytest.mark.parametrize("clip", [False, True])
@@ -689,7 +724,7 @@ def test_published_files(clip, tmp_path, monkeypatch):
     save_file(split["vq"], tmp_path / "magvitv2.safetensors")
     save_file(split["clip"], tmp_path / "clip.safetensors")
     files = dict(config="golden", tokenizer_path=tmp_path / "magvitv2.safetensors", vision_path=tmp_path / "clip.safetensors" if clip else None)
-    loaded = ShowO.load_published(tmp_path / "show-o", **files)
+    loaded = ShowO.load_published(tmp_path / "show-o", **(files | {"config": m.config}))
     assert all(torch.equal(v, m.state_dict()[k]) for k, v in loaded.state_dict().items()) and not loaded.training
     half = ShowO.load_published(tmp_path / "show-o", **files, dtype=torch.bfloat16)
     assert half.showo.lm_head.weight.dtype == torch.bfloat16 and half.vq.encoder.conv_in.weight.dtype == torch.float32
