@@ -109,6 +109,7 @@ def parse_args(argv=None):
     g.add_argument("--eval-split", choices=("dev", "test"), default="test", help="dev: prompts for choosing settings")
     g.add_argument("--save-every", type=int, default=500)
     g.add_argument("--log-every", type=int, default=10)
+    g.add_argument("--stop-after", type=int, default=0, help="save a checkpoint and stop after this step, as a signal would (0 = run to the end)")
     g.add_argument("--log", choices=("wandb", "tensorboard"), help="optional extra logger")
     args = p.parse_args(argv)
     if args.resume:  # the stored arguments become the defaults; what is typed now wins
@@ -659,7 +660,7 @@ def main(argv=None):
                 history.append(dict(step=done, scores=s))
                 bar.line(f"step {done}: {text}", done)
             clock, since = time.time(), done
-        halt = bool(stopped)
+        halt = bool(stopped) or done == args.stop_after < args.steps
         if world > 1 and (device.type == "cpu" or done % 10 == 0):  # all processes stop at the same step
             flag = torch.tensor(float(halt), device=device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
@@ -674,10 +675,11 @@ def main(argv=None):
         if halt:
             bar.close()
             stop_thread.set()
-            say(f"stopped by {signal.Signals(stopped[0]).name if stopped else 'another process'} after step {done}: checkpoint saved, continue with --resume {args.out}")
+            why = signal.Signals(stopped[0]).name if stopped else "--stop-after" if done == args.stop_after else "another process"
+            say(f"stopped by {why} after step {done}: checkpoint saved, continue with --resume {args.out}" + (" --stop-after 0" if done == args.stop_after else ""))
             if world > 1:
                 dist.destroy_process_group()
-            return 128 + (stopped[0] if stopped else signal.SIGTERM)
+            return 0 if done == args.stop_after else 128 + (stopped[0] if stopped else signal.SIGTERM)
     bar.close()
     stop_thread.set()
 

@@ -1,0 +1,254 @@
+"""The loop: exact resume, N processes = one, errors in one line, what a run leaves behind. On the tiny models, freshly initialised."""
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+import sample
+import train
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ARCHS = [a for a in sample.ARCHS if os.path.isdir(os.path.join(ROOT, "weights", f"{a}-tokenizer"))]
+SMALL = ["--batch", "8", "--pool", "32", "--eval-n", "0", "--log-every", "1", "--steps", "4", "--warmup", "2", "--device", "cpu", "--threads", "1"]
+
+
+def run(*argv, out):
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    try:
+        return train.main([*argv, "--out", str(out)])
+    finally:
+        torch.set_num_threads(threads)
+        for s, h in handlers.items():
+            signal.signal(s, h)
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
+    return {r["step"]: {k: v for k, v in r.items() if k not in ("ms", "images_per_s", "step", "mfu")} for r in rows if "loss" in r}
+
+
+def torchrun(n, *argv):
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", os.path.join(ROOT, "train.py"), *argv],
+                          cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_resume_is_exact_after_a_signal(arch, tmp_path, monkeypatch, capsys):
+    common = ["--arch", arch, "--stage", "base", *SMALL]
+    assert run(*common, out=tmp_path / "whole") == 0
+    true_rate = train.learning_rate
+
+    def rate(args, step):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # arrives during the second step: the step is finished, saved, and the run ends
+        return true_rate(args, step)
+    monkeypatch.setattr(train, "learning_rate", rate)
+    assert run(*common, out=tmp_path / "cut") == 128 + signal.SIGTERM
+    assert f"--resume {tmp_path / 'cut'}" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert run("--resume", str(tmp_path / "cut"), out=tmp_path / "cut") == 0
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")  # bit for bit, gradient norms too
+    a, b = (torch.load(tmp_path / d / "checkpoint.pt", weights_only=True) for d in ("cut", "whole"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in b["model"])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_two_processes_equal_one_and_resume(arch, tmp_path):
+    common = ["--arch", arch, "--stage", "base", *SMALL, "--lr", "1e-4", "--accum", "2"]
+    run(*common, out=tmp_path / "one")
+    torchrun(2, *common, "--save-every", "2", "--out", str(tmp_path / "two"))
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for step in one:
+        for k in one[step]:
+            assert abs(one[step][k] - two[step][k]) <= 1e-5 * max(1, abs(one[step][k])), (step, k, one[step][k], two[step][k])
+    # cut the two-process run at step 2 (its checkpoint of then) and let two processes go on: the same numbers, bit for bit
+    state = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 4
+    torchrun(2, *common, "--save-every", "2", "--out", str(tmp_path / "cut"), "--steps", "4", "--stop-after", "2")
+    torchrun(2, "--resume", str(tmp_path / "cut"), "--stop-after", "0")
+    assert losses(tmp_path / "cut") == two
+
+
+def test_reca_run_leaves_everything_and_learns(tmp_path):
+    if not os.path.isdir(sample.default_weights("mar", "base")):
+        pytest.skip("weights/mar-base is not there")
+    assert run("--arch", "mar", *SMALL, "--eval-n", "6", "--ema", "0.9", out=tmp_path / "r") == 0
+    files = set(os.listdir(tmp_path / "r"))
+    assert {"model.safetensors", "config.json", "checkpoint.pt", "log.jsonl", "loss.png", "before_after.png", "run.json"} <= files
+    meta = json.load(open(tmp_path / "r" / "config.json"))
+    assert 0 <= meta["scores_before"]["generation"]["score"] <= 1 and meta["scores_after"]["generation"]["n"] == 6
+    model = sample.load_model("mar", str(tmp_path / "r"))
+    assert not model.training
+    base = sample.load_model("mar", sample.default_weights("mar", "base"))
+    changed = [k for k, v in model.state_dict().items() if not torch.equal(v, base.state_dict()[k])]
+    assert changed and not any(k.startswith("vae.") for k in changed)  # the frozen autoencoder stays to the bit
+
+
+def test_real_images_from_a_tar(tmp_path):
+    if not os.path.isdir(sample.default_weights("mar", "base")):
+        pytest.skip("weights/mar-base is not there")
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        for i in range(12):
+            b = io.BytesIO()
+            Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(b, "PNG")
+            info = tarfile.TarInfo(f"{i:03d}.png")
+            info.size = b.tell()
+            b.seek(0)
+            tar.addfile(info, b)
+    assert run("--arch", "mar", "--data", str(tmp_path / "photos.tar"), *SMALL, out=tmp_path / "r") == 0
+    assert Image.open(tmp_path / "r" / "before_after.png").size[0] > 500
+
+
+ERRORS = [
+    (["--stage", "base", "--batch", "7", "--accum", "2"], r"--batch 7 .*--accum 2.*multiple of"),
+    (["--resume", "no/such/run"], r"no/such/run: no checkpoint.pt"),
+    (["--ckpt", "no/such/folder"], r"no/such/folder.*config.json"),
+    (["--stage", "base", "--config", "harmon-9b"], r"harmon-9b.*tiny, harmon-0.5b, harmon-1.5b"),
+    (["--data", "no/such/images", "--ckpt", "BASE"], r"no/such/images: no such"),
+    (["--steps", "0"], r"--steps 0: must be at least 1"),
+    (["--templates", "100000"], r"--templates 100000: there are \d+"),
+    (["--config", "harmon-1.5b", "--ckpt", "x.pth"], r"--text-tokenizer"),
+]
+
+
+@pytest.mark.parametrize("argv, message", ERRORS, ids=[m[1][:25] for m in ERRORS])
+def test_one_line_errors(argv, message, tmp_path):
+    argv = [os.path.join(ROOT, "weights", "mar-base") if a == "BASE" else a for a in argv]
+    if "--data" in argv and not os.path.isdir(argv[-1]):
+        pytest.skip("weights/mar-base is not there")
+    with pytest.raises((ValueError, OSError)) as e:
+        run("--arch", "mar", *SMALL[:-4], *argv, out=tmp_path / "r") if "--resume" not in argv else run("--arch", "mar", *argv, out=tmp_path / "r")
+    assert re.search(message, str(e.value)) and "\n" not in str(e.value)
+
+
+def test_error_is_one_line_and_exit_code_2(tmp_path):
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), "--ckpt", "no/such/folder", "--out", str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.startswith("error: no/such/folder") and "Traceback" not in done.stderr
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "sample.py"), "--no-such-flag"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "--no-such-flag" in done.stderr
+
+
+def test_truncated_checkpoint_and_full_disk(tmp_path, monkeypatch):
+    run("--arch", "mar", "--stage", "base", *SMALL, "--steps", "1", out=tmp_path / "r")
+    path = tmp_path / "r" / "checkpoint.pt"
+    good = path.read_bytes()
+    path.write_bytes(good[: len(good) // 2])
+    with pytest.raises(ValueError, match="truncated or not a checkpoint"):
+        run("--resume", str(tmp_path / "r"), out=tmp_path / "r")
+    path.write_bytes(good)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda p: type("D", (), {"free": 1000})())
+    with pytest.raises(ValueError, match=r"needs about .* GB and 0.0 GB are free"):
+        run("--arch", "mar", "--stage", "base", *SMALL, "--steps", "1", out=tmp_path / "r")
+    assert path.read_bytes() == good  # the last checkpoint is untouched
+
+
+def test_model_config_of_another_arch_is_refused(tmp_path):
+    run("--arch", "mar", "--stage", "base", *SMALL, "--steps", "1", out=tmp_path / "r")
+    with pytest.raises(ValueError, match="holds a model of --arch mar"):
+        sample.load_model("ar", str(tmp_path / "r"))
+    meta = json.load(open(tmp_path / "r" / "config.json"))
+    meta["config"]["hidden_size"] += 16
+    json.dump(meta, open(tmp_path / "r" / "config.json", "w"))
+    with pytest.raises(ValueError, match="(?s)wrong shape|shape"):
+        sample.load_model("mar", str(tmp_path / "r"))
+
+
+def test_batches_do_not_depend_on_the_split(tmp_path):
+    args, _ = train.parse_args(["--arch", "mar", "--stage", "base", "--batch", "8", "--pool", "32"])
+    model = train.build(args, "cpu")
+    pools = train.Pools(args, model, "base", "cpu")
+    whole = pools.batch(model, 3, 0, 0, 1)
+    halves = [pools.batch(model, 3, 0, r, 2) for r in range(2)]
+    for part in whole:
+        for k in ("latents", "order", "t", "noise"):
+            if k in whole[part]:
+                assert torch.equal(whole[part][k], torch.cat([h[part][k] for h in halves])), (part, k)
+    assert not torch.equal(pools.batch(model, 4, 0, 0, 1)["t2i"]["order"], whole["t2i"]["order"])
+
+
+def test_accumulation_is_the_mean_of_micro_batches(tmp_path):
+    common = ["--arch", "mar", "--stage", "base", *SMALL, "--steps", "1", "--accum", "2"]
+    run(*common, out=tmp_path / "a")
+    args, _ = train.parse_args([*common])
+    torch.manual_seed(args.seed)
+    model = train.build(args, "cpu")
+    model.trainable_parameters("base")
+    pools = train.Pools(args, model, "base", "cpu")
+    total = 0.0
+    for m in range(2):
+        out = model(pools.batch(model, 0, m, 0, 1))
+        total += sum(out.values()).item() / len(out) / 2
+    assert abs(total - losses(tmp_path / "a")[1]["loss"]) < 1e-4
+
+
+def test_learning_rate_schedule():
+    args, _ = train.parse_args(["--steps", "110", "--warmup", "10", "--lr", "1"])
+    assert train.learning_rate(args, 0) == pytest.approx(0.1) and train.learning_rate(args, 9) == 1.0
+    assert train.learning_rate(args, 60) == pytest.approx(0.01 + 0.99 * 0.5) and train.learning_rate(args, 109) < 0.02
+
+
+def test_tokenizer_stage_trains_and_calibrates(tmp_path):
+    assert run("--arch", "mar", "--stage", "tokenizer", "--steps", "12", "--pool", "64", "--batch", "16", "--eval-n", "8", "--log-every", "1", "--warmup", "2", "--device", "cpu", out=tmp_path / "t") == 0
+    rows = losses(tmp_path / "t")
+    assert rows[12]["images"] < 0.8 * rows[1]["images"]
+    out = subprocess.run([sys.executable, "-c", f"import train, sample; a, _ = train.parse_args(['--stage', 'base', '--tokenizer-ckpt', {str(tmp_path / 't')!r}]); m = train.build(a, 'cpu'); print(m.vae.config.scale)"],
+                         cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-500:]
+
+
+def test_sampler_script_same_seed_same_picture(tmp_path, capsys):
+    if not os.path.isdir(sample.default_weights("mar", "base")):
+        pytest.skip("weights/mar-base is not there")
+    ckpt = sample.default_weights("mar", "base")
+    for name in ("a", "b"):
+        sample.main(["--ckpt", ckpt, "--prompt", "a red star", "--n", "2", "--seed", "3", "--device", "cpu", "--out", str(tmp_path / f"{name}.png")])
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert str(tmp_path / "a.png") in capsys.readouterr().out
+    Image.fromarray(data.Scenes(1, seed=5).render()[0]).save(tmp_path / "x.png")
+    sample.main(["--ckpt", ckpt, "--image", str(tmp_path / "x.png"), "--question", "How many objects are there?", "--device", "cpu"])
+    assert capsys.readouterr().out.strip()
+    sample.main(["--ckpt", ckpt, "--image", str(tmp_path / "x.png"), "--reconstruct", "--device", "cpu", "--out", str(tmp_path / "c.png")])
+    with pytest.raises(FileNotFoundError, match="nothing.png: no such image"):
+        sample.main(["--ckpt", ckpt, "--image", str(tmp_path / "nothing.png"), "--reconstruct", "--device", "cpu"])
+    with pytest.raises(SystemExit):
+        sample.parse_args(["--question", "what?"])
+
+
+def test_interrupted_write_keeps_the_old_file(tmp_path):
+    path = str(tmp_path / "f")
+    data.write_text(path, "old")
+
+    def fail(f):
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="untouched"):
+        data.atomic(path, fail)
+    assert open(path).read() == "old" and os.listdir(tmp_path) == ["f"]
+
+
+def test_scores_report_holds_the_numbers():
+    class Fake(torch.nn.Module):  # draws the truth for nobody: blank pictures
+        def __init__(self):
+            super().__init__()
+            self.p = torch.nn.Parameter(torch.zeros(1))
+
+        def generate(self, prompts, generator=None):
+            return torch.ones(len(prompts), 3, 48, 48)
+    s, pictures, rows = evaluate.score_generation(Fake(), per_task=3)
+    assert s["score"] == 0 and s["objects"] == 0 and s["n"] == 18 and pictures.shape == (18, 48, 48, 3)
