@@ -1,9 +1,9 @@
 """Image tokenizers: the frozen autoencoders that the generators paint through, and reading / writing of weight files.
 
 Two classes cover every tokenizer of the three models. `Autoencoder` gives continuous latents: the KL-16 VAE of MAR and Harmon, the FLUX
-autoencoder of BAGEL. `LFQTokenizer` gives integer codes: MAGVIT-v2 of Show-o, whose "codebook" is the sign pattern of a few channels (lookup-free
-quantisation). Both are the same convolutional pyramid; the tiny ones for 48x48 pictures differ from the published ones in their config only.
-Module names are the published state-dict keys, so loading a checkpoint is a load and not a translation.
+autoencoder of BAGEL. `LFQTokenizer` gives integer codes: MAGVIT-v2 of Show-o, whose "codebook" is the sign pattern of a few channels
+(lookup-free quantisation). Both are the same convolutional pyramid, and so are the tiny ones for 48x48 pictures, by config. Module names
+are the published state-dict keys, so loading a checkpoint is a load and not a translation.
 
 Images are float (B, 3, H, W) in [-1, 1] everywhere in this file.
 """
@@ -33,20 +33,21 @@ def _read_safetensors(path, device):
 
 def _read_pickle(path, device):
     try:
-        # mmap: a 30 GB checkpoint is paged in tensor by tensor. Files from before torch 1.6 are no zip archives and cannot be mapped.
+        # mmap: a 30 GB checkpoint is paged in tensor by tensor. Files from before torch 1.6 are no zip archives and cannot be mapped
         state = torch.load(path, map_location=device, weights_only=True, mmap=True if zipfile.is_zipfile(path) else None)
     except Exception as e:  # truncated zip, foreign pickle, text file: torch raises half a dozen kinds, some with a page of advice
         reason = str(e).strip().splitlines() or [type(e).__name__]
-        raise ValueError(f"{path}: cannot be read as a file of tensors ({reason[0][:160]}; {os.path.getsize(path):,} bytes on disk). It is truncated, "
-                         "not a PyTorch file, or holds Python objects, which are never executed here: copy it again or convert it to .safetensors") from None
+        raise ValueError(f"{path}: cannot be read as a file of tensors ({reason[0][:160]}; {os.path.getsize(path):,} bytes on disk). It is "
+                         "truncated, no PyTorch file, or holds Python objects, which are never executed here: copy it again or convert it "
+                         "to .safetensors") from None
     for wrapper in ("model", "state_dict"):  # training checkpoints keep the weights beside optimizer state and counters
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {type(state).__name__}, expected a dict of tensors (or one under the key 'model' or 'state_dict')")
+        raise ValueError(f"{path}: holds a {type(state).__name__}, expected a dict of tensors, maybe under the key 'model' or 'state_dict'")
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
-            raise ValueError(f"{path}: entry {name!r} is a {type(value).__name__}, expected a tensor: save the plain state dict of the model")
+            raise ValueError(f"{path}: entry {name!r} is a {type(value).__name__}, expected a tensor: save the model's plain state dict")
     return state
 
 
@@ -56,7 +57,7 @@ WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 def read_weights(path, device="cpu"):
     """Reads a checkpoint into {name: tensor} on `device`: a .safetensors file, a .pth/.pt/.bin/.ckpt pickle of tensors (read without
     executing anything; {"model": ...} and {"state_dict": ...} are unwrapped), or a folder: with an index file all its shards, otherwise
-    model.safetensors, pytorch_model.bin, or the only weight file that it holds. Raises FileNotFoundError / ValueError with the path in the text."""
+    model.safetensors, pytorch_model.bin, or the only weight file in it. FileNotFoundError or ValueError: one line that names the path."""
     path = os.fspath(path)
     if os.path.isdir(path):
         names = sorted(n for n in os.listdir(path) if n.endswith(WEIGHT_FILES))
@@ -66,7 +67,7 @@ def read_weights(path, device="cpu"):
                     shards = sorted(set(json.load(f)["weight_map"].values()))
                 missing = [s for s in shards if s not in names]
                 if missing:
-                    raise FileNotFoundError(f"{path}: {len(missing)} of the {len(shards)} shards named in {index} are missing, the first is {missing[0]}")
+                    raise FileNotFoundError(f"{path}: {len(missing)} of {len(shards)} shards in {index} are missing, first {missing[0]}")
                 return {k: v for shard in shards for k, v in read_weights(os.path.join(path, shard), device).items()}
         for name in ("model.safetensors", "pytorch_model.bin"):
             if name in names:
@@ -77,28 +78,22 @@ def read_weights(path, device="cpu"):
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such weight file or folder")
     if not path.endswith(WEIGHT_FILES):
-        raise ValueError(f"{path}: unknown kind of weight file, expected a name ending in {', '.join(WEIGHT_FILES)} or a folder of such files")
+        raise ValueError(f"{path}: unknown kind of weight file, expected a name ending in {', '.join(WEIGHT_FILES)}, or a folder")
     with open(path, "rb") as f:
         if f.read(20).startswith(b"version https://git"):
-            raise ValueError(f"{path}: a git-lfs pointer of {os.path.getsize(path)} bytes, not the weights: run `git lfs pull` or download the file itself")
+            raise ValueError(f"{path}: a git-lfs pointer of {os.path.getsize(path)} bytes, not the weights: run `git lfs pull`")
     return _read_safetensors(path, device) if path.endswith(".safetensors") else _read_pickle(path, device)
 
 
-def read_metadata(path):
-    """The string metadata of a .safetensors file as a dict ({} if it has none)."""
-    with safe_open(os.fspath(path), framework="pt") as f:
-        return f.metadata() or {}
-
-
 def check_keys(own, state, what):
-    """Compares {name: tensor} `state` with the expected `own` (tensors on any device, meta included). Raises ValueError with a table of the missing,
-    unexpected and wrongly shaped keys."""
+    """Compares {name: tensor} `state` with the expected `own` (on any device, meta included). Raises ValueError with a table of the
+    missing, unexpected and wrongly shaped keys."""
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]
     wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
     if missing or unexpected or wrong:
         lines = [f"{what}: the weights do not fit ({len(own)} keys expected, {len(state)} found; "
-                 f"{len(missing)} missing, {len(unexpected)} unexpected, {len(wrong)} of another shape): is it the right file and the right size?"]
+                 f"{len(missing)} missing, {len(unexpected)} unexpected, {len(wrong)} of another shape): is it the right file and size?"]
         for kind, keys in (("missing", missing), ("unexpected", unexpected), ("shape", wrong)):
             for k in keys[:20]:
                 found = f"found {tuple(state[k].shape)}" if k in state else ""
@@ -110,8 +105,8 @@ def check_keys(own, state, what):
 
 
 def load_strict(module, state, what="model"):
-    """Loads `state` into `module`; every key must match in name and shape. Tensors take the dtype (and, unless the module was built on the meta
-    device, the device) of the module. Raises ValueError as check_keys does; nothing is loaded then."""
+    """Loads `state` into `module`; every key must match in name and shape. Tensors take the dtype (and, unless the module was built on the
+    meta device, the device) of the module. Raises ValueError as check_keys does; nothing is loaded then."""
     own = module.state_dict(keep_vars=True)
     check_keys(own, state, what)
     if any(t.is_meta for t in own.values()):  # nothing to copy into: the tensors of the file become the parameters
@@ -126,7 +121,7 @@ def load_strict(module, state, what="model"):
 
 def write_safetensors(path, state, metadata=None):
     """Writes {name: tensor} so that `path` always holds either the old file or the complete new one: a temporary file in the same folder,
-    flushed to the disk, then renamed. Tied or overlapping tensors are stored once per name. metadata: dict; values that are no strings become JSON."""
+    flushed to the disk, then renamed. Tied or overlapping tensors are stored once per name. metadata: {string: string}."""
     path = os.fspath(path)
     seen, tensors = set(), {}
     for name, t in state.items():
@@ -136,10 +131,9 @@ def write_safetensors(path, state, metadata=None):
             t = t.clone(memory_format=torch.contiguous_format)  # the format refuses tensors that share memory
         seen.add(storage.data_ptr())
         tensors[name] = t
-    metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
     temporary = f"{path}.tmp{os.getpid()}"
     try:
-        save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -190,11 +184,12 @@ TOKENIZERS = {
     "kl16": AutoencoderConfig(),
     "flux": AutoencoderConfig(ch_mult=(1, 2, 4, 4), encoder_attn_resolutions=(), quant_conv=False, scale=0.3611, shift=0.1159),
     "magvitv2": LFQConfig(),
-    # For 48x48 pictures of the shape world, whose 16x16 cells are independent: a residual MLP per cell (and one attention between cells) is the
-    # whole pyramid, and learns in minutes on a CPU what 3x3 convolutions at full resolution do not in an hour. 3x3 latents of 16 numbers, or codes.
-    # scale 1 because calibrate() makes the latents standard through the 1x1 convolutions around them.
+    # For 48x48 pictures of the shape world, whose 16x16 cells are independent: a residual MLP per cell (and one attention between cells) is
+    # the whole pyramid, and learns in minutes on a CPU what 3x3 convolutions at full resolution do not in an hour. 3x3 latents of 16
+    # numbers, or 3x3 codes. scale 1 because calibrate() makes the latents standard through the 1x1 convolutions around them.
     "tiny-kl": AutoencoderConfig(ch=128, ch_mult=(1,), num_res_blocks=1, encoder_attn_resolutions=(), scale=1.0, groups=0, patch=16),
-    "tiny-lfq": LFQConfig(ch=128, encoder_ch_mult=(1,), encoder_res_blocks=(1,), decoder_ch_mult=(1,), decoder_res_blocks=(2,), bits=10, groups=0, patch=16),
+    "tiny-lfq": LFQConfig(ch=128, encoder_ch_mult=(1,), encoder_res_blocks=(1,), decoder_ch_mult=(1,), decoder_res_blocks=(2,), bits=10,
+                          groups=0, patch=16),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,7 +276,8 @@ def _run(level, x):
 
 
 class Encoder(nn.Module):
-    """widths, blocks, attention: channels, number of ResnetBlocks, and whether an AttnBlock follows each, per level from full resolution down."""
+    """widths, blocks, attention: channels, number of ResnetBlocks, and whether an AttnBlock follows each; one entry per level, from full
+    resolution down."""
 
     def __init__(self, c_in, ch, widths, blocks, attention, c_out, groups, patch=1):
         super().__init__()
@@ -358,15 +354,15 @@ def _check_images(images, channels, stride):
 
 
 class Autoencoder(nn.Module):
-    """KL-regularised autoencoder (latent diffusion's): KL-16 of MAR / Harmon with the default config, FLUX's (BAGEL) and the tiny ones with others."""
+    """KL-regularised autoencoder (latent diffusion's): KL-16 of MAR and Harmon by default, FLUX's (BAGEL) and the tiny one by config."""
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        widths = [c.ch * m for m in c.ch_mult]
-        sizes = [c.resolution >> i for i in range(len(widths))]
-        self.encoder = Encoder(c.in_channels, c.ch, widths, [c.num_res_blocks] * len(widths), [s in c.encoder_attn_resolutions for s in sizes], 2 * c.z_channels, c.groups, c.patch)
-        self.decoder = Decoder(c.z_channels, widths, [c.num_res_blocks + 1] * len(widths), [s in c.decoder_attn_resolutions for s in sizes], c.in_channels, c.groups, c.patch)
+        widths, levels = [c.ch * m for m in c.ch_mult], len(c.ch_mult)
+        attn = [[c.resolution >> i in sizes for i in range(levels)] for sizes in (c.encoder_attn_resolutions, c.decoder_attn_resolutions)]
+        self.encoder = Encoder(c.in_channels, c.ch, widths, [c.num_res_blocks] * levels, attn[0], 2 * c.z_channels, c.groups, c.patch)
+        self.decoder = Decoder(c.z_channels, widths, [c.num_res_blocks + 1] * levels, attn[1], c.in_channels, c.groups, c.patch)
         if c.quant_conv:
             self.quant_conv = nn.Conv2d(2 * c.z_channels, 2 * c.z_channels, 1)
             self.post_quant_conv = nn.Conv2d(c.z_channels, c.z_channels, 1)
@@ -415,8 +411,9 @@ class LFQTokenizer(nn.Module):
         super().__init__()
         self.config = c = config
         none = [False] * len(c.encoder_ch_mult)
-        self.encoder = Encoder(c.in_channels, c.ch, [c.ch * m for m in c.encoder_ch_mult], c.encoder_res_blocks, none, c.bits, c.groups, c.patch)
-        self.decoder = Decoder(c.bits, [c.ch * m for m in c.decoder_ch_mult], c.decoder_res_blocks, none, c.in_channels, c.groups, c.patch)
+        down, up = ([c.ch * m for m in mult] for mult in (c.encoder_ch_mult, c.decoder_ch_mult))
+        self.encoder = Encoder(c.in_channels, c.ch, down, c.encoder_res_blocks, none, c.bits, c.groups, c.patch)
+        self.decoder = Decoder(c.bits, up, c.decoder_res_blocks, none, c.in_channels, c.groups, c.patch)
         self.encoder.quant_conv = nn.Conv2d(c.bits, c.bits, 1)  # the published files keep these two inside encoder and decoder
         self.decoder.post_quant_conv = nn.Conv2d(c.bits, c.bits, 1)
         self.quantize = SignCodebook(c.bits)
@@ -447,15 +444,15 @@ class LFQTokenizer(nn.Module):
         (low entropy), while over all positions both values should be used (high entropy of the mean)."""
         c = self.config
         q = torch.where(z > 0, 1.0, -1.0)
-        commitment = c.commitment_weight * (1 + c.beta) * (q - z).square().mean()  # q has no gradient: the published pair of terms is this one
+        commitment = c.commitment_weight * (1 + c.beta) * (q - z).square().mean()  # the published pair of terms: q has no gradient
         p = torch.sigmoid(4 * z.float())
         sure = _binary_entropy(p).mean()
         used = _binary_entropy(p.mean(dim=(0, 2, 3))).mean()
         return commitment, c.entropy_weight * (sure - used)
 
     def forward(self, images):
-        """Training: images -> (reconstruction, commitment loss, entropy loss). The decoder reads signs; its gradient passes to the encoder as if
-        quantisation were the identity (straight-through)."""
+        """Training: images -> (reconstruction, commitment loss, entropy loss). The decoder reads signs; its gradient passes to the
+        encoder as if quantisation were the identity (straight-through)."""
         z = self.features(images)
         q = z + (torch.where(z > 0, 1.0, -1.0) - z).detach()
         return self.decode_signs(q), *self.quantizer_losses(z)
@@ -472,9 +469,9 @@ def _binary_entropy(p):
 
 
 def tokenizer_loss(model, images, generator):
-    """Loss of `train.py --stage tokenizer`: images (B, 3, H, W) -> (scalar loss, {name: detached scalar}). Reconstruction is L1 + MSE per pixel (no
-    perceptual or adversarial term: flat drawings do not need one); an Autoencoder adds kl_weight * KL per latent number, with posterior noise
-    from `generator`; an LFQTokenizer adds its commitment and entropy losses."""
+    """Loss of `train.py --stage tokenizer`: images (B, 3, H, W) -> (scalar loss, {name: detached scalar}). Reconstruction is L1 + MSE per
+    pixel (no perceptual or adversarial term: flat drawings do not need one); an Autoencoder adds kl_weight * KL per latent number, with
+    posterior noise from `generator` (None: torch's global one); an LFQTokenizer adds its commitment and entropy losses."""
     if isinstance(model, Autoencoder):
         c = model.config
         mean, logvar = model.moments(images).chunk(2, dim=1)
@@ -492,16 +489,18 @@ def tokenizer_loss(model, images, generator):
 
 @torch.no_grad()
 def calibrate(model, images):
-    """Makes the latents of an Autoencoder easy to diffuse: afterwards encode(images) has mean 0 and standard deviation 1, and decode(encode(x)) is
-    what it was. With quant_conv this holds per channel, folded exactly into the two 1x1 convolutions (and scale = 1, shift = 0), so the file gets no
-    new keys; without it one scale and one shift for all channels go into model.config, as published for FLUX. Raises ValueError on a dead latent."""
+    """Makes the latents of an Autoencoder easy to diffuse: afterwards encode(images) has mean 0 and standard deviation 1, and
+    decode(encode(x)) is what it was. With quant_conv this holds per channel, folded exactly into the two 1x1 convolutions (with scale = 1,
+    shift = 0), so the file gets no new keys; without it one scale and one shift for all channels go into model.config, as published for
+    FLUX. Raises ValueError on a dead latent."""
     z = model.moments(images).float().chunk(2, dim=1)[0]  # (B, C, h, w)
     if not model.config.quant_conv:
         model.config = replace(model.config, scale=1.0 / z.std(correction=0).item(), shift=z.mean().item())
         return
     mean, std = z.mean(dim=(0, 2, 3)), z.std(dim=(0, 2, 3), correction=0)
     if std.min() < 1e-6:
-        raise ValueError(f"calibrate: latent channel {int(std.argmin())} is constant (standard deviation {std.min():.1e}): lower kl_weight or train longer")
+        raise ValueError(f"calibrate: latent channel {int(std.argmin())} is constant (standard deviation {std.min():.1e}): lower kl_weight "
+                         "or train longer")
     channels = len(mean)
     model.post_quant_conv.bias += model.post_quant_conv.weight[:, :, 0, 0] @ mean
     model.post_quant_conv.weight *= std[:, None, None]  # over input channels

@@ -1,9 +1,10 @@
-"""Vision encoders: what the models see with. The understanding side of Show-o is `CLIPVision` (CLIP ViT-L/14-336), that of BAGEL `SigLIPNaViT` (SigLIP
-so400m/14 with NaViT packing: pictures of any size side by side in one sequence). The tiny ones for 48x48 pictures are the same two classes with
-small configs. Harmon has no encoder of its own here: it understands with its MAR encoder.
+"""Vision encoders: what the models see with. The understanding side of Show-o is `CLIPVision` (CLIP ViT-L/14-336), that of BAGEL
+`SigLIPNaViT` (SigLIP so400m/14 with NaViT packing: pictures of any size side by side in one sequence). The tiny ones for 48x48 pictures
+are the same two classes with small configs. Harmon has no encoder of its own here: it understands with its MAR encoder.
 
-Both are pre-norm ViTs of one kind of block and differ in the activation, the patch embedding, what surrounds the blocks, and which layer is read.
-Module names are the published state-dict keys. The preprocessing that belongs to the published weights (PIL image -> tensor) is at the end.
+Both are pre-norm ViTs of one kind of block and differ in the activation, the patch embedding, what surrounds the blocks, and which layer
+is read. Module names are the published state-dict keys. The preprocessing that belongs to the published weights (PIL image -> tensor) is
+at the end.
 """
 from dataclasses import dataclass
 
@@ -70,10 +71,14 @@ class EncoderLayer(nn.Module):
         """x (B, T, width); without a plan every row is one picture in which everything sees everything."""
         B, T, width = x.shape
         h = self.layer_norm1(x)
-        q, k, v = (self.self_attn[name](h).view(B, T, self.heads, -1).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))  # (B, heads, T, d)
-        h = F.scaled_dot_product_attention(q, k, v) if plan is None else attention(q, k, v, None, None, plan)
+        q, k, v = (self.self_attn[name](h).view(B, T, self.heads, -1).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
+        h = F.scaled_dot_product_attention(q, k, v) if plan is None else attention(q, k, v, None, None, plan)  # (B, heads, T, d)
         x = x + self.self_attn["out_proj"](h.transpose(1, 2).reshape(B, T, width))
         return x + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x))))
+
+
+def encoder_layers(c, activation):
+    return nn.ModuleList(EncoderLayer(c.width, c.heads, c.mlp_width, c.eps, activation) for _ in range(c.layers))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,7 +108,7 @@ class CLIPVision(nn.Module):
         self.vision_model = nn.ModuleDict({
             "embeddings": CLIPEmbeddings(c),
             "pre_layrnorm": nn.LayerNorm(c.width, eps=c.eps),  # the published spelling
-            "encoder": nn.ModuleDict({"layers": nn.ModuleList(EncoderLayer(c.width, c.heads, c.mlp_width, c.eps, quick_gelu) for _ in range(c.layers))}),
+            "encoder": nn.ModuleDict({"layers": encoder_layers(c, quick_gelu)}),
             "post_layernorm": nn.LayerNorm(c.width, eps=c.eps),  # in the file, not used
         })
         if c.skip_last == 0:  # from scratch: no parameters without a gradient
@@ -124,7 +129,7 @@ class CLIPVision(nn.Module):
         return x[:, 1:]
 
     def load_published(self, path):
-        """Loads `vision_model.*` from a CLIP checkpoint (file or folder); the text tower and the projections in it are left out. Strict otherwise."""
+        """Loads `vision_model.*` of a CLIP checkpoint (file or folder), strictly; its text tower and projections are left out."""
         state = {k: v for k, v in read_weights(path).items() if k.startswith("vision_model.") and not k.endswith(".position_ids")}
         load_strict(self, state, f"CLIP vision tower from {path}")
         return self
@@ -138,7 +143,7 @@ def patchify(images, patch):
     """images (..., C, H, W) -> (..., H/patch * W/patch, patch*patch*C): patches row by row, inside a patch (row, column, channel)."""
     *lead, C, H, W = images.shape
     if H % patch or W % patch:
-        raise ValueError(f"patchify: a picture of {H}x{W} pixels cannot be cut into patches of {patch}x{patch}: resize it to multiples of {patch}")
+        raise ValueError(f"patchify: {H}x{W} pixels cannot be cut into {patch}x{patch} patches: resize the picture to multiples of {patch}")
     x = images.reshape(*lead, C, H // patch, patch, W // patch, patch)
     n = len(lead)
     x = x.permute(*range(n), n + 1, n + 3, n + 2, n + 4, n)  # (..., h, w, patch, patch, C)
@@ -148,25 +153,27 @@ def patchify(images, patch):
 def grid_ids(rows, columns, stride, device=None):
     """Position ids (rows*columns,) of a grid in the top left corner of a table with `stride` columns: row * stride + column."""
     if max(rows, columns) > stride:
-        raise ValueError(f"grid_ids: a grid of {rows}x{columns} does not fit the {stride}x{stride} position table: make the picture smaller")
+        raise ValueError(f"grid_ids: a grid of {rows}x{columns} does not fit the {stride}x{stride} position table: shrink the picture")
     return (torch.arange(rows, device=device)[:, None] * stride + torch.arange(columns, device=device)).flatten()
 
 
 class SigLIPNaViT(nn.Module):
-    """SigLIP's vision tower with a linear patch embedding and packing, as in BAGEL: all layers, then the final norm; no pooling, no class token."""
+    """SigLIP's vision tower with a linear patch embedding and packing, as in BAGEL: all layers and the final norm; no pooling, no class
+    token."""
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
         self.vision_model = nn.ModuleDict({
-            "embeddings": nn.ModuleDict({"patch_embedding": nn.Linear(3 * c.patch ** 2, c.width), "position_embedding": nn.Embedding(c.positions ** 2, c.width)}),
-            "encoder": nn.ModuleDict({"layers": nn.ModuleList(EncoderLayer(c.width, c.heads, c.mlp_width, c.eps, gelu_tanh) for _ in range(c.layers))}),
+            "embeddings": nn.ModuleDict({"patch_embedding": nn.Linear(3 * c.patch ** 2, c.width),
+                                         "position_embedding": nn.Embedding(c.positions ** 2, c.width)}),
+            "encoder": nn.ModuleDict({"layers": encoder_layers(c, gelu_tanh)}),
             "post_layernorm": nn.LayerNorm(c.width, eps=c.eps),
         })
         nn.init.normal_(self.vision_model["embeddings"]["position_embedding"].weight, std=c.width ** -0.5)
 
     def pack(self, images):
-        """List of pictures (3, H, W), normalised, of any sizes -> patches (N, patch*patch*3), position ids (N,), patches per picture (len(images),)."""
+        """List of pictures (3, H, W), normalised, of any sizes -> patches (N, patch*patch*3), position ids (N,), patches per picture."""
         c = self.config
         patches = [patchify(image, c.patch) for image in images]
         ids = [grid_ids(i.shape[1] // c.patch, i.shape[2] // c.patch, c.positions, i.device) for i in images]
@@ -174,7 +181,7 @@ class SigLIPNaViT(nn.Module):
 
     def forward(self, patches, position_ids, seqlens=None):
         """Pictures of one size: patches (B, N, patch*patch*3), position_ids (N,) or (B, N) -> (B, N, width).
-        Packed: patches (N, patch*patch*3), position_ids (N,), seqlens (pictures,) = patches of each -> (N, width); a picture sees only itself."""
+        Packed: patches (N, patch*patch*3), position_ids (N,), seqlens = patches per picture -> (N, width); pictures see only themselves."""
         m = self.vision_model
         x = m["embeddings"]["patch_embedding"](patches) + m["embeddings"]["position_embedding"](position_ids)
         plan = None
@@ -209,7 +216,8 @@ def clip_pixels(image, size=336):
     """CLIP: shorter side to `size` (bicubic), centre crop (odd margins: the smaller one left and above), CLIP's mean and deviation."""
     image = _resize_shorter(image.convert("RGB"), size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
-    return to_pixels(image.crop((left, top, left + size, top + size)), (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    image = image.crop((left, top, left + size, top + size))
+    return to_pixels(image, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 
 
 def magvit_pixels(image, size):
@@ -225,8 +233,8 @@ def square_pixels(image, size):
 
 
 def bagel_size(w, h, max_size, min_size, stride, max_pixels=14 * 14 * 9 * 1024, num_images=1):
-    """BAGEL's rule for the size of a picture -> (w, h), multiples of `stride`: long side at most max_size, short side at least min_size if that is
-    possible, at most max_pixels / num_images pixels. The pixel rule scales by the ratio itself and not by its root: so the weights were trained."""
+    """BAGEL's rule for the size of a picture -> (w, h), multiples of `stride`: long side at most max_size, short side at least min_size if
+    that is possible, at most max_pixels / num_images pixels (scaled by the ratio, not by its root: so the weights were trained)."""
     def scaled(s):
         return tuple(max(stride, round(round(v * s) / stride) * stride) for v in (w, h))
 
@@ -239,11 +247,12 @@ def bagel_size(w, h, max_size, min_size, stride, max_pixels=14 * 14 * 9 * 1024, 
 
 
 def bagel_resize(image, max_size, min_size, stride, max_pixels=14 * 14 * 9 * 1024, num_images=1):
-    """PIL image -> RGB PIL image of BAGEL's size (bicubic); transparent pictures are put on white. to_pixels() of it is the input of both towers.
+    """PIL image -> RGB PIL image of BAGEL's size (bicubic); transparent pictures are put on white. to_pixels() of it feeds both towers.
     Settings: autoencoder (1024, 512, 16); SigLIP (980, 224, 14), in the editing benchmarks (980, 378, 14), in RecA (224, 224, 14)."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, (255, 255, 255))
         white.paste(image, mask=image.getchannel("A"))
         image = white
-    return image.convert("RGB").resize(bagel_size(*image.size, max_size, min_size, stride, max_pixels, num_images), Image.Resampling.BICUBIC)
+    size = bagel_size(*image.size, max_size, min_size, stride, max_pixels, num_images)
+    return image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
