@@ -80,10 +80,11 @@ class BagelConfig:
 
 
 CONFIGS = {
-    "tiny": BagelConfig(vocab_size=1024, hidden_size=128, intermediate_size=128, num_layers=4, num_heads=4, num_kv_heads=2, rope_theta=1e4,
+    "tiny": BagelConfig(vocab_size=1024, hidden_size=128, intermediate_size=96, num_layers=4, num_heads=4, num_kv_heads=2, rope_theta=1e4,
                         special=(1019, 1020, 1021, 1022), vit=VISION_ENCODERS["tiny-siglip"], vae=TOKENIZERS["tiny-kl"],
-                        latent_patch_size=1, max_latent_size=6, image_size=48, vae_resize=(48, 48), vit_resize=(48, 48), reca_resize=(48, 48),
-                        max_prompt=32, max_request=16, max_dialogue=48, steps=25, interval=(0.0, 1.0)),
+                        latent_patch_size=1, max_latent_size=6, image_size=48, vae_resize=(48, 48), vit_resize=(48, 48),
+                        reca_resize=(48, 48), max_prompt=32, max_request=16, max_dialogue=48, steps=25,
+                        interval=(0.0, 1.0)),
     "bagel-7b-mot": BagelConfig(),
 }
 

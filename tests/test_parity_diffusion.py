@@ -407,8 +407,11 @@ def test_chat():
         report.equal("chat.tokens", torch.cat([torch.tensor([model.config.special[0]]), ids[0]])[:len(g["tokens"])], g["tokens"])
         report.close("chat.logits", torch.cat(logits)[:len(g["logits"])], g["logits"])
         batch = model.context([question, [("text", g["prompt_ids"].tolist()[:3])], question], features.expand(3, -1, -1))  # rows padded on the left
-        ids3 = model.generate_tokens(batch, config["chat_max_length"])
+        ids3 = model.generate_tokens(batch, config["chat_max_length"], trace=(several := []))
         report.equal("chat.tokens in a batch", ids3[::2, :ids.shape[1]], ids.expand(2, -1))
+        alone = model.generate_tokens(model.context([[("text", g["prompt_ids"].tolist()[:3])]]), ids3.shape[1], trace=(single := []))
+        report.equal("chat.tokens of a padded row", ids3[1, :alone.shape[1]], alone[0])
+        report.close("chat.logits of a padded row", torch.stack(several)[:len(single), 1], torch.cat(single))
     report.done()
 
 
@@ -554,6 +557,27 @@ def test_one_forward_for_all_parts():
             count = ((batch[part]["labels"] != IGNORE).sum() if "labels" in batch[part] else batch[part]["gen_noisy"].sum()) / 2
             halves = [model({part: {**{k: v[rows] for k, v in batch[part].items()}, "count": count}})[part] for rows in (slice(0, 2), slice(2, 4))]
             assert abs(sum(halves) / 2 - losses[part]) < 1e-5, part
+
+
+def test_forward_hands_each_part_its_own_images():
+    """An edit reads the source (clean latents at time 0, features) and paints the target; a dropped text leaves no marker behind."""
+    model, images = small(), torch.rand(4, 3, 48, 48, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    model.trainable_parameters("reca")
+    batch, got = batch_of(model, "edit", 4, model.precompute(images, "reca")), {}
+    model.t2i_loss = lambda **tensors: got.update(tensors) or torch.zeros(())
+    try:
+        model({"edit": batch})
+    finally:
+        del model.t2i_loss
+    n = batch["noise"].shape[1]
+    assert torch.equal(got["features"], batch["source_features"]) and not torch.equal(got["features"], batch["features"])
+    assert torch.equal(got["latents"][:, :n], model.sample_latents(batch["source_moments"], batch["source_posterior"]))
+    assert torch.equal(got["latents"][:, n:], model.sample_latents(batch["moments"], batch["posterior"]))
+    assert torch.equal(got["noise"][:, n:], batch["noise"]) and torch.equal(got["gen_noisy"], (torch.arange(2 * n) >= n).long().expand(4, -1))
+    assert torch.equal(model.flow_time(got["u"])[:, 0], torch.zeros(4)) and torch.equal(got["u"][:, 1], batch["u"])
+    for part in ("t2i", "recon", "edit"):
+        row = batch_of(model, part, 4, {})
+        assert ((row["ids"] == model.config.special[0]) & (row["und_hi"] > row["und_lo"])).sum(1).tolist() == [1, 0, 1, 1], part
 
 
 def test_dropped_segments():
