@@ -107,8 +107,7 @@ CONFIGS = {
 
 
 def rotate(x, rope):
-    """x (B, T, heads, d), rope = cos, sin (B or 1, T, 1, r/2): turns the pairs (i, i + r/2) of the first r dimensions, leaves the
-    others."""
+    """x (B, T, heads, d), rope = cos, sin (B or 1, T, 1, r/2): turns the pairs (i, i + r/2) of the first r dimensions only."""
     cos, sin = rope
     half = cos.shape[-1]
     a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
@@ -233,8 +232,7 @@ def pad_rows(rows, fill, length, device=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# masks. n (B,) = ids of each row that are no pads, T = ids with pads, N = image codes of the target, A = slots of the picture in the
-# context.
+# masks. n (B,) = ids of each row that are no pads, T = ids with pads, N = codes of the target, A = slots of the picture in the context.
 # Each line of a layout is one stretch of memory: where its slots stand in the published row, then which slots [lo, hi) they see.
 
 
@@ -269,8 +267,7 @@ def reca_clip_layout(n, T, N, A, block):
 
 def reca_vq_layout(n, T, N, A, limit):
     """RecA with image codes as context; published order PAD.. [mmu][soi] given codes [eoi] bos text eos [soi] codes [eoi]; given codes,
-    ids and pads take A + limit places. mmu and text are causal; soi, given codes, eoi see all from mmu to eoi; the target sees all but
-    pads."""
+    ids, pads take A + limit places. mmu and text are causal; soi, given codes, eoi see mmu to eoi; the target sees all but pads."""
     n, j, i, S = n[:, None] - 3, torch.arange(T - 3, device=n.device)[None], torch.arange(N + 2, device=n.device)[None], N + 2
     text, given, pads, C = j < n, torch.arange(A + 3, device=n.device)[None], limit - 3 - n, A + 3
     return make_layout(len(n),
@@ -280,8 +277,7 @@ def reca_vq_layout(n, T, N, A, limit):
 
 
 def mmu_clip_layout(T, A, before, device=None):
-    """Image-to-text with CLIP; published order: `before` ids (mmu, system, soi), features, eoi, chat, right-padded. Causal; all see the
-    features."""
+    """Image-to-text with CLIP; published order: `before` ids (mmu, system, soi), features, eoi, chat, PAD.. Causal; all see features."""
     j = torch.arange(T, device=device)[None]
     return make_layout(1, (before + torch.arange(A, device=device)[None], 0, A + before), (torch.where(j < before, j, j + A), 0, A + 1 + j))
 
@@ -345,8 +341,7 @@ class ShowO(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """From scratch: N(0, 0.02), zero biases. What writes into the residual stream starts smaller, so that its scale does not grow
-        with depth."""
+        """From scratch: N(0, 0.02), zero biases; smaller for what writes into the residual stream, so that depth does not scale it up."""
         for name, p in self.showo.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -400,8 +395,8 @@ class ShowO(nn.Module):
         return magvit_pixels(image, c.image_size) if purpose in ("understand", "generate") else square_pixels(image, c.image_size)
 
     def clip_features(self, images, chat=False):
-        """images (B, 3, H, W) in [-1, 1] -> (B, A, width). RecA: bilinear to CLIP's size, pixels as they are; chat: CLIP's mean and
-        deviation."""
+        """images (B, 3, H, W) in [-1, 1] -> (B, A, width). For RecA resized bilinearly, pixels as they are; chat: with CLIP's mean and
+        deviation, as its own preprocessing has it."""
         c, size = self.config, (self.config.clip.image_size,) * 2
         if images.shape[2:] != size:
             images = F.interpolate(images, size, mode="bicubic" if chat else "bilinear", align_corners=False, antialias=chat)
@@ -445,15 +440,13 @@ class ShowO(nn.Module):
         return self.tokenizer.encode_ordinary(text)
 
     def dialogue(self, question, answer=None):
-        """`USER: question ASSISTANT: answer<eos>` -> ids, labels, IGNORE up to and including `ASSISTANT:`. Without an answer: what is to
-        be continued."""
+        """`USER: question ASSISTANT: answer<eos>` -> ids, labels (IGNORE up to `ASSISTANT:`). Without answer: what is to be continued."""
         ids = self.encode(f"{self.config.user} {question} {self.config.assistant}")
         reply = [] if answer is None else [*self.encode(" " + answer.strip()), self.config.eos]
         return ids + reply, [IGNORE] * len(ids) + reply
 
     def prompt_ids(self, part, sample, limit=None):
-        """One sample -> ids and labels of its row, or ids and None. A dialogue of several turns comes as sample["turns"], [(question,
-        answer)]."""
+        """One sample -> ids and labels of its row, or ids and None. Several turns come as sample["turns"] = [(question, answer), ...]."""
         c = self.config
         if part == "t2i":
             return t2i_prompt(self.encode(sample["caption"]), c, limit, sample.get("drop", False)), None
@@ -481,8 +474,7 @@ class ShowO(nn.Module):
         return out | ({"labels": pad_rows(labels, IGNORE, width)} if dialogue else {"lengths": torch.tensor([len(row) for row in rows])})
 
     def draw(self, part, generator, rate_generator=None):
-        """Randomness of one sample, on the CPU: u () decides how many codes are masked, r (N,) which. Nothing has to be equal within a
-        batch."""
+        """Randomness of one sample, on the CPU: u () decides how many codes are masked, r (N,) which. A batch shares nothing."""
         if part in ("i2t", "text"):
             return {}
         return {"u": torch.rand((), generator=generator), "r": torch.rand(self.image_tokens, generator=generator)}
@@ -560,8 +552,7 @@ class ShowO(nn.Module):
         return self.cross_entropy(self.with_target(image, context), layout, slice(0, N + 2), labels, count)
 
     def mmu_context(self, ids, codes=None, features=None, pixels=None):
-        """[mmu] system [soi] picture [eoi] chat -> (B, T', D), layout; ids (B, T) lack the picture, which is features, pixels or codes
-        (B, A)."""
+        """[mmu] system [soi] picture [eoi] chat -> (B, T', D), layout; ids (B, T) lack the picture: features, pixels or codes (B, A)."""
         c, before = self.config, 2 + len(self.system_ids)  # mmu, system, soi
         if c.w_clip_vit:
             picture = self.project(features, pixels)
@@ -647,9 +638,9 @@ class ShowO(nn.Module):
         return self.t2i_context(ids, torch.tensor([len(p) for p in prompts], device=self.device), N)
 
     def paint(self, context, image, cfg, steps, temperature, generator):
-        """cfg as in the other models: 1 = none. image (b, h, w) ids -> codes (b, h, w). Unconditional is the empty text, without any
-        picture. (The demo's unconditional row for reconstruction is only partly known. That ours stands at other positions is no matter:
-        rotation is relative.)"""
+        """image (b, h, w) ids -> codes (b, h, w). cfg as in the other models: 1 = none. The unconditional row is the empty text-to-image one,
+        also where a picture is the condition (the published demo's row for that is only partly known); that it then stands at other
+        positions is no matter, since rotation is relative."""
         b, h, w = image.shape
         if cfg != 1:
             context = stack_rows(context, self.text_context([""] * b, h * w))
@@ -688,8 +679,8 @@ class ShowO(nn.Module):
     def inpaint(self, images, mask, prompts, **how):
         """mask (B, 1, H, W), 1 = paint anew: resized to the grid of codes (bicubic); from 0.5 on a code is masked. how: cfg, steps,
         temperature, generator."""
-        codes = self.vq.encode(images.float())  # (B, h, w)
-        hole = F.interpolate(mask.float(), codes.shape[1:], mode="bicubic").squeeze(1) >= 0.5
+        codes = self.vq.encode(images.to(self.device).float())  # (B, h, w)
+        hole = F.interpolate(mask.to(self.device).float(), codes.shape[1:], mode="bicubic").squeeze(1) >= 0.5
         return self.decode_codes(self.paint_text(prompts, (codes + self.config.image_offset).masked_fill(hole, self.config.mask_id), **how))
 
     @torch.no_grad()
@@ -700,7 +691,7 @@ class ShowO(nn.Module):
             raise ValueError(f"extrapolate: side {side!r}, expected left, right, up or down")
         dim, flip = 2 if side in ("left", "right") else 1, side in ("left", "up")
         order = lambda *parts: torch.cat(parts[::-1] if flip else parts, dim)
-        codes = self.vq.encode(images.float())  # (B, h, w)
+        codes = self.vq.encode(images.to(self.device).float())  # (B, h, w)
         far = codes.shape[dim] // 2  # so much of the grid is left out, and as much is new
         near = codes.narrow(dim, 0 if flip else far, codes.shape[dim] - far)
         image = order(near + self.config.image_offset, torch.full_like(codes, self.config.mask_id).narrow(dim, 0, far))
