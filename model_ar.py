@@ -638,7 +638,7 @@ class ShowO(nn.Module):
         return self.t2i_context(ids, torch.tensor([len(p) for p in prompts], device=self.device), N)
 
     def paint(self, context, image, cfg, steps, temperature, generator):
-        """image (b, h, w) ids -> codes (b, h, w). cfg as in the other models: 1 = none. The unconditional row is the empty text-to-image one,
+        """image (b, h, w) ids -> codes (b, h, w). cfg as in the other models: 1 = none. Unconditional is the empty text-to-image row,
         also where a picture is the condition (the published demo's row for that is only partly known); that it then stands at other
         positions is no matter, since rotation is relative."""
         b, h, w = image.shape
