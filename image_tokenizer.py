@@ -178,6 +178,7 @@ class LFQConfig:
     commitment_weight: float = 0.1  # training only, the published values
     beta: float = 0.25
     entropy_weight: float = 0.1
+    joint_entropy: bool = False  # count codes instead of bits in the entropy term (2**bits terms: for few bits)
 
 
 TOKENIZERS = {
@@ -441,14 +442,19 @@ class LFQTokenizer(nn.Module):
     def quantizer_losses(self, z):
         """z (B, bits, h, w), before quantisation -> (commitment loss, entropy loss), with the weights of the config.
         Entropy: a bit is +1 with probability softmax(-(z-1)^2, -(z+1)^2) = sigmoid(4z). Each bit of each position should be sure of itself
-        (low entropy), while over all positions both values should be used (high entropy of the mean)."""
+        (low entropy), while over all positions both values should be used (high entropy of the mean); or, with joint_entropy, all CODES: with
+        ten bits the mean over 2**bits codes can be summed exactly, and unlike the per-bit form it parts bits that always flip together."""
         c = self.config
         q = torch.where(z > 0, 1.0, -1.0)
         commitment = c.commitment_weight * (1 + c.beta) * (q - z).square().mean()  # the published pair of terms: q has no gradient
-        p = torch.sigmoid(4 * z.float())
-        sure = _binary_entropy(p).mean()
-        used = _binary_entropy(p.mean(dim=(0, 2, 3))).mean()
-        return commitment, c.entropy_weight * (sure - used)
+        z = z.float().permute(0, 2, 3, 1).flatten(0, 2)  # (N, bits)
+        p = torch.sigmoid(4 * z)
+        if not c.joint_entropy:
+            return commitment, c.entropy_weight * (_binary_entropy(p).mean() - _binary_entropy(p.mean(0)).mean())
+        ones = (self.quantize.embedding + 1) / 2  # (2**bits, bits)
+        codes = torch.exp(F.logsigmoid(4 * z) @ ones.T + F.logsigmoid(-4 * z) @ (1 - ones).T).mean(0)  # (2**bits,)
+        used = -(codes * (codes + 1e-9).log()).sum()
+        return commitment, c.entropy_weight * (_binary_entropy(p).sum(1).mean() - used)
 
     def forward(self, images):
         """Training: images -> (reconstruction, commitment loss, entropy loss). The decoder reads signs; its gradient passes to the
