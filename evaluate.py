@@ -58,7 +58,10 @@ def judge(images):
 
 
 def fulfils(objects, row):
-    """Does a judged picture show what the prompt row asks for? GenEval's rules: everything named must be there; counts must be exact; more is allowed elsewhere."""
+    """Does a judged picture show what the prompt row asks for? GenEval's rules: everything named must be there, counts must be exact, more may be there; but a
+    picture with more objects than this world ever holds fails, or one random object in every cell would score .38."""
+    if len(objects) > MAX_OBJECTS:
+        return False
     found = [[o for o in objects if o[0] == s and (c is None or o[1] == c)] for s, c in row["objects"]]
     if "count" in row:
         return len(found[0]) == row["count"]

@@ -62,7 +62,7 @@ def read_config(folder):
     return meta
 
 
-def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer=None, device="cpu", dtype=None):
+def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer=None, device="cpu", dtype=None, vision_ckpt=None):
     """The model of `arch` from one of our folders, or, with `config` = a published size, from the original files. Raises one-line errors."""
     module = importlib.import_module(ARCHS[arch])
     ckpt = ckpt or default_weights(arch)
@@ -78,7 +78,8 @@ def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer
         raise ValueError(f"--config {config}: --arch {arch} knows {', '.join(module.CONFIGS)}")
     if not text_tokenizer:
         raise ValueError(f"--config {config} needs --text-tokenizer: the folder or file of the published text tokenizer (vocab.json + merges.txt, tokenizer.json or qwen.tiktoken)")
-    model = module.Model.load_published(ckpt, config=config, tokenizer_path=tokenizer_ckpt, tokenizer=data.load_tokenizer(text_tokenizer), device=device, dtype=dtype)
+    more = {"vision_path": vision_ckpt} if arch == "ar" else {}
+    model = module.Model.load_published(ckpt, config=config, tokenizer_path=tokenizer_ckpt, tokenizer=data.load_tokenizer(text_tokenizer), device=device, dtype=dtype, **more)
     return model.eval()
 
 
@@ -129,6 +130,7 @@ def parse_args(argv=None):
     p.add_argument("--ckpt", help="folder written by train.py, or a published checkpoint with --config (default: weights/ARCH-reca)")
     p.add_argument("--config", help="published size, e.g. harmon-1.5b; not needed for our own folders")
     p.add_argument("--tokenizer-ckpt", help="published image tokenizer (kl16.ckpt, ae.safetensors, magvitv2)")
+    p.add_argument("--vision-ckpt", help="published CLIP file (Show-o CLIP variants)")
     p.add_argument("--text-tokenizer", help="published text tokenizer: folder or file")
     p.add_argument("--prompt", action="append", help="what to draw; may be repeated")
     p.add_argument("--image", help="picture to edit, reconstruct or ask about")
@@ -157,7 +159,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     model = load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer, args.device,
-                       torch.bfloat16 if args.device.startswith("cuda") and args.config else None)
+                       torch.bfloat16 if args.device.startswith("cuda") and args.config else None, args.vision_ckpt)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     sampler = {k: v for k, v in dict(cfg=args.cfg, steps=args.steps, temperature=args.temperature).items() if v is not None}
     from evaluate import to_uint8

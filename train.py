@@ -68,6 +68,7 @@ def parse_args(argv=None):
     g.add_argument("--config", default="tiny", help="model size: tiny or a published one")
     g.add_argument("--ckpt", help="weights to start from (default: the shipped base for reca and sft)")
     g.add_argument("--tokenizer-ckpt", help="image tokenizer: our folder (base stage) or the published file")
+    g.add_argument("--vision-ckpt", help="published CLIP file of the Show-o CLIP variants")
     g.add_argument("--text-tokenizer", help="published text tokenizer; the tiny one is shipped")
     g.add_argument("--out", help="run folder (default runs/ARCH-STAGE)")
     g.add_argument("--resume", metavar="RUN", help="run folder to continue; its arguments are kept unless given again")
@@ -85,7 +86,6 @@ def parse_args(argv=None):
     g.add_argument("--drop", type=float, help="conditioning dropout: share of samples that get the empty prompt")
     g.add_argument("--templates", type=int, default=0, help="how many template requests to sample from; 0 = all")
     g.add_argument("--grad-scale", type=float, help="gradient scale on the clean features (MAR: 0.1)")
-    g.add_argument("--understanding", choices=("full", "shrunk", "shuffled", "pooled", "random"), default="full", help="ablation: what the context sees of the features")
     g.add_argument("--oracle-captions", action="store_true", help="ablation: RecA's pictures come with their dense caption as a t2i prompt instead of features")
     g = p.add_argument_group("optimisation")
     for name, kind, text in (("steps", int, "optimizer steps"), ("batch", int, "samples per step and part, over all processes"), ("lr", float, ""), ("warmup", int, "steps"),
@@ -102,6 +102,7 @@ def parse_args(argv=None):
     g.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="compute type; weights stay fp32. auto: bf16 on GPUs that have it")
     g.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile; auto: on GPUs")
     g.add_argument("--checkpoint", choices=("none", "full"), default="none", help="full: recompute activations in backward, a third slower, far less memory")
+    g.add_argument("--cache-gb", type=float, default=8.0, help="host memory for the frozen encodings of one pool of images; a larger pool is encoded step by step")
     g.add_argument("--threads", type=int, help="CPU threads per process")
     g = p.add_argument_group("output")
     g.add_argument("--eval-n", type=int, default=300, help="judged pictures before and after (shape world); 0 = no scores")
@@ -177,6 +178,9 @@ class TokenizerStage(torch.nn.Module):
     def collate(self, part, samples, pad_to=None):
         return {}
 
+    def target_count(self, part, tensors):
+        return None
+
     def draw(self, part, generator, rate_generator):
         return {}
 
@@ -234,43 +238,68 @@ class Pools:
             self.text["edits"] = [e[0] for e in edits]
             self.scenes["edit_sources"], self.scenes["edits"] = source, data.Scenes.of([e[1] for e in edits])
             need.add("edit_sources")
-        self.cache, self.size = {}, {}
+        self.cache, self.size, self.sources = {}, {}, {}
         start = time.time()
         for name in sorted(need):
             source = images[name] if name in images else self.scenes[name]
             self.size[name] = len(source)
-            self.cache[name] = self.encode(model, source, name, stage, device, rank, world)
+            one = self.encode(model, source, name, stage, device, [0])
+            need_bytes = len(source) * sum(v.numel() * v.element_size() for v in one.values())
+            if need_bytes <= args.cache_gb * 1e9:
+                self.cache[name] = self.encode_all(model, source, name, stage, device, rank, world)
+            else:
+                self.sources[name] = source
+                if rank == 0:
+                    print(f"pool {name}: encodings of {len(source):,} images would take {need_bytes / 1e9:.1f} GB (--cache-gb {args.cache_gb:g}), so each step encodes its own")
         self.size["text"] = args.pool
         if rank == 0:
-            print("pools: " + ", ".join(f"{k} {self.size[k]:,}" for k in sorted(need)) + f" images, frozen encodings computed once in {time.time() - start:.1f} s", flush=True)
+            print("pools: " + ", ".join(f"{k} {self.size[k]:,}" for k in sorted(need)) + f" images, frozen encodings computed in {time.time() - start:.1f} s", flush=True)
+
+    def pixels(self, model, source, name, rows):
+        """Images (n, 3, H, W) in [-1, 1] of some rows of a source, preprocessed as the model was trained to see them."""
+        if isinstance(source, data.Scenes):
+            return evaluate.to_float(source[rows].render())
+        if isinstance(source, np.ndarray):
+            return evaluate.to_float(source[rows])
+        return torch.stack([model.preprocess(source[int(j)][1], "understand" if name == "understanding" else "recon") for j in rows])
 
     @torch.no_grad()
-    def encode(self, model, source, name, stage, device, rank, world):
-        """Every process encodes its contiguous share of the pool, then all share the result."""
+    def encode(self, model, source, name, stage, device, rows, show=False):
+        """The frozen encodings of some rows, on the CPU."""
+        was, chunk = model.training, 256 if getattr(model.config, "image_size", 48) <= 64 else 8
+        model.eval()
+        starts = data.Progress(range(0, len(rows), chunk), f"encoding {name}", show)
+        chunks = [{k: v.cpu() for k, v in model.precompute(self.pixels(model, source, name, rows[i:i + chunk]).to(device), stage).items()} for i in starts]
+        model.train(was)
+        return {k: torch.cat([c[k] for c in chunks]) for k in chunks[0]}
+
+    def encode_all(self, model, source, name, stage, device, rank, world):
+        """The whole pool: every process encodes its contiguous share, then all share the result."""
         n = len(source)
         share = -(-n // world)
-        chunks, chunk = [], 256 if getattr(model.config, "image_size", 48) <= 64 else 8
-        was = model.training
-        model.eval()
-        purpose = "understand" if name == "understanding" else "recon"
         rows = [min(i, n - 1) for i in range(rank * share, (rank + 1) * share)]  # the last share is filled up, so that all are of one size
-        progress = data.Progress(range(0, share, chunk), f"encoding {name}", rank == 0)
-        for i in progress:
-            part = rows[i:i + chunk]
-            if isinstance(source, (data.Scenes, np.ndarray)):
-                x = evaluate.to_float(source[part] if isinstance(source, np.ndarray) else source[part].render())
-            else:
-                x = torch.stack([model.preprocess(source[j][1], purpose) for j in part])
-            chunks.append({k: v.cpu() for k, v in model.precompute(x.to(device), stage).items()})
-        model.train(was)
-        out = {k: torch.cat([c[k] for c in chunks]) for k in chunks[0]}
-        if world > 1:
-            for k, v in out.items():
-                v = v.to(device).contiguous()
-                parts = [torch.empty_like(v) for _ in range(world)]
-                dist.all_gather(parts, v)
-                out[k] = torch.cat(parts).cpu()
-        return {k: v[:n] for k, v in out.items()}
+        out = self.encode(model, source, name, stage, device, rows, rank == 0)
+        for k, v in out.items() if world > 1 else ():
+            parts = [torch.empty_like(v, device=device) for _ in range(world)]
+            dist.all_gather(parts, v.to(device).contiguous())
+            out[k] = torch.cat(parts).cpu()[:n]
+        return out
+
+    @torch.no_grad()
+    def complete(self, model, tensors, stage):
+        """Adds the frozen encodings of images that came as pixels because their pool was too large to cache."""
+        for prefix in ("source_", ""):
+            if prefix + "pixels_in" in tensors:
+                was = model.training
+                model.eval()
+                tensors.update({prefix + k: v for k, v in model.precompute(tensors.pop(prefix + "pixels_in"), stage).items()})
+                model.train(was)
+        return tensors
+
+    def fetch(self, model, name, index, prefix=""):
+        if name in self.cache:
+            return {prefix + k: v[index] for k, v in self.cache[name].items()}
+        return {prefix + "pixels_in": self.pixels(model, self.sources[name], name, index)}
 
     def sample(self, part, i, rng):
         """The text of sample i of a part: a dict for model.collate."""
@@ -313,11 +342,10 @@ class Pools:
             draws = [model.draw(kind, data.sample_generator(seed, step, place, part), r) for place, r in zip(places, rate)]
             tensors = {k: torch.stack([d[k] for d in draws]) for k in draws[0]}
             tensors.update(model.collate(kind, rows, self.args.text_length))
-            where = index
             if part == "edit":
-                tensors.update({f"source_{k}": v[where] for k, v in self.cache["edit_sources"].items()})
+                tensors.update(self.fetch(model, "edit_sources", index, "source_"))
             if name:
-                tensors.update({k: v[where] for k, v in self.cache[name].items()})
+                tensors.update(self.fetch(model, name, index))
             out[part] = tensors
         return out
 
@@ -368,7 +396,7 @@ def build(args, device):
         image_tokenizer.load_strict(getattr(model, attribute), image_tokenizer.read_weights(folder), folder)
         return model
     ckpt = args.ckpt or sample.default_weights(args.arch, "base")
-    return sample.load_model(args.arch, ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer)
+    return sample.load_model(args.arch, ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer, vision_ckpt=args.vision_ckpt)
 
 
 def save_weights(args, model, **extra):
@@ -410,13 +438,13 @@ def make_optimizer(args, model, named):
 
 
 def learning_rate(args, step):
-    """Linear warm-up, then constant or cosine to a hundredth."""
+    """Linear warm-up, then constant, or half a cosine to zero, as Harmon and Show-o were trained."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     if args.schedule == "constant":
         return args.lr
     t = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, t))))
+    return args.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, t)))
 
 
 def activation_checkpointing(model):
@@ -534,8 +562,6 @@ def main(argv=None):
         model.load_state_dict(state["model"])
     if args.grad_scale is not None and hasattr(model.config, "grad_scale"):
         model.config.grad_scale = args.grad_scale
-    if args.understanding != "full":
-        model.understanding_ablation = args.understanding
     model.to(device)
     named = model.trainable_parameters(args.stage)
     check_memory(args, named, model)
@@ -607,13 +633,12 @@ def main(argv=None):
         totals = {p: torch.zeros((), device=device) for p in parts}
         for micro, batch in enumerate(get()):
             batch = {p: {k: v.to(device, non_blocking=True) for k, v in t.items()} for p, t in batch.items()}
-            for p, t in batch.items():  # means over tokens are means over the GLOBAL micro-batch, whatever process holds how many
-                if "labels" in t:
-                    t["count"] = (t["labels"] >= 0).sum().float()
-                    if world > 1:
-                        dist.all_reduce(t["count"])
-                        t["count"] /= world
-            batch = {("t2i" if p == "oracle" else p): t for p, t in batch.items()}
+            batch = {("t2i" if p == "oracle" else p): pools.complete(model, t, args.stage) for p, t in batch.items()}
+            for p, t in batch.items() if world > 1 else ():  # means over tokens are means over the GLOBAL micro-batch, whatever process holds how many
+                count = model.target_count(p, t)
+                if count is not None:
+                    dist.all_reduce(count)
+                    t["count"] = count / world
             sync = micro == args.accum - 1
             with contextlib.nullcontext() if sync or world == 1 else run.no_sync(), precision():
                 losses = run(batch)

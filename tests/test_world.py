@@ -64,6 +64,12 @@ def test_judge_rejects_wrong_colour_count_and_relation():
     assert not evaluate.fulfils(found([red_circle, blue_star]), swapped)
 
 
+def test_a_picture_full_of_random_objects_scores_nothing():
+    rows = data.task_prompts(20, seed=0)
+    found = evaluate.judge(data.crowded_pictures(len(rows), seed=0))
+    assert np.mean([evaluate.fulfils(f, r) for f, r in zip(found, rows)]) < 0.1
+
+
 def test_captioned_scenes_never_hold_held_out_things():
     scenes = Scenes(3000, seed=2, captioned=True)
     for i in range(len(scenes)):
