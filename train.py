@@ -55,6 +55,8 @@ TINY = {
     "sft": dict(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=20, clip=1.0, steps=400, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
     "reca": dict(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=20, clip=1.0, steps=400, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
 }
+# Tiny models: noise-prediction losses are about 0.05 where cross entropies are about 0.5, so drawing would get a tenth of the shared backbone's gradient.
+DRAWING_WEIGHT = {"mar": 8.0, "ar": 1.0, "diffusion": 8.0}
 MIX = {"tokenizer": {"images": 1.0}, "base": {"t2i": 1.0, "i2t": 1.0, "edit": 0.5, "text": 0.5}, "sft": {"t2i": 1.0, "i2t": 1.0}, "reca": {"recon": 1.0, "i2t": 1.0}}
 TOKENIZERS = {"mar": ("tiny-kl", "vae"), "ar": ("tiny-lfq", "vq"), "diffusion": ("tiny-kl", "vae")}  # name of the tiny one, attribute of the model
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40": 181, "4090": 165, "3090": 71}  # dense bf16, for MFU
@@ -82,7 +84,7 @@ def parse_args(argv=None):
     g.add_argument("--pool-without-held-out", action="store_true", help="ablation: leave the held-out combinations out of the unlabelled pool too")
     g = p.add_argument_group("RecA (defaults: published values for published sizes)")
     g.add_argument("--i2t-weight", type=float, help="weight of the image-to-text loss; 0 leaves the part out")
-    g.add_argument("--t2i-weight", type=float, default=0.0, help="the paper's lambda: text-to-image mixed into RecA (published: 0)")
+    g.add_argument("--t2i-weight", type=float, help="weight of text-to-image and editing; in RecA the paper's lambda (published: 0, the part is left out)")
     g.add_argument("--drop", type=float, help="conditioning dropout: share of samples that get the empty prompt")
     g.add_argument("--templates", type=int, default=0, help="how many template requests to sample from; 0 = all")
     g.add_argument("--grad-scale", type=float, help="gradient scale on the clean features (MAR: 0.1)")
@@ -119,7 +121,10 @@ def parse_args(argv=None):
         args = p.parse_args(argv)
         args.out = args.resume
         return args, state
-    recipe = PUBLISHED[args.arch] if args.config != "tiny" else TINY[args.stage]
+    recipe = dict(TINY[args.stage] if args.config == "tiny" else PUBLISHED[args.arch], t2i_weight=float(args.stage != "reca"))
+    if args.config == "tiny":
+        recipe["t2i_weight"] *= DRAWING_WEIGHT[args.arch]
+        recipe["i2t_weight"] /= DRAWING_WEIGHT[args.arch] if args.stage == "reca" else 1.0
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -581,7 +586,7 @@ def main(argv=None):
     run = DDP(model, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=True) if world > 1 else model
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
         run = torch.compile(run)
-    weights = {"i2t": args.i2t_weight, "t2i": args.t2i_weight if args.stage == "reca" else 1.0}
+    weights = {"i2t": args.i2t_weight, "t2i": args.t2i_weight, "edit": args.t2i_weight}
     parts = list(pools.parts)
     weights = {p: weights.get(p, 1.0) for p in parts}
 
