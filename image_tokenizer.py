@@ -189,7 +189,7 @@ TOKENIZERS = {
     # the whole pyramid, and learns in minutes on a CPU what 3x3 convolutions at full resolution do not in an hour. 3x3 latents of 16
     # numbers, or 3x3 codes. scale 1 because calibrate() makes the latents standard through the 1x1 convolutions around them.
     "tiny-kl": AutoencoderConfig(ch=128, ch_mult=(1,), num_res_blocks=1, encoder_attn_resolutions=(), scale=1.0, groups=0, patch=16),
-    "tiny-lfq": LFQConfig(ch=128, encoder_ch_mult=(1,), encoder_res_blocks=(1,), decoder_ch_mult=(1,), decoder_res_blocks=(2,), bits=10,
+    "tiny-lfq": LFQConfig(ch=128, encoder_ch_mult=(1,), encoder_res_blocks=(1,), decoder_ch_mult=(1,), decoder_res_blocks=(2,), bits=11,
                           groups=0, patch=16, entropy_weight=0.05, joint_entropy=True),
 }
 

@@ -88,10 +88,10 @@ class ShowOConfig:
 
 
 CONFIGS = {
-    # 48x48 pictures of the shape world: 9 codes of 10 bits, 9 CLIP tokens. No system prompt and template words that are one token each,
+    # 48x48 pictures of the shape world: 9 codes of 11 bits, 9 CLIP tokens. No system prompt and template words that are one token each,
     # because at this size a text token costs as much as an image token.
     "tiny": ShowOConfig(
-        hidden_size=128, num_layers=4, num_heads=4, intermediate_size=224, text_vocab=1024, eos=1018, codebook_size=1024, image_size=48,
+        hidden_size=128, num_layers=4, num_heads=4, intermediate_size=224, text_vocab=1024, eos=1018, codebook_size=2048, image_size=48,
         vq=TOKENIZERS["tiny-lfq"], clip=VISION_ENCODERS["tiny-clip"], clip_mean=(0.5,) * 3, clip_std=(0.5,) * 3, train_clip=True,
         system_prompt="", user="Question:", assistant="Answer:", max_prompt=40, max_dialogue=56, max_request=32, pad_multiple=4, cfg=3.0,
         mask_steps=6, reca_steps=6),
