@@ -1,0 +1,270 @@
+"""Vision encoders against numbers of the published implementations: towers, packing, and what is done to a picture before them.
+
+PARITY_DIR=folder replaces tests/golden (folder/{bagel,showo}, any sizes); a case that the folder lacks is skipped by name."""
+import gzip
+import json
+import os
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+from vision_encoder import (VISION_ENCODERS, CLIPConfig, CLIPVision, SigLIPConfig, SigLIPNaViT, bagel_resize, bagel_size, clip_pixels,  # noqa: E402
+                            grid_ids, magvit_pixels, patchify, square_pixels, to_pixels)
+from image_tokenizer import load_strict  # noqa: E402
+
+GOLDEN = os.environ.get("PARITY_DIR", os.path.join(HERE, "golden"))
+SMALL_CLIP = CLIPConfig(width=24, layers=3, skip_last=1, heads=2, mlp_width=40, image_size=12, patch=4)
+SMALL_SIGLIP = SigLIPConfig(width=24, layers=2, heads=2, mlp_width=40, patch=4, positions=5)
+
+
+@pytest.fixture(autouse=True)
+def same_start():
+    torch.manual_seed(0)
+    yield
+
+
+def golden(model, first):
+    """config.json, weights and cases of golden/<model>; skips by name where a file or the tensor `first` is not there."""
+    folder = os.path.join(GOLDEN, model)
+    for name in ("config.json", "weights.safetensors", "cases.safetensors"):
+        if not os.path.exists(os.path.join(folder, name)):
+            pytest.skip(f"{os.path.join(folder, name)} is not there")
+    cases = load_file(os.path.join(folder, "cases.safetensors"))
+    if first not in cases:
+        pytest.skip(f"no tensor {first} in {folder}")
+    with open(os.path.join(folder, "config.json")) as f:
+        return json.load(f), load_file(os.path.join(folder, "weights.safetensors")), cases
+
+
+def compare(rows, cases, tolerance=2e-5):
+    """rows: (name of the golden tensor, ours). Float: |a - b| <= tolerance * max(1, max|b|); integers: equal."""
+    table, bad = [], 0
+    for name, got in rows:
+        want = cases[name]
+        assert got.shape == want.shape, f"{name}: {tuple(got.shape)}, expected {tuple(want.shape)}"
+        error = (got.double() - want.double()).abs().max().item()
+        limit = tolerance * max(1.0, want.abs().max().item()) if want.is_floating_point() else 0.0
+        table.append(f"{name:32s} {'OK' if error <= limit else 'NOT OK':7s} difference {error:.2e}  tolerance {limit:.2e}")
+        bad += not error <= limit
+    print("\n".join(table))
+    assert not bad, "\n" + "\n".join(table)
+
+
+def outputs(modules):
+    """Collects what the modules return, in the order in which they run."""
+    kept = []
+    for m in modules:
+        m.register_forward_hook(lambda module, args, out: kept.append(out))
+    return kept
+
+
+def clip_of(config):
+    c = config["clip_vision_config"]
+    return CLIPVision(CLIPConfig(width=c["hidden_size"], layers=c["num_hidden_layers"], skip_last=-1 - config["clip_select_layer"],
+                                 heads=c["num_attention_heads"], mlp_width=c["intermediate_size"], image_size=c["image_size"],
+                                 patch=c["patch_size"], eps=c["layer_norm_eps"]))
+
+
+# ------------------------------------------------------------------------------------------------ golden numbers, published keys
+
+
+@torch.no_grad()
+def test_golden_clip():
+    config, weights, cases = golden("showo", "clip.in.pixels")
+    m = clip_of(config)
+    load_strict(m, {k: t for k, t in weights.items() if k.startswith("vision_model.")})
+    layers = m.vision_model["encoder"]["layers"]
+    kept = outputs([m.vision_model["pre_layrnorm"], layers[-2]])
+    features = m(cases["clip.in.pixels"])
+    compare([("clip.out.hidden_first", kept[0]), ("clip.out.features", features), ("clip.out.hidden_last", layers[-1](kept[1]))], cases)
+    assert m.num_tokens == config["clip_num_tokens"] == features.shape[1]
+
+
+@torch.no_grad()
+def test_golden_siglip():
+    config, weights, cases = golden("bagel", "vit.img0")
+    c = config["vit_config"]
+    m = SigLIPNaViT(SigLIPConfig(width=c["hidden_size"], layers=c["num_hidden_layers"] + 1 + config["vit_select_layer"], heads=c["num_attention_heads"],
+                                 mlp_width=c["intermediate_size"], patch=c["patch_size"],
+                                 positions=config["bagel_config"]["vit_max_num_patch_per_side"], eps=c["layer_norm_eps"]))
+    load_strict(m, {k[len("vit_model."):]: t for k, t in weights.items() if k.startswith("vit_model.")})
+    layers = m.vision_model["encoder"]["layers"]
+    kept = outputs(layers)
+    patches, ids, seqlens = m.pack([cases[f"vit.img{i}"] for i in range(len(cases["vit.seqlens"]))])
+    out = m(patches, ids, seqlens)
+    e = m.vision_model["embeddings"]
+    compare([("vit.patches", patches), ("vit.position_ids", ids), ("vit.seqlens", seqlens), ("vit.out", out),
+             ("vit.embeddings.out", e["patch_embedding"](patches) + e["position_embedding"](ids)),
+             *[(f"vit.layer{i}.out", h[0]) for i, h in enumerate(kept)]], cases)
+
+
+def test_golden_preprocessing_showo():
+    config, _, cases = golden("showo", "preproc.in.rgb")
+    image, size = Image.fromarray(cases["preproc.in.rgb"].numpy()), config["magvitv2"]["resolution"]
+    compare([("preproc.out.clip", clip_pixels(image, config["clip_vision_config"]["image_size"])), ("preproc.out.vq", magvit_pixels(image, size)),
+             ("preproc.out.reca_square", square_pixels(image, size))], cases, 1e-6)
+
+
+def test_golden_preprocessing_bagel():
+    config, _, cases = golden("bagel", "transform.wh")
+    sizes = [[bagel_size(w, h, *case) for w, h in cases["transform.wh"].tolist()] for case in cases["transform.cases"].tolist()]
+    image = Image.fromarray(cases["transform.image_u8"].numpy())
+    compare([("transform.new_wh", torch.tensor(sizes)), ("transform.image_out", to_pixels(bagel_resize(image, *config["transform_image_args"])))],
+            cases, 1e-6)
+
+
+@pytest.mark.parametrize("name, file, prefix", [("clip-vit-large-patch14-336", "clip-vit-large-patch14-336", ""),
+                                                ("siglip-so400m-14-980", "bagel-7b-mot", "vit_model.")])
+def test_keys(name, file, prefix):
+    with torch.device("meta"):
+        m = (CLIPVision if "clip" in name.split("-") else SigLIPNaViT)(VISION_ENCODERS[name])
+    with gzip.open(os.path.join(HERE, "golden", "keys", f"{file}.keys.json.gz")) as f:
+        want = {k[len(prefix):]: v for k, v in json.load(f).items() if k.startswith(prefix)}
+    assert {k: list(t.shape) for k, t in m.state_dict().items()} == want
+
+
+# ------------------------------------------------------------------------------------------------ CLIP
+
+
+@torch.no_grad()
+def test_clip_reads_the_penultimate_layer():
+    m = CLIPVision(SMALL_CLIP)
+    x = torch.randn(2, 3, 12, 12)
+    features = m(x)
+    assert features.shape == (2, 9, 24)
+    m.vision_model["encoder"]["layers"][2].mlp["fc2"].weight.fill_(float("nan"))
+    m.vision_model["post_layernorm"].weight.fill_(float("nan"))
+    assert torch.equal(m(x), features), "the last block or the final norm was used"
+    x[1] = 0  # rows are independent; tokens are patches row by row
+    assert torch.equal(m(x)[0], features[0]) and not torch.allclose(m(x)[1], features[1])
+    e = m.vision_model["embeddings"]
+    want = F.conv2d(x, e.patch_embedding.weight, stride=4)[:, :, 1, 2] + e.position_embedding.weight[1 + 5]
+    assert torch.allclose(e(x)[:, 1 + 5], want, atol=1e-6)
+
+
+def test_clip_wrong_size():
+    with pytest.raises(ValueError, match=re.escape("(1, 3, 12, 16), expected (B, 3, 12, 12)")):
+        CLIPVision(SMALL_CLIP)(torch.zeros(1, 3, 12, 16))
+
+
+def test_load_published_clip(tmp_path):
+    """A CLIP checkpoint holds much more than the vision tower; what belongs to the tower must be all there."""
+    m = CLIPVision(SMALL_CLIP)
+    state = m.state_dict() | {"vision_model.embeddings.position_ids": torch.arange(10)[None], "text_model.final_layer_norm.weight": torch.zeros(3),
+                              "logit_scale": torch.zeros(()), "visual_projection.weight": torch.zeros(2, 2)}
+    save_file(state, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        other = CLIPVision(SMALL_CLIP)
+    other.load_published(tmp_path)
+    x = torch.randn(1, 3, 12, 12)
+    with torch.no_grad():
+        assert torch.equal(other(x), m(x))
+    del state["vision_model.pre_layrnorm.bias"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 missing[\s\S]*vision_model.pre_layrnorm.bias"):
+        m.load_published(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tiny-clip", "tiny-siglip"])
+def test_tiny_parameters_all_learn(name):
+    c = VISION_ENCODERS[name]
+    x = torch.randn(2, 3, 48, 48)
+    if name == "tiny-clip":
+        m = CLIPVision(c)
+        out = m(x)
+    else:
+        m = SigLIPNaViT(c)
+        out = m(patchify(x, c.patch), grid_ids(3, 3, c.positions))
+    assert out.shape == (2, 9, 128) and sum(p.numel() for p in m.parameters()) < 4e5
+    (out * torch.randn(out.shape)).sum().backward()
+    for k, p in m.named_parameters():
+        assert p.grad is not None and (p.grad.abs().max() > 0 or k.endswith("k_proj.bias")), k
+
+
+# ------------------------------------------------------------------------------------------------ SigLIP
+
+
+def test_packing_equals_one_by_one():
+    m = SigLIPNaViT(SMALL_SIGLIP)
+    images = [torch.randn(3, 4 * h, 4 * w) for h, w in ((2, 3), (5, 1), (1, 1), (3, 3))]
+    patches, ids, seqlens = m.pack(images)
+    assert seqlens.tolist() == [6, 5, 1, 9] and ids.tolist() == [0, 1, 2, 5, 6, 7, 0, 5, 10, 15, 20, 0, 0, 1, 2, 5, 6, 7, 10, 11, 12]
+    out = m(patches, ids, seqlens)
+    alone = torch.cat([m(*m.pack([i])) for i in images])
+    assert torch.allclose(out, alone, atol=1e-5)
+    as_row = m(patchify(images[3][None], 4), grid_ids(3, 3, 5))[0]
+    assert torch.allclose(as_row, out[-9:], atol=1e-5)
+    # gradients do not cross from picture to picture
+    p = patches.clone().requires_grad_()
+    m(p, ids, seqlens)[6:11].sum().backward()
+    touched = p.grad.abs().amax(1) > 0
+    assert touched.tolist() == [6 <= i < 11 for i in range(21)]
+
+
+def test_patch_order_equals_a_convolution():
+    """Inside a patch: row, column, channel. So the linear layer is SigLIP's original convolution with its weight permuted."""
+    x, w = torch.randn(2, 3, 8, 12), torch.randn(5, 3, 4, 4)
+    ours = patchify(x, 4) @ w.permute(0, 2, 3, 1).reshape(5, -1).T
+    assert torch.allclose(ours, F.conv2d(x, w, stride=4).flatten(2).transpose(1, 2), atol=1e-4)
+    assert torch.equal(patchify(x, 4)[1], patchify(x[1], 4))
+
+
+def test_patch_and_grid_errors():
+    with pytest.raises(ValueError, match="10x8 pixels.*4x4 patches.*multiples of 4"):
+        patchify(torch.zeros(3, 10, 8), 4)
+    with pytest.raises(ValueError, match="2x6 does not fit the 5x5"):
+        grid_ids(2, 6, 5)
+
+
+# ------------------------------------------------------------------------------------------------ preprocessing
+
+
+def ramp(w, h):
+    """Every column of its own grey: resized and cropped pictures tell where they came from."""
+    return Image.fromarray(np.repeat(np.tile(np.arange(w, dtype=np.uint8), (h, 1))[..., None], 3, 2))
+
+
+def test_crops():
+    x = to_pixels(ramp(19, 8), 0.0, 1 / 255)[0, 0].tolist()
+    assert x == pytest.approx(list(range(19)))
+    grey = lambda t, mean, std: ((t[0, 0] * std + mean) * 255).round().tolist()
+    # a margin of 11: CLIP leaves 5 on the left; the image tokenizer rounds 5.5 to 6. A margin of 9: 4 and 4.
+    assert grey(clip_pixels(ramp(19, 8), 8), 0.48145466, 0.26862954) == list(range(5, 13))
+    assert grey(magvit_pixels(ramp(19, 8), 8), 0.5, 0.5) == list(range(6, 14))
+    assert grey(clip_pixels(ramp(17, 8), 8), 0.48145466, 0.26862954) == grey(magvit_pixels(ramp(17, 8), 8), 0.5, 0.5) == list(range(4, 12))
+    for w, h in ((31, 90), (90, 31), (64, 64), (3, 5)):
+        for f in (clip_pixels, magvit_pixels, square_pixels):
+            x = f(Image.new("L", (w, h), 128), 16)
+            assert x.shape == (3, 16, 16) and x.dtype == torch.float32 and x.is_contiguous()
+    assert torch.allclose(magvit_pixels(Image.new("RGB", (20, 20), (255, 0, 51)), 4)[:, 0, 0], torch.tensor([1.0, -1.0, -0.6]))
+
+
+def test_transparent_pictures_on_white():
+    image = Image.new("RGBA", (32, 32), (10, 20, 30, 0))
+    image.paste((200, 0, 0, 255), (0, 0, 16, 32))
+    for other in (image, image.convert("LA").convert("RGBA")):
+        x = np.asarray(bagel_resize(other, 32, 32, 16))
+        assert x.shape == (32, 32, 3) and (x[:, 20:] == 255).all() and (x[:, 2] < 210).all()
+    p = Image.new("P", (32, 32), 0)
+    p.putpalette([7, 7, 7, 250, 0, 0])
+    p.paste(1, (0, 0, 16, 32))
+    p.info["transparency"] = 0
+    x = np.asarray(bagel_resize(p, 32, 32, 16))
+    assert (x[:, 20:] == 255).all() and (x[:, 2] == (250, 0, 0)).all()
+
+
+def test_bagel_sizes():
+    assert bagel_size(224, 100, 224, 224, 14) == (224, 98)  # RecA: long side exactly 224
+    assert bagel_size(4000, 4000, 980, 224, 14) == (980, 980)
+    assert bagel_size(100, 100, 1024, 512, 16) == (512, 512)
+    assert bagel_size(980, 980, 980, 224, 14, 14 * 14 * 100) == (14, 14)  # 49 times too many pixels: each side 49 times shorter, not 7
+    assert bagel_size(980, 980, 980, 224, 14, num_images=4) == bagel_size(980, 980, 980, 224, 14, 14 * 14 * 9 * 256)
+    assert bagel_size(5000, 3, 1024, 512, 16) == (1024, 16)
