@@ -1,13 +1,14 @@
 """Public functions that pick an implementation (pick.py says which and why); models call these and never a kernel.
 
 Each of the three modules holds a function's plain PyTorch reference, which is its specification, beside the Triton kernels that compute the
-same. On a CPU the reference runs, at the cost of one comparison. Which kernels were measured, and where they win: python -m custom_kernels.bench."""
+same. On a CPU the reference runs, at the cost of one comparison. `python -m custom_kernels.bench` measures where a kernel wins."""
 import torch
 
-from .attention import (AttentionPlan, attention_bounds, attention_decode_triton, attention_flex, attention_plan as _plan, attention_reference,
-                        attention_triton, flex_block_mask, interval_mask)
-from .diffusion_loss import (add_noise, diffusion_loss_rows_reference, diffusion_loss_rows_triton, diffusion_tables, flow_loss_rows_reference,
-                             flow_loss_rows_triton, gated_add_reference, gated_add_triton, norm_modulate_reference, norm_modulate_triton)
+from .attention import (AttentionPlan, attention_bounds, attention_decode_triton, attention_flex, attention_plan as _plan,
+                        attention_reference, attention_triton, flex_block_mask, interval_mask)
+from .diffusion_loss import (add_noise, diffusion_loss_rows_reference, diffusion_loss_rows_triton, diffusion_tables,
+                             flow_loss_rows_reference, flow_loss_rows_triton, gated_add_reference, gated_add_triton,
+                             norm_modulate_reference, norm_modulate_triton)
 from .linear_cross_entropy import linear_cross_entropy_fused, linear_cross_entropy_reference
 from .pick import autocast, choose
 
@@ -15,8 +16,8 @@ FEW_QUERIES = 128  # up to here a dense mask is small, and compiling for every n
 
 
 def attention_plan(lo, hi, num_keys):
-    """Intervals lo, hi (R, Tq) of integers, R = 1 or the batch size -> a plan that all layers share. Ends outside [0, num_keys] are clamped to
-    it; a query with hi <= lo sees nothing. ValueError where the shapes are not two equal (R, Tq)."""
+    """Intervals lo, hi (R, Tq) of integers, R = 1 or the batch size -> a plan that all layers share. Ends outside [0, num_keys] are clamped
+    to it; a query with hi <= lo sees nothing. ValueError where the shapes are not two equal (R, Tq)."""
     plan = _plan(lo, hi, num_keys)
     if lo.is_cuda and lo.shape[1] > FEW_QUERIES:  # made now, so that a compiled model finds them instead of tracing them
         choice = choose("attention", None, lo.device)
@@ -46,9 +47,9 @@ def attention(q, k, v, lo, hi, plan=None):
 
 
 def linear_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, count=None):
-    """Cross entropy of hidden @ weight.T + bias, summed over the rows whose label is not ignore_index and divided by `count`, or where that is
-    None by the number of those rows (no such row: 0, with gradient 0). hidden (N, D), weight (V, D), bias (V,), labels (N,) int64, count a
-    0-dim tensor or a number -> float32 scalar. On CUDA never more than a chunk of the logits exists."""
+    """Cross entropy of hidden @ weight.T + bias, summed over the rows whose label is not ignore_index and divided by `count`, or where that
+    is None by the number of those rows (no such row: 0, with gradient 0). hidden (N, D), weight (V, D), bias (V,), labels (N,) int64, count
+    a 0-dim tensor or a number -> float32 scalar. On CUDA never more than a chunk of the logits exists."""
     choice = choose("linear_cross_entropy", weight.shape[0], hidden.device)
     if choice == "reference":
         return linear_cross_entropy_reference(hidden, weight, labels, bias, ignore_index, count)
@@ -57,8 +58,8 @@ def linear_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, c
 
 
 def norm_modulate(x, shift, scale, weight=None, bias=None, eps=1e-6):
-    """LayerNorm(x) * (1 + scale) + shift over the last axis; x (..., W), shift and scale of its shape or broadcast to it, weight and bias (W,) or
-    None -> (..., W). Statistics in float32."""
+    """LayerNorm(x) * (1 + scale) + shift over the last axis; x (..., W), shift and scale of its shape or broadcast to it, weight and bias
+    (W,) or None -> (..., W). Statistics in float32."""
     if choose("norm_modulate", x.shape[-1], x.device) == "triton":
         return norm_modulate_triton(x, shift, scale, weight, bias, eps)
     return norm_modulate_reference(x, shift, scale, weight, bias, eps)
@@ -79,4 +80,5 @@ def diffusion_loss_rows(out, x0, noise, t, tables):
 
 def flow_loss_rows(v, x0, noise):
     """BAGEL's token loss, rectified flow: v, x0, noise (N, C) -> mean_c (v - (noise - x0))^2, float32 (N,)."""
-    return (flow_loss_rows_triton if choose("flow_loss_rows", x0.shape[1], v.device) == "triton" else flow_loss_rows_reference)(v, x0, noise)
+    choice = choose("flow_loss_rows", x0.shape[1], v.device)
+    return (flow_loss_rows_triton if choice == "triton" else flow_loss_rows_reference)(v, x0, noise)

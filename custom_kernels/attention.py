@@ -146,8 +146,8 @@ def attention_flex(q, k, v, plan):
 # the kernels
 
 def attention_bounds(plan):
-    """-> for every GRAIN queries (R, nq, 4) int32 [min lo, max lo, min hi, max hi]; for every GRAIN keys the same four about queries, (R, nk,
-    4) int32 [first that may see one of them, start and end of a run that sees all of them, end]. An empty interval hides every key from
+    """-> for every GRAIN queries (R, nq, 4) int32 [min lo, max lo, min hi, max hi]; for every GRAIN keys the same four about queries, (R,
+    nk, 4) int32 [first that may see one of them, start and end of a run that sees all of them, end]. An empty interval hides every key from
     "all" and asks for none."""
     if "bounds" not in plan.cache:
         lo, hi, Tk = plan.lo, plan.hi, plan.num_keys
@@ -520,7 +520,7 @@ LOG2E = 1.4426950408889634
 
 
 def dot_precision(dtype):
-    """float32 products follow torch.set_float32_matmul_precision: three tf32 products (about float32's accuracy, on tensor cores) or one."""
+    """float32 follows torch.set_float32_matmul_precision: three tf32 products (near float32's accuracy, on tensor cores) or one."""
     if dtype != torch.float32:
         return "ieee"  # half precision and float64 have one way only
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"

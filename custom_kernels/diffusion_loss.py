@@ -1,8 +1,9 @@
 """The memory-bound parts of a diffusion loss: adaptive LayerNorm, gated residual, the loss of each row.
 
 Harmon's per-token diffusion MLP is small matrices and many rows (4 copies of every masked token), so what lies between its matrix products
-costs as much as they do: eager PyTorch reads and writes the rows once per elementary operation, forward and backward. Each kernel here reads
-its rows once and writes them once, in both directions; all arithmetic is float32 whatever the rows are stored in. BAGEL uses the flow loss.
+costs as much as they do: eager PyTorch reads and writes the rows once per elementary operation, forward and backward. Each kernel here
+reads its rows once and writes them once, in both directions; all arithmetic is float32 whatever the rows are stored in. BAGEL uses the flow
+loss.
 """
 import math
 
@@ -16,7 +17,7 @@ def diffusion_tables(betas):
     """Noise schedule betas (T,) -> (T, 5) float32, computed in float64. Columns, with a_t the cumulative product of 1 - beta:
     0 sqrt(a_t) and 1 sqrt(1 - a_t): x_t = [0] x0 + [1] noise;
     2 what an error of 1 in epsilon does to the posterior mean, c1_t sqrt(1/a_t - 1), with c1_t = beta_t sqrt(a_{t-1}) / (1 - a_t);
-    3 log beta_t, the upper end of the learned log variance; 4 log of the posterior variance (entry 0 is a copy of entry 1), the lower end."""
+    3 log beta_t, the upper end of the learned log variance; 4 log of the posterior variance (entry 0 copies entry 1), the lower end."""
     betas = betas.double()
     acp = torch.cumprod(1 - betas, 0)
     prev = torch.cat([acp.new_ones(1), acp[:-1]])
@@ -38,7 +39,7 @@ def diffusion_loss_rows_reference(out, x0, noise, t, tables):
     mse = mean_c (epsilon - noise)^2. vb trains only v (epsilon is detached): for t > 0 the KL divergence in bits per channel between the
     true posterior of x_{t-1} and N(mean, exp(logvar)), logvar = f log beta_t + (1 - f) log posterior variance, f = (v + 1) / 2; at t = 0
     the negative log likelihood of x0 in bins of width 2/255 (x0 in [-1, 1], open bins at the two ends).
-    Both means share their x_t term, so their difference is tables[t, 2] (noise - epsilon): no large numbers cancel even where a_t is 1e-9."""
+    Both means share their x_t term, so their difference is tables[t, 2] (noise - epsilon): no large numbers cancel, even at a_t = 1e-9."""
     C = x0.shape[1]
     out, x0, noise = (x if x.dtype == torch.float64 else x.float() for x in (out, x0, noise))
     epsilon, v = out.split(C, dim=1)
@@ -329,7 +330,8 @@ def gated_add_op(h: torch.Tensor, gate: torch.Tensor, a: torch.Tensor) -> torch.
     out = torch.empty(N, W, dtype=common_type(h, gate, a), device=h.device)
     BLOCK = min(2048, triton.next_power_of_2(W))
     if N:
-        gated_add_kernel[(N, triton.cdiv(W, BLOCK))](h, gate, a, out, h.stride(0), gate.stride(0), a.stride(0), W=W, BLOCK=BLOCK, num_warps=4)
+        gated_add_kernel[(N, triton.cdiv(W, BLOCK))](h, gate, a, out, h.stride(0), gate.stride(0), a.stride(0), W=W, BLOCK=BLOCK,
+                                                    num_warps=4)
     return out
 
 
@@ -387,7 +389,8 @@ def diffusion_rows_op(out: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, 
     out = dense_rows(out)
     mse, vb = (torch.empty(N, dtype=exact(out), device=out.device) for _ in range(2))
     if N:
-        diffusion_rows_kernel[grid](out, x0.contiguous(), noise.contiguous(), t, tables, mse, vb, out, N, out.stride(0), BACKWARD=False, **sizes)
+        diffusion_rows_kernel[grid](out, x0.contiguous(), noise.contiguous(), t, tables, mse, vb, out, N, out.stride(0),
+                                    BACKWARD=False, **sizes)
     return mse, vb
 
 

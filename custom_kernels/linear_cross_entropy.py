@@ -1,8 +1,8 @@
 """Cross entropy of a linear layer's output, without ever holding the logits of all rows.
 
-logits = hidden weight^T + bias would be rows x vocabulary numbers (20,000 x 151,936 in float32: 12 GB, and as much again for their gradient).
-But the gradient of a row's loss in its logits is softmax - onehot, known as soon as that row's logits are. So a chunk of rows at a time:
-logits, loss, gradient in place of the logits, and its two products (with weight: the gradient of hidden; with hidden: a term of the
+logits = hidden weight^T + bias would be rows x vocabulary numbers (20,000 x 151,936 in float32: 12 GB, and as much again for their
+gradient). But the gradient of a row's loss in its logits is softmax - onehot, known as soon as that row's logits are. So a chunk of rows at
+a time: logits, loss, gradient in place of the logits, and its two products (with weight: the gradient of hidden; with hidden: a term of the
 gradient of weight), and the chunk's memory is used again. The gradients are thus ready when the forward pass ends; the backward pass
 multiplies them by the incoming scalar. Three matrix products in all, as many as the plain way needs.
 
@@ -249,8 +249,8 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad, *_):
     dhidden, dweight, dbias = ctx.saved_tensors
     weight_type, bias_type = ctx.dtypes
-    return ((dhidden * grad).to(dhidden.dtype), (dweight * grad).to(weight_type), None if bias_type is None else (dbias * grad).to(bias_type),
-            None, None, None, None, None)
+    dbias = None if bias_type is None else (dbias * grad).to(bias_type)
+    return (dhidden * grad).to(dhidden.dtype), (dweight * grad).to(weight_type), dbias, None, None, None, None, None
 
 
 linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup)

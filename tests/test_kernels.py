@@ -1,8 +1,8 @@
 """custom_kernels: the references against plain formulas, the paths against the references, the Triton kernels against the references.
 
-Triton's interpreter must be chosen before Triton is imported and would change every other test of the process, so `test_kernels_in_the_interpreter`
-runs this file again in a process of its own; the tests under `if INTERPRETING` exist only there. It computes in float32 (and float64 for
-gradcheck): bfloat16 is not to be trusted in the interpreter, and is tested where there is a GPU."""
+Triton's interpreter must be chosen before Triton is imported and would change every other test of the process, so
+`test_kernels_in_the_interpreter` runs this file again in a process of its own; the tests under `if INTERPRETING` exist only there. It
+computes in float32 (and float64 for gradcheck): bfloat16 is not to be trusted in the interpreter, and is tested where there is a GPU."""
 import json
 import os
 import subprocess
@@ -28,7 +28,8 @@ cross_entropy_module = sys.modules["custom_kernels.linear_cross_entropy"]
 def same(name, got, want, tolerance):
     assert got.shape == want.shape and got.dtype == want.dtype, f"{name}: {got.shape} {got.dtype}, expected {want.shape} {want.dtype}"
     assert got.isfinite().all(), f"{name}: not finite"
-    difference, allowed = (got - want).abs().max().item() if got.numel() else 0.0, tolerance * max(1.0, want.abs().max().item() if want.numel() else 0)
+    difference, largest = ((got - want).abs().max().item(), want.abs().max().item()) if got.numel() else (0.0, 0.0)
+    allowed = tolerance * max(1.0, largest)
     ok = "OK" if difference <= allowed else "NOT OK"
     line = f"{name:40} {ok:6} max difference {difference:.2e}, allowed {allowed:.2e}"
     print(line)
@@ -63,6 +64,9 @@ def intervals(kind, R, Tq, Tk, g):
         cuts = torch.tensor([0, Tq // 3, Tq // 2, Tq])
         doc = torch.bucketize(i, cuts, right=True) - 1
         return cuts[doc] * Tk // Tq, torch.where(doc == 1, cuts[2] * Tk // Tq, (i + 1) * Tk // Tq)
+    if kind == "steps":  # wide intervals whose ends go up and down between the grains of a tile
+        step = i // 32 % 3
+        return torch.tensor([40, 0, 70])[step], Tk - torch.tensor([0, 60, 30])[step]
     a, b = torch.randint(0, Tk + 1, (2, R, Tq), generator=g)
     lo, hi = torch.minimum(a, b), torch.maximum(a, b)
     lo[:, 0], hi[:, 0] = 5, 5  # empty
@@ -95,12 +99,21 @@ def diffusion_case(dtype, N, C, g):
 if INTERPRETING:
     @pytest.mark.parametrize("kind, B, R, Hq, Hkv, Tq, Tk, D", [
         ("random", 2, 2, 2, 1, 70, 100, 80), ("causal", 2, 2, 4, 2, 70, 70, 64), ("packed", 1, 1, 2, 2, 130, 130, 72),
-        ("full", 1, 1, 1, 1, 33, 64, 128), ("random", 2, 1, 3, 1, 20, 45, 24), ("random", 1, 1, 1, 1, 3, 40, 8), ("causal", 1, 1, 1, 1, 1, 1, 16)])
+        ("full", 1, 1, 1, 1, 33, 64, 128), ("random", 2, 1, 3, 1, 20, 45, 24), ("random", 1, 1, 1, 1, 3, 40, 8),
+        ("causal", 1, 1, 1, 1, 1, 1, 16)])
     def test_attention(kind, B, R, Hq, Hkv, Tq, Tk, D):
         g = torch.Generator().manual_seed(0)
         q, k, v = qkv(B, Hq, Hkv, Tq, Tk, D, g)
         plan = ck.attention_plan(*intervals(kind, R, Tq, Tk, g), Tk)
         compare(f"attention {kind} {D}", lambda *x: ck.attention_triton(*x, plan), lambda *x: ck.attention_reference(*x, plan), (q, k, v))
+
+    @pytest.mark.parametrize("kind, Tq, Tk", [("steps", 200, 260), ("random", 150, 140)])
+    def test_attention_with_the_tiles_of_half_precision(kind, Tq, Tk, monkeypatch):
+        tiles, g = attention_module.tiles, torch.Generator().manual_seed(0)
+        monkeypatch.setattr(attention_module, "tiles", lambda D, dtype: tiles(D, torch.bfloat16))
+        q, k, v = qkv(1, 1, 1, Tq, Tk, 16, g)
+        plan = ck.attention_plan(*intervals(kind, 1, Tq, Tk, g), Tk)
+        compare(f"large tiles {kind}", lambda *x: ck.attention_triton(*x, plan), lambda *x: ck.attention_reference(*x, plan), (q, k, v))
 
     def test_attention_large_scores_and_half_precision():
         g = torch.Generator().manual_seed(0)
@@ -145,7 +158,8 @@ if INTERPRETING:
         assert all(torch.equal(a, b) for a, b in zip(f(), f()))
 
     @pytest.mark.parametrize("N, V, D, bias, kept, count", [
-        (150, 130, 40, True, 0.5, None), (100, 70, 72, False, 0.9, 7.0), (20, 70, 16, True, 0.0, None), (1, 65, 16, False, 1.0, torch.tensor(3.0))])
+        (150, 130, 40, True, 0.5, None), (100, 70, 72, False, 0.9, 7.0), (20, 70, 16, True, 0.0, None),
+        (1, 65, 16, False, 1.0, torch.tensor(3.0))])
     def test_linear_cross_entropy(N, V, D, bias, kept, count, monkeypatch):
         monkeypatch.setattr(cross_entropy_module, "chunk_rows", lambda N, V, numbers: min(N, 64))  # several chunks, the last one ragged
         g = torch.Generator().manual_seed(0)
@@ -172,10 +186,11 @@ if INTERPRETING:
     def test_loss_rows():
         g = torch.Generator().manual_seed(0)
         out, *rest = diffusion_case(torch.float32, 300, 10, g)
-        compare("diffusion rows", lambda out: ck.diffusion_loss_rows_triton(out, *rest), lambda out: ck.diffusion_loss_rows_reference(out, *rest),
-                (out,), 1e-5)  # vb at t = 0 is a logarithm of a difference
+        compare("diffusion rows", lambda out: ck.diffusion_loss_rows_triton(out, *rest),
+                lambda out: ck.diffusion_loss_rows_reference(out, *rest), (out,), 1e-5)  # vb at t = 0 is a logarithm of a difference
         v, x0, noise = torch.randn(3, 70, 17, generator=g)
-        compare("flow rows", lambda v: ck.flow_loss_rows_triton(v, x0, noise), lambda v: ck.flow_loss_rows_reference(v, x0, noise), (v.requires_grad_(),))
+        compare("flow rows", lambda v: ck.flow_loss_rows_triton(v, x0, noise), lambda v: ck.flow_loss_rows_reference(v, x0, noise),
+                (v.requires_grad_(),))
 
     def test_gradcheck_in_float64():
         g = torch.Generator().manual_seed(0)
@@ -186,10 +201,12 @@ if INTERPRETING:
         labels = torch.tensor([4, -100, 1])
         assert torch.autograd.gradcheck(lambda h, w, b: ck.linear_cross_entropy_fused(h, w, labels, b), (h, w, b), fast_mode=True)
         x, y, w, b = rows_case(torch.float64, 6, g)
-        assert torch.autograd.gradcheck(lambda x, y, w, b: ck.norm_modulate_triton(x, y[..., :6], y[..., 6:12], w, b), (x, y, w, b), fast_mode=True)
+        norm = lambda x, y, w, b: ck.norm_modulate_triton(x, y[..., :6], y[..., 6:12], w, b)
+        assert torch.autograd.gradcheck(norm, (x, y, w, b), fast_mode=True)
         assert torch.autograd.gradcheck(lambda x, y: ck.gated_add_triton(x, y[..., :6], y[..., 6:12]), (x, y), fast_mode=True)
         out, *rest = diffusion_case(torch.float64, 12, 3, g)
-        assert torch.autograd.gradcheck(lambda v: ck.flow_loss_rows_triton(v, *rest[:2]), (out[:, :3].detach().requires_grad_(),), fast_mode=True)
+        v = out[:, :3].detach().requires_grad_()
+        assert torch.autograd.gradcheck(lambda v: ck.flow_loss_rows_triton(v, *rest[:2]), (v,), fast_mode=True)
         # epsilon is detached in vb by design, so a numerical derivative sees more than autograd there: v alone
         epsilon, v = out.detach().chunk(2, 1)
         f = lambda v: ck.diffusion_loss_rows_triton(torch.cat([epsilon, v], 1), *rest)
@@ -201,8 +218,9 @@ if INTERPRETING:
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
         q, k, v = qkv(1, 2, 1, 5, 7, 8, g)
         plan = ck.attention_plan(*intervals("random", 1, 5, 7, g), 7)
-        torch.library.opcheck(attention_module.interval_attention, (q, k, v, plan.lo, plan.hi, *ck.attention_bounds(plan)), test_utils=tests)
-        torch.library.opcheck(attention_module.interval_attention_decode, (q.detach(), k.detach(), v.detach(), plan.lo, plan.hi), test_utils=tests)
+        m = attention_module
+        torch.library.opcheck(m.interval_attention, (q, k, v, plan.lo, plan.hi, *ck.attention_bounds(plan)), test_utils=tests)
+        torch.library.opcheck(m.interval_attention_decode, (q.detach(), k.detach(), v.detach(), plan.lo, plan.hi), test_utils=tests)
         h, w = (torch.randn(n, 4, generator=g).requires_grad_() for n in (3, 5))
         for gradients, kernels in ((True, True), (False, True), (True, False), (False, False)):
             arguments = h, w, None, torch.tensor([1, -100, 2]), torch.ones(()), -100, gradients, kernels
@@ -237,8 +255,8 @@ else:
     def test_kernels_in_the_interpreter():
         pytest.importorskip("triton", reason="triton is not installed: kernels are not interpreted (pip install --no-deps triton==3.7.1)")
         env = os.environ | {"TRITON_INTERPRET": "1", "NANORECA_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
-        run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--durations=5", os.path.abspath(__file__)],
-                             env=env, cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--durations=5", os.path.abspath(__file__)]
+        run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
         print(run.stdout[-2000:])
         assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
@@ -270,7 +288,9 @@ else:
         with pytest.raises(ValueError, match=r"lo \(1, 6\) and hi \(6,\)"):
             ck.attention_plan(i, i[0], 6)
 
-    @pytest.mark.parametrize("kind, Tq, Tk", [("random", 70, 100), ("causal", 70, 70), ("packed", 130, 130), ("full", 33, 64), ("random", 200, 300)])
+    @pytest.mark.parametrize("kind, Tq, Tk", [
+        ("random", 70, 100), ("causal", 70, 70), ("packed", 130, 130), ("full", 33, 64), ("random", 200, 300),
+        ("steps", 200, 260)])
     def test_bounds_and_tiles_say_what_the_mask_says(kind, Tq, Tk):
         """The bounds that the kernels skip by, and FlexAttention's tile lists, against the dense mask, tile by tile."""
         g = torch.Generator().manual_seed(0)
@@ -311,7 +331,8 @@ else:
                 (h, w.detach(), b.detach()))
 
     def test_chunked_cross_entropy_in_bfloat16(monkeypatch):
-        """As a GPU would run it under autocast: float32 weights and their float32 gradients, products in bfloat16, everything else in float32."""
+        """As a GPU would run it under autocast: float32 weights and their float32 gradients, products in bfloat16, everything else in
+        float32."""
         monkeypatch.setattr(ck, "choose", lambda *_: "chunked")
         monkeypatch.setattr(cross_entropy_module, "chunk_rows", lambda N, V, numbers: 50)
         g = torch.Generator().manual_seed(0)
@@ -324,8 +345,8 @@ else:
             return [loss.detach(), *torch.autograd.grad(loss, inputs)]
 
         plain = lambda h, w, b: F.cross_entropy(F.linear(h, w, b).float(), labels)
-        for name, got, usual, want in zip(("loss", "hidden", "weight", "bias"), run(lambda h, w, b: ck.linear_cross_entropy(h, w, labels, b), True),
-                                          run(plain, True), run(plain, False)):
+        mine = run(lambda h, w, b: ck.linear_cross_entropy(h, w, labels, b), True)
+        for name, got, usual, want in zip(("loss", "hidden", "weight", "bias"), mine, run(plain, True), run(plain, False)):
             assert got.dtype == want.dtype == torch.float32
             assert (got - want).abs().max() <= 2 * (usual - want).abs().max() + 1e-6, name
             assert name == "loss" or (got - want).abs().max() > 1e-7, "it was meant to run in bfloat16"
@@ -341,12 +362,13 @@ else:
         compare("gated_add", lambda x, y: ck.gated_add(x, y[..., :10], y[..., 10:20]), lambda x, y: x + y[..., :10] * y[..., 10:20], (x, y))
 
     def test_diffusion_rows_against_distributions():
-        """vb as what it stands for: a divergence between two Gaussians (t > 0), a probability of a bin (t = 0); mean squared error of epsilon."""
+        """vb as what it stands for: a divergence between two Gaussians (t > 0), a probability of a bin (t = 0); mean squared error of
+        epsilon."""
         g = torch.Generator().manual_seed(0)
         out, x0, noise, t, tables = diffusion_case(torch.float64, 200, 6, g)
         betas = torch.linspace(1e-4, 0.02, 1000).double()
-        a = torch.cumprod(1 - betas, 0)[t][:, None]
-        prev = torch.cat([torch.ones(1).double(), torch.cumprod(1 - betas, 0)])[t][:, None]
+        acp = torch.cumprod(1 - betas, 0)
+        a, prev = acp[t][:, None], torch.cat([torch.ones(1).double(), acp])[t][:, None]
         beta = betas[t][:, None]
         x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise
         assert torch.allclose(ck.add_noise(x0, noise, t, tables), x_t, atol=1e-6)
@@ -354,7 +376,7 @@ else:
         epsilon, v = out.chunk(2, 1)
         predicted = mean((x_t - (1 - a).sqrt() * epsilon.detach()) / a.sqrt())
         variance = beta * (1 - prev) / (1 - a)
-        variance = torch.where(t[:, None] == 0, betas[1] * (1 - torch.cumprod(1 - betas, 0)[0]) / (1 - torch.cumprod(1 - betas, 0)[1]), variance)
+        variance = torch.where(t[:, None] == 0, betas[1] * (1 - acp[0]) / (1 - acp[1]), variance)
         std = (0.5 * ((v + 1) / 2 * beta.log() + (1 - v) / 2 * variance.log())).exp()
         normal = torch.distributions.Normal
         kl = torch.distributions.kl_divergence(normal(mean(x0), variance.sqrt()), normal(predicted, std))
@@ -365,7 +387,8 @@ else:
         low, high = normal(predicted, std).cdf(x0 - 1 / 255), normal(predicted, std).cdf(x0 + 1 / 255)
         low, high = torch.where(x0 < -0.999, 0, low), torch.where(x0 > 0.999, 1, high)
         bits = -(high - low).clamp(min=1e-12).log2().mean(1)
-        assert ((vb - bits)[~later].abs() <= 0.02 * bits[~later].abs() + 0.02).all()  # the published loss approximates the Gaussian's cdf by tanh
+        # the published loss approximates the Gaussian's distribution function by tanh
+        assert ((vb - bits)[~later].abs() <= 0.02 * bits[~later].abs() + 0.02).all()
         assert torch.autograd.grad(vb.sum(), out, retain_graph=True)[0][:, :6].abs().max() == 0, "vb must not train epsilon"
 
     def test_flow_rows():
@@ -465,7 +488,8 @@ else:
         code = "import sys, custom_kernels; assert 'triton' not in sys.modules"  # importing it costs time that a CPU run has no use for
         env = {k: v for k, v in os.environ.items() if k not in ("NANORECA_KERNELS", "TRITON_INTERPRET")} | {"CUDA_VISIBLE_DEVICES": ""}
         subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=env)
-        run = subprocess.run([sys.executable, "-c", "import custom_kernels"], cwd=ROOT, env=env | {"NANORECA_KERNELS": "fast"}, capture_output=True, text=True)
+        env["NANORECA_KERNELS"] = "fast"
+        run = subprocess.run([sys.executable, "-c", "import custom_kernels"], cwd=ROOT, env=env, capture_output=True, text=True)
         assert "NANORECA_KERNELS='fast' is not known" in run.stderr and run.returncode == 1
         monkeypatch.setattr(pick, "FORCED", "triton")
         with pytest.raises(ValueError, match="given CPU tensors"):

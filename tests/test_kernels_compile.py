@@ -1,8 +1,9 @@
-"""Every Triton kernel, as its Python wrapper would launch it, compiled for an A100 (sm_80) and an H100 or H200 (sm_90) on a machine without a GPU.
+"""Every Triton kernel, as its Python wrapper would launch it, compiled for an A100 (sm_80) and an H100 or H200 (sm_90) on a machine without
+a GPU.
 
-The wrappers run on small CPU tensors with their kernels replaced by something that only notes the launch; from each launch follows what a GPU
-would compile (types, constants, which arguments are multiples of 16). It runs in a process of its own, because Triton must not interpret
-there. `python tests/test_kernels_compile.py all` compiles more head dimensions and types, and prints the same table for them."""
+The wrappers run on small CPU tensors with their kernels replaced by something that only notes the launch; from each launch follows what a
+GPU would compile (types, constants, which arguments are multiples of 16). It runs in a process of its own, because Triton must not
+interpret there. `python tests/test_kernels_compile.py all` compiles more head dimensions and types, and prints the same table for them."""
 import os
 import re
 import subprocess
@@ -49,8 +50,8 @@ def launch_attention(dtype, D):
 def launch_cross_entropy(dtype, gradients):
     import torch
     from custom_kernels.linear_cross_entropy import by_kernels
-    bias = torch.zeros(1000, dtype=dtype) if gradients else None
-    by_kernels(torch.zeros(64, 256, dtype=dtype), torch.zeros(1000, 256, dtype=dtype), bias, torch.zeros(64).long(), torch.ones(()), -100, gradients)
+    hidden, weight, bias = torch.zeros(64, 256, dtype=dtype), torch.zeros(1000, 256, dtype=dtype), torch.zeros(1000, dtype=dtype)
+    by_kernels(hidden, weight, bias if gradients else None, torch.zeros(64).long(), torch.ones(()), -100, gradients)
 
 
 def launch_rows(dtype, affine):
@@ -130,13 +131,14 @@ def main(everything):
                 compiled = compile_launch(kernel, args, named, arch)
                 shared, (registers, stack) = compiled.metadata.shared, registers_and_stack(compiled)
                 cores = "wgmma" if "wgmma.mma_async" in compiled.asm["ptx"] else "mma" if "mma.sync" in compiled.asm["ptx"] else "-"
-                flags = " ".join(f"{n}={named[n]}" for n in ("D", "BM", "BN", "HAS_BIAS", "STORE", "SWEEP", "AFFINE", "BACKWARD") if n in named)
+                flags = ("D", "BM", "BN", "HAS_BIAS", "STORE", "SWEEP", "AFFINE", "BACKWARD")
+                flags = " ".join(f"{n}={named[n]}" for n in flags if n in named)
                 wrong = [f"{shared} bytes of shared memory, at most {SHARED[arch]}"] if shared > SHARED[arch] else []
                 wrong += [f"{stack} bytes of spilled registers, at most {SPILL}"] if half and stack > SPILL else []
                 wrong += ["no tensor cores"] if half and "tl.dot" in kernel.src and cores == "-" else []
                 bad += bool(wrong)
-                print(f"{kernel.__name__:32} {str(dtype)[6:]:9} {flags:44} {arch:4} {shared // 1024:4} KB {registers:5} {stack:5} {cores:12} "
-                      f"{time.time() - start:8.1f}  {'NOT OK: ' + ', '.join(wrong) if wrong else 'OK'}", flush=True)
+                print(f"{kernel.__name__:32} {str(dtype)[6:]:9} {flags:44} {arch:4} {shared // 1024:4} KB {registers:5} {stack:5} "
+                      f"{cores:12} {time.time() - start:8.1f}  {'NOT OK: ' + ', '.join(wrong) if wrong else 'OK'}", flush=True)
         launches.clear()
     print(f"{bad} not OK")
     return bad
