@@ -92,7 +92,8 @@ CONFIGS = {
     "tiny": HarmonConfig(vocab_size=1024, hidden_size=128, intermediate_size=240, num_layers=4, num_heads=4, num_kv_heads=2,
                          encoder_dim=96, encoder_depth=2, encoder_heads=4, decoder_dim=96, decoder_depth=2, decoder_heads=4, mlp_ratio=2.5,
                          buffer_size=4, native_grid=3, class_num=1, dropout=0.0, diffloss_depth=3, diffloss_width=192, mask_ratio_min=0.3,
-                         num_sampling_steps="2,2,2,2,1,1,1,1,1,1,1,1,1,1,1,1,1,1,2,0",  # 24 steps from t = 949: at 999 a small net's error is multiplied by 1,000
+                         # 24 steps from t = 949: at 999 a small net's error is multiplied by 1,000
+                         num_sampling_steps="2,2,2,2,1,1,1,1,1,1,1,1,1,1,1,1,1,1,2,0",
                          image_size=48, vae=TOKENIZERS["tiny-kl"], mask_bucket=1, max_prompt=64,
                          max_dialogue=128, pad_multiple=4, mask_steps=9),
     "harmon-0.5b": HarmonConfig(),
@@ -520,6 +521,10 @@ class Harmon(nn.Module):
         """The published recipe's exemptions from weight decay. Embeddings, positional tables and mask tokens do decay."""
         return p.ndim == 1 or name.endswith(".bias") or "diffloss" in name
 
+    def target_count(self, part, tensors):
+        """What the loss of a part is a mean over where that differs from sample to sample (0-dim), else None."""
+        return (tensors["labels"] != IGNORE).sum().float() if "labels" in tensors else None
+
     # ---- data side
 
     @property
@@ -817,7 +822,9 @@ class Harmon(nn.Module):
         c, weights = self.config, lambda module: sum(p.numel() for p in module.parameters())
         generates, L, S = part in ("recon", "edit", "t2i"), (c.image_size // self.stride) ** 2, c.buffer_size
         clean = 0 if part in ("t2i", "text") else L + S
-        shown = (1 - c.mask_ratio_min) * L * 0.44 + S if generates else 0  # the truncated normal leaves 0.44 of the largest share visible
+        unit, edge = NormalDist(), (1 - c.mask_ratio_min) / 0.25
+        mean = 0.25 * (unit.pdf(0) - unit.pdf(edge)) / (unit.cdf(edge) - 0.5)  # share of visible tokens under the truncated normal
+        shown = mean * L + S if generates else 0
         encoder, decoder, sequence = weights(self.mar.encoder_blocks), weights(self.mar.decoder_blocks), text_tokens + clean + shown
         total = sequence * weights(self.llm.model.layers) + (clean + 2 * shown) * weights(self.proj_in) + (clean + shown) * encoder
         scores = sequence ** 2 / 2 * c.hidden_size * c.num_layers + (clean ** 2 + shown ** 2) * c.encoder_dim * c.encoder_depth
