@@ -210,3 +210,84 @@ def report(scores, title=""):
     if tail:
         lines.append("  " + "  ".join(tail))
     return "\n".join(lines)
+
+
+def export_geneval(model, prompts_file, out, n=4, seed=0, **sampler):
+    """Pictures in the folder layout of GenEval's own scorer (00000/metadata.jsonl, 00000/samples/0000.png), with the recipe beside them in recipe.json.
+    prompts_file: GenEval's evaluation_metadata.jsonl, one JSON object with a "prompt" per line. The seed starts anew for each prompt."""
+    from PIL import Image
+    if not os.path.isfile(prompts_file):
+        raise FileNotFoundError(f"--geneval {prompts_file}: no such file; it is GenEval's evaluation_metadata.jsonl")
+    with open(prompts_file, encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f if line.strip()]
+    device = next(model.parameters()).device
+    for i, row in enumerate(data.Progress(rows, "GenEval prompts")):
+        folder = os.path.join(out, f"{i:05d}", "samples")
+        os.makedirs(folder, exist_ok=True)
+        data.write_text(os.path.join(out, f"{i:05d}", "metadata.jsonl"), json.dumps(row))
+        pictures = to_uint8(model.generate([row["prompt"]] * n, generator=torch.Generator(device).manual_seed(seed), **sampler))
+        for j, p in enumerate(pictures):
+            Image.fromarray(p).save(os.path.join(folder, f"{j:04d}.png"))
+    data.write_text(os.path.join(out, "recipe.json"), json.dumps(dict(argv=sys.argv[1:], n=n, seed=seed, torch=torch.__version__, **sampler), indent=1))
+    print(f"{len(rows)} prompts x {n} pictures: {out}")
+
+
+def print_table(folder):
+    """One line per run from the JSON files of `folder` (each written by --json): arch, name, seed, scores."""
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"--table {folder}: no such folder; it holds the JSON files written by --json")
+    rows = []
+    for name in sorted(os.listdir(folder)):
+        if name.endswith(".json"):
+            r = data.read_json(os.path.join(folder, name))
+            g = r["scores"]["generation"]
+            rows.append((r["arch"], name[:-5], f"{g['score']:.3f} ({g['interval'][0]:.3f}-{g['interval'][1]:.3f})", f"{g['seen']:.3f}", f"{g['held_out']:.3f}", f"{g['objects']:.2f}",
+                         f"{r['scores']['questions']['accuracy']:.3f}", f"{r['scores']['reconstruction']['objects']:.3f}"))
+    print("| arch | run | score (95 %) | seen | held-out | objects/picture | questions | reconstruction |\n|" + " --- |" * 8)
+    for r in rows:
+        print("| " + " | ".join(r) + " |")
+
+
+def main(argv=None):
+    import sample
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--arch", choices=sample.ARCHS, default="mar")
+    p.add_argument("--ckpt", help="folder written by train.py, or a published checkpoint with --config (default: weights/ARCH-reca)")
+    p.add_argument("--config")
+    p.add_argument("--tokenizer-ckpt")
+    p.add_argument("--vision-ckpt")
+    p.add_argument("--text-tokenizer")
+    p.add_argument("--n", type=int, default=600, help="judged pictures, a sixth per task (with --geneval: pictures per prompt)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--split", choices=("dev", "test"), default="test", help="dev: prompts for choosing settings; test: for reporting")
+    p.add_argument("--cfg", type=float)
+    p.add_argument("--steps", type=int)
+    p.add_argument("--json", metavar="FILE", help="write all numbers there")
+    p.add_argument("--grid", metavar="FILE", help="write a grid of judged pictures there")
+    p.add_argument("--table", metavar="FOLDER", help="print a table from the JSON files in FOLDER and stop")
+    p.add_argument("--geneval", metavar="JSONL", help="draw GenEval's prompts into its folder layout under --out instead of judging here")
+    p.add_argument("--out", default="geneval")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = p.parse_args(argv)
+    if args.table:
+        return print_table(args.table)
+    if args.n < 6 and not args.geneval:
+        raise ValueError(f"--n {args.n}: at least 6, one picture for each task")
+    model = sample.load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer, args.device, vision_ckpt=args.vision_ckpt)
+    sampler = {k: v for k, v in dict(cfg=args.cfg, steps=args.steps).items() if v is not None}
+    if args.geneval:
+        return export_geneval(model, args.geneval, args.out, args.n, args.seed, **sampler)
+    scores, pictures, rows = score_all(model, args.n, args.seed, args.split, editing=args.arch == "diffusion", **sampler)
+    print(report(scores))
+    for task, t in scores["generation"]["tasks"].items():
+        line = f"  {task:14s} {t['score']:.3f} ({t['interval'][0]:.3f}-{t['interval'][1]:.3f}, {t['n']} pictures)"
+        print(line + (f"  seen {t['seen']['score']:.3f} of {t['seen']['n']}, held-out {t['held_out']['score']:.3f} of {t['held_out']['n']}" if "seen" in t else ""))
+    if args.json:
+        data.write_text(args.json, json.dumps(dict(arch=args.arch, ckpt=args.ckpt, argv=sys.argv[1:], torch=torch.__version__, scores=scores), indent=1))
+    if args.grid:
+        keep = np.linspace(0, len(rows) - 1, 24).astype(int)
+        sample.save_png(sample.grid(pictures[keep], [rows[i]["prompt"] for i in keep]), args.grid)
+
+
+if __name__ == "__main__":
+    data.one_line_errors(main)

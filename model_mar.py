@@ -91,7 +91,7 @@ class HarmonConfig:
 CONFIGS = {
     "tiny": HarmonConfig(vocab_size=1024, hidden_size=128, intermediate_size=240, num_layers=4, num_heads=4, num_kv_heads=2,
                          encoder_dim=96, encoder_depth=2, encoder_heads=4, decoder_dim=96, decoder_depth=2, decoder_heads=4, mlp_ratio=2.5,
-                         buffer_size=4, native_grid=3, class_num=1, dropout=0.0, diffloss_depth=3, diffloss_width=192, mask_ratio_min=0.3,
+                         buffer_size=9, native_grid=3, class_num=1, dropout=0.0, diffloss_depth=3, diffloss_width=192, mask_ratio_min=0.3,
                          # 24 steps from t = 949: at 999 a small net's error is multiplied by 1,000
                          num_sampling_steps="2,2,2,2,1,1,1,1,1,1,1,1,1,1,1,1,1,1,2,0",
                          image_size=48, vae=TOKENIZERS["tiny-kl"], mask_bucket=1, max_prompt=64,
