@@ -397,8 +397,8 @@ def build(args, device):
         if args.config not in module.CONFIGS:
             raise ValueError(f"--config {args.config}: --arch {args.arch} knows {', '.join(module.CONFIGS)}")
         config = module.CONFIGS[args.config]
-        folder = args.tokenizer_ckpt or os.path.join(sample.HERE, "weights", f"{args.arch}-tokenizer")
-        attribute = TOKENIZERS[args.arch][1]
+        name, attribute = TOKENIZERS[args.arch]
+        folder = args.tokenizer_ckpt or os.path.join(sample.HERE, "weights", name)
         vae = sample.from_dict(type(getattr(config, attribute)), sample.read_config(folder)["config"])
         model = module.Model(dataclasses.replace(config, **{attribute: vae}), data.load_tokenizer(args.text_tokenizer or "tiny"))
         image_tokenizer.load_strict(getattr(model, attribute), image_tokenizer.read_weights(folder), folder)

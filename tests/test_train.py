@@ -19,7 +19,7 @@ import sample
 import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-ARCHS = [a for a in sample.ARCHS if os.path.isdir(os.path.join(ROOT, "weights", f"{a}-tokenizer"))]
+ARCHS = [a for a in sample.ARCHS if os.path.isdir(os.path.join(ROOT, "weights", train.TOKENIZERS[a][0]))]
 SMALL = ["--batch", "8", "--pool", "32", "--eval-n", "0", "--log-every", "1", "--steps", "4", "--warmup", "2", "--device", "cpu", "--threads", "1"]
 
 

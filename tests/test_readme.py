@@ -1,0 +1,56 @@
+"""The README's own commands: two set-up lines, and every command parses with flags that exist. The main job itself runs in .ci/run."""
+import os
+import re
+import shlex
+
+import sample
+import train
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
+JOINED = re.sub(r"\\\n\s*", " ", README)  # lines that end in a backslash go on
+COMMANDS = [re.sub(r"\s+#.*", "", c).strip() for c in re.findall(r"^    ((?:pip|python|torchrun) [^\n]*)", JOINED, re.M)]
+
+
+def test_two_set_up_commands():
+    assert [c for c in COMMANDS if c.startswith("pip install")] == ["pip install -r requirements.txt && torchrun train.py --arch mar", "pip install -r requirements.txt && pytest"]
+
+
+def test_every_command_parses():
+    seen = 0
+    for c in COMMANDS:
+        for part in c.split("&&"):
+            words = shlex.split(part)
+            script = next((w for w in words if w.endswith(".py")), None)
+            if script is None:
+                continue
+            assert os.path.exists(os.path.join(ROOT, script)), script
+            argv = words[words.index(script) + 1:]
+            if script == "train.py" and "--resume" not in argv:
+                train.parse_args(argv)
+            elif script == "sample.py":
+                sample.parse_args(argv)
+            seen += 1
+    assert seen >= 6
+
+
+def test_docstring_commands_of_the_scripts_parse():
+    for module, parse in ((train, train.parse_args), (sample, sample.parse_args)):
+        text = re.sub(r"\\\s*\n\s*", " ", module.__doc__)
+        for line in re.findall(rf"{module.__name__}\.py([^\n#]*)", text):
+            if "--resume" not in line:
+                parse(shlex.split(line))
+
+
+def test_readme_names_code_that_exists():
+    import data
+    import model_ar
+    import model_diffusion
+    import model_mar
+    for cls in (model_mar.Harmon, model_ar.ShowO, model_diffusion.Bagel):
+        assert callable(cls.reca_loss)
+    for name in re.findall(r"`Harmon\.(\w+)`", README):
+        assert hasattr(model_mar.Harmon, name), name
+    assert len(data.RECA_TEMPLATES) >= 100
+    for path in re.findall(r"`([\w/]+\.py)`", README):
+        assert os.path.exists(os.path.join(ROOT, path)), path
