@@ -35,17 +35,20 @@ def golden():
         config = json.load(f)
     cases = load_file(os.path.join(GOLDEN, "cases.safetensors"))
     v, l, m = config["vae"], config["llm"], config["mar"]
+    vae = AutoencoderConfig(
+        ch=v["ch"], ch_mult=tuple(v["ch_mult"]), num_res_blocks=v["num_res_blocks"], z_channels=v["embed_dim"], resolution=v["resolution"],
+        encoder_attn_resolutions=tuple(v["encoder_attn_resolutions"]), decoder_attn_resolutions=tuple(v["decoder_attn_resolutions"]),
+        scale=config["vae_scale"])
     model = Harmon(HarmonConfig(
-        vocab_size=l["vocab_size"], hidden_size=l["hidden_size"], intermediate_size=l["intermediate_size"], num_layers=l["num_hidden_layers"],
-        num_heads=l["num_attention_heads"], num_kv_heads=l["num_key_value_heads"], rope_theta=l["rope_theta"], rms_norm_eps=l["rms_norm_eps"],
-        encoder_dim=m["encoder_embed_dim"], encoder_depth=m["encoder_depth"], encoder_heads=m["encoder_num_heads"], decoder_dim=m["decoder_embed_dim"],
-        decoder_depth=m["decoder_depth"], decoder_heads=m["decoder_num_heads"], mlp_ratio=m["mlp_ratio"], buffer_size=m["buffer_size"],
-        native_grid=m["img_size"] // m["vae_stride"] // m["patch_size"], patch_size=m["patch_size"], class_num=m["class_num"], dropout=m["attn_dropout"],
-        diffloss_depth=m["diffloss_d"], diffloss_width=m["diffloss_w"], diffusion_batch_mul=m["diffusion_batch_mul"],
-        num_sampling_steps=m["num_sampling_steps"], image_size=m["img_size"], mask_ratio_min=m["mask_ratio_min"], grad_scale=config["grad_scale"],
-        vae=AutoencoderConfig(ch=v["ch"], ch_mult=tuple(v["ch_mult"]), num_res_blocks=v["num_res_blocks"], z_channels=v["embed_dim"], resolution=v["resolution"],
-                              encoder_attn_resolutions=tuple(v["encoder_attn_resolutions"]), decoder_attn_resolutions=tuple(v["decoder_attn_resolutions"]),
-                              scale=config["vae_scale"])))
+        vocab_size=l["vocab_size"], hidden_size=l["hidden_size"], intermediate_size=l["intermediate_size"],
+        num_layers=l["num_hidden_layers"], num_heads=l["num_attention_heads"], num_kv_heads=l["num_key_value_heads"],
+        rope_theta=l["rope_theta"], rms_norm_eps=l["rms_norm_eps"], encoder_dim=m["encoder_embed_dim"], encoder_depth=m["encoder_depth"],
+        encoder_heads=m["encoder_num_heads"], decoder_dim=m["decoder_embed_dim"], decoder_depth=m["decoder_depth"],
+        decoder_heads=m["decoder_num_heads"], mlp_ratio=m["mlp_ratio"], buffer_size=m["buffer_size"],
+        native_grid=m["img_size"] // m["vae_stride"] // m["patch_size"], patch_size=m["patch_size"], class_num=m["class_num"],
+        dropout=m["attn_dropout"], diffloss_depth=m["diffloss_d"], diffloss_width=m["diffloss_w"],
+        diffusion_batch_mul=m["diffusion_batch_mul"], num_sampling_steps=m["num_sampling_steps"], image_size=m["img_size"],
+        mask_ratio_min=m["mask_ratio_min"], grad_scale=config["grad_scale"], vae=vae))
     load_strict(model, load_file(os.path.join(GOLDEN, "weights.safetensors")), "golden weights")
     model.trainable_parameters("reca")
     return config, cases, model.eval()
@@ -76,10 +79,12 @@ class Report:
         difference = (got - want).abs()
         worst = (difference / allowed).argmax() if want.numel() else 0
         ok = bool((difference <= allowed).all())  # nan fails
-        self.add(name, ok, f"max difference {difference.flatten()[worst].item():.3g}, allowed {allowed.flatten()[worst].item():.3g}" if want.numel() else "empty")
+        numbers = [x.flatten()[worst].item() for x in (difference, allowed)] if want.numel() else [0, 0]
+        self.add(name, ok, "max difference {:.3g}, allowed {:.3g}".format(*numbers))
 
     def equal(self, name, got, want):
-        self.add(name, got.shape == want.shape and bool((got == want).all()), f"{got.flatten()[:8].tolist()} / {want.flatten()[:8].tolist()}")
+        same = got.shape == want.shape and bool((got == want).all())
+        self.add(name, same, f"{got.flatten()[:8].tolist()} / {want.flatten()[:8].tolist()}")
 
     def add(self, name, ok, text):
         self.good &= ok
@@ -235,8 +240,9 @@ def test_diffloss():
         x_t = add_noise(given["target"], given["noise"], given["t"], tables_on("", "cpu")[0])
         report.close("diffloss.x_t", x_t, out["x_t"], SINGLE)
         report.close("diffloss.net", loss.net(out["x_t"], given["t"], given["z"]), out["net"], SINGLE)
-        report.close("diffloss.net, steps embedded from a table", loss.net(out["x_t"].repeat(30, 1), given["t"].repeat(30), given["z"].repeat(30, 1))[: len(x_t)],
-                     out["net"], SINGLE)
+        times = 1000 // len(x_t) + 1  # more rows than steps: their embeddings come from a table
+        many = loss.net(out["x_t"].repeat(times, 1), given["t"].repeat(times), given["z"].repeat(times, 1))
+        report.close("diffloss.net, many rows", many[:len(x_t)], out["net"], SINGLE)
         mse, vb = loss.loss_rows(given["z"][None], given["target"][None], given["t"][None, None], given["noise"][None, None])
     report.close("diffloss.mse_rows", mse, out["mse_rows"], WHOLE)
     report.close("diffloss.vb_rows", vb, out["vb_rows"], ROWS)
@@ -402,8 +408,8 @@ def check_sampler(name, model, given, out, run, monkeypatch):
     """run(orders, noise) -> image; compares every step of the sampler."""
     steps = sum(k.startswith("init_noise.") for k in given)
     noise = [(given[f"init_noise.{k}"], given[f"step_noise.{k}"]) for k in range(steps)]
-    fused, decodes, sampled = record(monkeypatch, model, "fuse"), record(monkeypatch, model.mar, "decode"), record(monkeypatch, model.mar.diffloss, "sample")
-    encodes = record(monkeypatch, model.mar, "encode")
+    fused, encodes = record(monkeypatch, model, "fuse"), record(monkeypatch, model.mar, "encode")
+    decodes, sampled = record(monkeypatch, model.mar, "decode"), record(monkeypatch, model.mar.diffloss, "sample")
     image, report = run(given["orders"], noise), Report()
     encodes = encodes[-steps:]  # the first one may be the clean image
     report.add(f"{name}: number of steps", len(fused) == steps, f"{len(fused)}, expected {steps}")
@@ -421,8 +427,9 @@ def test_sampler(name, monkeypatch):
     given, out, model = case(name)
     p = golden()[0]["sampler_cases"][name]
     ids, pads = left(given["attention_mask"], given["input_ids"])
+    options = dict(cfg=p["cfg"], steps=p["num_iter"], temperature=p["temperature"])
     run = lambda orders, noise: model.decode_latents(
-        model.sample(model.embed(ids), pads, tuple(p["image_shape"]), p["cfg"], p["num_iter"], p["temperature"], orders=orders, noise=noise))
+        model.sample(model.embed(ids), pads, tuple(p["image_shape"]), orders=orders, noise=noise, **options))
     check_sampler(name, model, given, out, run, monkeypatch)
 
 
@@ -510,7 +517,8 @@ def test_load_published_keeps_the_numbers(layout, tmp_path):
     assert {p.dtype for p in half.llm.parameters()} == {torch.bfloat16} and {p.dtype for p in half.vae.parameters()} == {torch.float32}
     # every path of a bf16 model without autocast: dtypes must fit
     grid, h = (model.config.native_grid + 1, model.config.native_grid), model.config.hidden_size
-    latents = half.sample(torch.zeros(2, 3, h, dtype=torch.bfloat16), torch.tensor([0, 1]), grid, 2.0, 3, generator=torch.Generator().manual_seed(0))
+    generator, context = torch.Generator().manual_seed(0), torch.zeros(2, 3, h, dtype=torch.bfloat16)
+    latents = half.sample(context, torch.tensor([0, 1]), grid, 2.0, 3, generator=generator)
     images = half.decode_latents(latents)
     assert images.dtype == torch.float32 and torch.isfinite(images).all()
     context, pads = half.context([[1, 2, IMAGE, 3]], half.precompute(images)["latents"])
@@ -533,7 +541,8 @@ def test_load_published_errors(tmp_path):
     error({"encoder.conv_in.weight": torch.zeros(1)}, "not a Harmon checkpoint")
     state |= {k: v.clone() for k, v in model.state_dict().items() if k.startswith("vae.")}
     wrong = {k: v for k, v in state.items() if k != "proj_in.2.bias"} | {"mar.extra": torch.zeros(1), "proj_out.0.bias": torch.zeros(3)}
-    error(wrong, r"(?s)1 missing, 1 unexpected, 1 of another shape.*proj_in\.2\.bias.*mar\.extra.*proj_out\.0\.bias.*\(3,\)", config=model.config)
+    table = r"(?s)1 missing, 1 unexpected, 1 of another shape.*proj_in\.2\.bias.*mar\.extra.*proj_out\.0\.bias.*\(3,\)"
+    error(wrong, table, config=model.config)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Harmon.load_published(tmp_path / "nowhere.pth")
 
@@ -607,7 +616,8 @@ def test_collate():
     cut = model.collate("i2t", samples, len(full) - 3)
     assert (cut["labels"][1] != IGNORE).sum() == len(tok.encode(samples[1]["answer"])) + 1 - 2 and cut["pads"][1] == 0
     t2i = model.collate("t2i", [{"caption": "a red circle"}, {"caption": "x", "drop": True}])
-    assert tok.decode(t2i["ids"][1, int(t2i["pads"][1]):].tolist()) == "<|im_start|>user\nGenerate an image.<|im_end|>\n<|im_start|>assistant\n"
+    text = tok.decode(t2i["ids"][1, int(t2i["pads"][1]):].tolist())
+    assert text == "<|im_start|>user\nGenerate an image.<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_draw():
@@ -615,7 +625,8 @@ def test_draw():
     c, make = model.config, lambda seed: torch.Generator().manual_seed(seed)
     draws = [model.draw("recon", make(i), make(7)) for i in range(3)]
     k = draws[0]["t"].shape[1]
-    assert [d["t"].shape for d in draws] == [(c.diffusion_batch_mul, k)] * 3 and draws[0]["noise"].shape == (c.diffusion_batch_mul, k, c.vae.z_channels)
+    assert [d["t"].shape for d in draws] == [(c.diffusion_batch_mul, k)] * 3
+    assert draws[0]["noise"].shape == (c.diffusion_batch_mul, k, c.vae.z_channels)
     assert not torch.equal(draws[0]["noise"], draws[1]["noise"]) and sorted(draws[0]["order"].tolist()) == list(range(9))
     again = model.draw("recon", make(1), make(7))
     assert all(torch.equal(again[n], draws[1][n]) for n in again)
@@ -634,7 +645,8 @@ def test_draw():
 def tiny_batch(n=6, parts=("recon", "i2t", "t2i", "edit", "text")):
     model, make = tiny(), lambda *s: torch.Generator().manual_seed(hash(s) % 2 ** 31)
     latents = torch.randn(2 * n, 3, 3, 16, generator=make(0))
-    samples = {"recon": [{"prompt": "Describe it."}], "i2t": [{"question": "what is it?", "answer": "a red circle"}, {"question": "how many?", "answer": "two"}],
+    samples = {"recon": [{"prompt": "Describe it."}],
+               "i2t": [{"question": "what is it?", "answer": "a red circle"}, {"question": "how many?", "answer": "two"}],
                "t2i": [{"caption": "a red circle and a blue star"}], "edit": [{"instruction": "make it green"}],
                "text": [{"question": "two stars. how many?", "answer": "two"}, {"question": "a?", "answer": "no, a large one"}]}
     batch = {}
@@ -755,17 +767,23 @@ def test_answers_with_a_cache_equal_those_without():
 
 def test_linear_guidance(monkeypatch):
     model = tiny().eval()
+    monkeypatch.setattr(model.mar.diffloss, "spacing", "3")
     calls = record(monkeypatch, model.mar.diffloss, "sample")
     model.generate(["a red circle"], cfg=4.0, steps=4, schedule="linear", generator=torch.Generator().manual_seed(0))
-    assert [round(args[2], 4) for args, _, _ in calls] == [round(1 + 3 * made / 9, 4) for made in (1, 3, 6, 8)]  # 8, 6, 3, 1 tokens still masked
+    made = (1, 3, 6, 8)  # of 9 tokens; the schedule counts one as masked to the end
+    assert [round(args[2], 4) for args, _, _ in calls] == [round(1 + 3 * n / 9, 4) for n in made]
 
 
-def test_pictures():
+def test_pictures(monkeypatch):
     model, make = tiny().eval(), lambda seed: torch.Generator().manual_seed(seed)
+    monkeypatch.setattr(model.mar.diffloss, "spacing", "3")
     prompts, images = ["a red circle", "two blue stars"], torch.rand(2, 3, 48, 48, generator=make(0)) * 2 - 1
-    runs = {"generate": lambda g: model.generate(prompts, generator=g), "linear": lambda g: model.generate(prompts, 2.0, 4, 0.9, g, schedule="linear"),
-            "no guidance": lambda g: model.generate(prompts, cfg=1.0, generator=g), "more steps than tokens": lambda g: model.generate(prompts, steps=20, generator=g),
-            "reconstruct": lambda g: model.reconstruct(images, generator=g), "edit": lambda g: model.edit(images, ["make it red", "remove the star"], generator=g)}
+    runs = {"generate": lambda g: model.generate(prompts, generator=g),
+            "linear": lambda g: model.generate(prompts, 2.0, 4, 0.9, g, schedule="linear"),
+            "no guidance": lambda g: model.generate(prompts, cfg=1.0, generator=g),
+            "more steps than tokens": lambda g: model.generate(prompts, steps=20, generator=g),
+            "reconstruct": lambda g: model.reconstruct(images, generator=g),
+            "edit": lambda g: model.edit(images, ["make it red", "remove the star"], generator=g)}
     for name, run in runs.items():
         a, b, c = run(make(1)), run(make(1)), run(make(2))
         assert a.shape == (2, 3, 48, 48) and a.min() >= -1 and a.max() <= 1, name
