@@ -428,8 +428,8 @@ class Bagel(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """From scratch: N(0, 0.02) in the transformer, whose generation expert starts as a copy of the other; PyTorch's own, larger, for what
-        is added to the position tables (amplitude 1) at its entrance: with 0.02 the tiny model needs more steps; velocity 0."""
+        """From scratch: N(0, 0.02) in the transformer, whose generation expert starts as a copy of the other; PyTorch's own, larger, for
+        what is added to the position tables (amplitude 1) at its entrance: with 0.02 the tiny model needs more steps; velocity 0."""
         for module in self.language_model.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
