@@ -455,6 +455,10 @@ class Bagel(nn.Module):
         """The published recipe has no weight decay at all; one that is asked for spares vectors and embeddings."""
         return p.ndim < 2 or "embed_tokens" in name or "position_embedding" in name
 
+    def target_count(self, part, tensors):
+        """What the loss of a part is a mean over where that differs from sample to sample (0-dim), else None."""
+        return (tensors["labels"] != IGNORE).sum().float() if "labels" in tensors and part in ("i2t", "text") else None
+
     @property
     def stride(self):
         """Pixels per latent token and side."""
