@@ -8,6 +8,7 @@
 The six tasks are GenEval's (arXiv 2310.11513): single object, two objects, counting, colours, position, colour attribution. A third of the prompts of the last
 four ask for combinations that no training caption ever named together ("held out"); they are scored apart. Intervals are 95 % Wilson.
 """
+
 import argparse
 import json
 import math
@@ -31,22 +32,23 @@ def judge(images):
 
     Every cell is fitted by ground + alpha * (colour - ground) for all ten sprites (shape, size) at once: with y = pixels - ground, the best colour of a
     sprite is a least-squares projection, so the explained energy is (alpha . y)^2 / alpha . alpha, one matrix product. The ground is the picture's median colour
-    (objects cover less than half). A cell counts as filled above 14 grey levels RMS, as a known shape if its sprite explains 80 % of the energy."""
+    (objects cover less than half). A cell counts as filled above 14 grey levels RMS, as a known shape if its sprite explains 80 % of the energy.
+    """
     n = len(images)
     x = images.astype(np.float32)
     ground = np.median(x.reshape(n, -1, 3), axis=1)  # (n, 3)
     y = x - ground[:, None, None]
     y = y.reshape(n, SIDE, CELL, SIDE, CELL, 3).transpose(0, 1, 3, 5, 2, 4).reshape(n * SIDE * SIDE, 3, CELL * CELL)
     alpha = SPRITES.reshape(-1, CELL * CELL)  # (10, 256)
-    norm = (alpha ** 2).sum(1)
-    energy = (y ** 2).sum((1, 2))
-    filled = np.flatnonzero(energy / (3 * CELL * CELL) > 14.0 ** 2)
+    norm = (alpha**2).sum(1)
+    energy = (y**2).sum((1, 2))
+    filled = np.flatnonzero(energy / (3 * CELL * CELL) > 14.0**2)
     dot = y[filled] @ alpha.T  # (f, 3, 10)
-    explained = (dot ** 2).sum(1) / norm
+    explained = (dot**2).sum(1) / norm
     best = explained.argmax(1)
     rows = np.arange(len(filled))
     rgb = ground[filled // (SIDE * SIDE)] + dot[rows, :, best] / norm[best, None]
-    shade = np.clip((rgb @ COLOR_RGB.T) / (COLOR_RGB ** 2).sum(1), 0.75, 1.0)  # brightness that fits each palette colour best
+    shade = np.clip((rgb @ COLOR_RGB.T) / (COLOR_RGB**2).sum(1), 0.75, 1.0)  # brightness that fits each palette colour best
     distance = np.linalg.norm(rgb[:, None] - shade[..., None] * COLOR_RGB, axis=2)  # (f, colours)
     color = np.where(distance.min(1) < 70, distance.argmin(1), -1)
     shape, size = best // len(SIZES), best % len(SIZES)
@@ -99,7 +101,7 @@ def score_generation(model, per_task=50, seed=0, split="test", batch=256, **samp
     generator = torch.Generator(device).manual_seed(1000 + seed)
     pictures = []
     for i in range(0, len(rows), batch):
-        pictures.append(to_uint8(model.generate([r["prompt"] for r in rows[i:i + batch]], generator=generator, **sampler)))
+        pictures.append(to_uint8(model.generate([r["prompt"] for r in rows[i : i + batch]], generator=generator, **sampler)))
     pictures = np.concatenate(pictures)
     found = judge(pictures)
     ok = np.array([fulfils(o, r) for o, r in zip(found, rows)])
@@ -112,9 +114,16 @@ def score_generation(model, per_task=50, seed=0, split="test", batch=256, **samp
         if held[m].any():
             tasks[task].update(seen=part(m & ~held), held_out=part(m & held))
     both = [t for t in data.TASKS if "seen" in tasks[t]]
-    out = dict(score=float(np.mean([tasks[t]["score"] for t in data.TASKS])), interval=wilson(int(ok.sum()), len(ok)), n=len(rows),
-               seen=float(np.mean([tasks[t]["seen"]["score"] for t in both])), held_out=float(np.mean([tasks[t]["held_out"]["score"] for t in both])),
-               objects=float(np.mean([len(f) for f in found])), unknown=float(np.mean([sum(o[0] < 0 for o in f) for f in found])), tasks=tasks)
+    out = dict(
+        score=float(np.mean([tasks[t]["score"] for t in data.TASKS])),
+        interval=wilson(int(ok.sum()), len(ok)),
+        n=len(rows),
+        seen=float(np.mean([tasks[t]["seen"]["score"] for t in both])),
+        held_out=float(np.mean([tasks[t]["held_out"]["score"] for t in both])),
+        objects=float(np.mean([len(f) for f in found])),
+        unknown=float(np.mean([sum(o[0] < 0 for o in f) for f in found])),
+        tasks=tasks,
+    )
     return out, pictures, rows
 
 
@@ -126,10 +135,15 @@ def score_questions(model, n=400, seed=0, batch=256):
     images = to_float(scenes.render(), next(model.parameters()).device)
     answers = []
     for i in range(0, n, batch):
-        answers += model.answer(images[i:i + batch], [q for q, _, _ in asked[i:i + batch]], max_new_tokens=6)
+        answers += model.answer(images[i : i + batch], [q for q, _, _ in asked[i : i + batch]], max_new_tokens=6)
     ok = np.array([got.strip().lower() == want for got, (_, want, _) in zip(answers, asked)])
     kind = np.array([k for _, _, k in asked])
-    return dict(accuracy=float(ok.mean()), interval=wilson(int(ok.sum()), n), n=n, kinds={k: float(ok[kind == k].mean()) for k in data.QUESTION_KINDS if (kind == k).any()})
+    return dict(
+        accuracy=float(ok.mean()),
+        interval=wilson(int(ok.sum()), n),
+        n=n,
+        kinds={k: float(ok[kind == k].mean()) for k in data.QUESTION_KINDS if (kind == k).any()},
+    )
 
 
 def same_objects(found, scene):
@@ -146,9 +160,20 @@ def score_reconstruction(model, n=128, seed=0, batch=256, **sampler):
     truth = scenes.render()
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(2000 + seed)
-    out = np.concatenate([to_uint8(model.reconstruct(to_float(truth[i:i + batch], device), generator=generator, **sampler)) for i in range(0, n, batch)])
+    out = np.concatenate(
+        [to_uint8(model.reconstruct(to_float(truth[i : i + batch], device), generator=generator, **sampler)) for i in range(0, n, batch)]
+    )
     agree = [same_objects(f, scenes.scene(i)) for i, f in enumerate(judge(out))]
-    return dict(objects=float(np.mean(agree)), exact=float(np.mean([x == 1 for x in agree])), pixel_error=float(np.abs(out.astype(float) - truth).mean()), n=n), out, truth
+    return (
+        dict(
+            objects=float(np.mean(agree)),
+            exact=float(np.mean([x == 1 for x in agree])),
+            pixel_error=float(np.abs(out.astype(float) - truth).mean()),
+            n=n,
+        ),
+        out,
+        truth,
+    )
 
 
 @torch.no_grad()
@@ -159,13 +184,20 @@ def score_editing(model, n=192, seed=0, batch=256, **sampler):
     source, target = scenes.render(), Scenes.of([e[1] for e in edits])
     truth, device = target.render(), next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(3000 + seed)
-    out = np.concatenate([to_uint8(model.edit(to_float(source[i:i + batch], device), [e[0] for e in edits[i:i + batch]], generator=generator, **sampler)) for i in range(0, n, batch)])
+    out = np.concatenate(
+        [
+            to_uint8(
+                model.edit(to_float(source[i : i + batch], device), [e[0] for e in edits[i : i + batch]], generator=generator, **sampler)
+            )
+            for i in range(0, n, batch)
+        ]
+    )
     found, wanted = judge(out), judge(truth)
     ground = lambda x: np.median(x.reshape(len(x), -1, 3), axis=1)
     ground_ok = np.abs(ground(out) - ground(truth)).max(1) < 40
     asked, kept, both = [], [], []
     for i, (_, new, kind) in enumerate(edits):
-        before, after, got = set(judge(source[i:i + 1])[0]), set(wanted[i]), set(found[i])
+        before, after, got = set(judge(source[i : i + 1])[0]), set(wanted[i]), set(found[i])
         changed_ok = ground_ok[i] if kind == "ground" else (after - before) <= got and not (before - after) & got
         stay = before & after
         asked.append(bool(changed_ok))
@@ -197,7 +229,9 @@ def score_all(model, n=300, seed=0, split="test", questions=400, reconstructions
 def report(scores, title=""):
     """The lines that a person reads."""
     g = scores["generation"]
-    lines = [f"{title}score {g['score']:.3f}  (95 % {g['interval'][0]:.3f}-{g['interval'][1]:.3f}, {g['n']} pictures)  seen {g['seen']:.3f}  held-out {g['held_out']:.3f}  objects/picture {g['objects']:.2f}"]
+    lines = [
+        f"{title}score {g['score']:.3f}  (95 % {g['interval'][0]:.3f}-{g['interval'][1]:.3f}, {g['n']} pictures)  seen {g['seen']:.3f}  held-out {g['held_out']:.3f}  objects/picture {g['objects']:.2f}"
+    ]
     lines.append("  " + "  ".join(f"{t} {g['tasks'][t]['score']:.2f}" for t in data.TASKS))
     tail = []
     if "questions" in scores:
@@ -206,7 +240,9 @@ def report(scores, title=""):
     if "reconstruction" in scores:
         tail.append(f"reconstruction {scores['reconstruction']['objects']:.3f}")
     if "editing" in scores:
-        tail.append(f"editing asked {scores['editing']['asked']:.3f} kept {scores['editing']['kept']:.3f} both {scores['editing']['both']:.3f}")
+        tail.append(
+            f"editing asked {scores['editing']['asked']:.3f} kept {scores['editing']['kept']:.3f} both {scores['editing']['both']:.3f}"
+        )
     if tail:
         lines.append("  " + "  ".join(tail))
     return "\n".join(lines)
@@ -216,6 +252,7 @@ def export_geneval(model, prompts_file, out, n=4, seed=0, **sampler):
     """Pictures in the folder layout of GenEval's own scorer (00000/metadata.jsonl, 00000/samples/0000.png), with the recipe beside them in recipe.json.
     prompts_file: GenEval's evaluation_metadata.jsonl, one JSON object with a "prompt" per line. The seed starts anew for each prompt."""
     from PIL import Image
+
     if not os.path.isfile(prompts_file):
         raise FileNotFoundError(f"--geneval {prompts_file}: no such file; it is GenEval's evaluation_metadata.jsonl")
     with open(prompts_file, encoding="utf-8") as f:
@@ -228,7 +265,9 @@ def export_geneval(model, prompts_file, out, n=4, seed=0, **sampler):
         pictures = to_uint8(model.generate([row["prompt"]] * n, generator=torch.Generator(device).manual_seed(seed), **sampler))
         for j, p in enumerate(pictures):
             Image.fromarray(p).save(os.path.join(folder, f"{j:04d}.png"))
-    data.write_text(os.path.join(out, "recipe.json"), json.dumps(dict(argv=sys.argv[1:], n=n, seed=seed, torch=torch.__version__, **sampler), indent=1))
+    data.write_text(
+        os.path.join(out, "recipe.json"), json.dumps(dict(argv=sys.argv[1:], n=n, seed=seed, torch=torch.__version__, **sampler), indent=1)
+    )
     print(f"{len(rows)} prompts x {n} pictures: {out}")
 
 
@@ -241,8 +280,18 @@ def print_table(folder):
         if name.endswith(".json"):
             r = data.read_json(os.path.join(folder, name))
             g = r["scores"]["generation"]
-            rows.append((r["arch"], name[:-5], f"{g['score']:.3f} ({g['interval'][0]:.3f}-{g['interval'][1]:.3f})", f"{g['seen']:.3f}", f"{g['held_out']:.3f}", f"{g['objects']:.2f}",
-                         f"{r['scores']['questions']['accuracy']:.3f}", f"{r['scores']['reconstruction']['objects']:.3f}"))
+            rows.append(
+                (
+                    r["arch"],
+                    name[:-5],
+                    f"{g['score']:.3f} ({g['interval'][0]:.3f}-{g['interval'][1]:.3f})",
+                    f"{g['seen']:.3f}",
+                    f"{g['held_out']:.3f}",
+                    f"{g['objects']:.2f}",
+                    f"{r['scores']['questions']['accuracy']:.3f}",
+                    f"{r['scores']['reconstruction']['objects']:.3f}",
+                )
+            )
     print("| arch | run | score (95 %) | seen | held-out | objects/picture | questions | reconstruction |\n|" + " --- |" * 8)
     for r in rows:
         print("| " + " | ".join(r) + " |")
@@ -250,6 +299,7 @@ def print_table(folder):
 
 def main(argv=None):
     import sample
+
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--arch", choices=sample.ARCHS, default="mar")
     p.add_argument("--ckpt", help="folder written by train.py, or a published checkpoint with --config (default: weights/ARCH-reca)")
@@ -273,7 +323,9 @@ def main(argv=None):
         return print_table(args.table)
     if args.n < 6 and not args.geneval:
         raise ValueError(f"--n {args.n}: at least 6, one picture for each task")
-    model = sample.load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer, args.device, vision_ckpt=args.vision_ckpt)
+    model = sample.load_model(
+        args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer, args.device, vision_ckpt=args.vision_ckpt
+    )
     sampler = {k: v for k, v in dict(cfg=args.cfg, steps=args.steps).items() if v is not None}
     if args.geneval:
         return export_geneval(model, args.geneval, args.out, args.n, args.seed, **sampler)
@@ -281,9 +333,18 @@ def main(argv=None):
     print(report(scores))
     for task, t in scores["generation"]["tasks"].items():
         line = f"  {task:14s} {t['score']:.3f} ({t['interval'][0]:.3f}-{t['interval'][1]:.3f}, {t['n']} pictures)"
-        print(line + (f"  seen {t['seen']['score']:.3f} of {t['seen']['n']}, held-out {t['held_out']['score']:.3f} of {t['held_out']['n']}" if "seen" in t else ""))
+        print(
+            line
+            + (
+                f"  seen {t['seen']['score']:.3f} of {t['seen']['n']}, held-out {t['held_out']['score']:.3f} of {t['held_out']['n']}"
+                if "seen" in t
+                else ""
+            )
+        )
     if args.json:
-        data.write_text(args.json, json.dumps(dict(arch=args.arch, ckpt=args.ckpt, argv=sys.argv[1:], torch=torch.__version__, scores=scores), indent=1))
+        data.write_text(
+            args.json, json.dumps(dict(arch=args.arch, ckpt=args.ckpt, argv=sys.argv[1:], torch=torch.__version__, scores=scores), indent=1)
+        )
     if args.grid:
         keep = np.linspace(0, len(rows) - 1, 24).astype(int)
         sample.save_png(sample.grid(pictures[keep], [rows[i]["prompt"] for i in keep]), args.grid)

@@ -9,6 +9,7 @@
 
 Same arguments and seed, same picture. Pictures go to --out (a PNG); its path is printed. Published checkpoints load by --config and their original files.
 """
+
 import argparse
 import dataclasses
 import importlib
@@ -33,11 +34,15 @@ def from_dict(cls, values):
     defaults = cls()
     unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
     if unknown:
-        raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}: config.json was written by another version of this code")
+        raise ValueError(
+            f"{cls.__name__} has no field {', '.join(sorted(unknown))}: config.json was written by another version of this code"
+        )
     out = {}
     for name, value in values.items():
         default = getattr(defaults, name)
-        out[name] = from_dict(type(default), value) if dataclasses.is_dataclass(default) else tuple(value) if isinstance(value, list) else value
+        out[name] = (
+            from_dict(type(default), value) if dataclasses.is_dataclass(default) else tuple(value) if isinstance(value, list) else value
+        )
     return cls(**out)
 
 
@@ -45,20 +50,26 @@ def save_model(model, folder, arch, **extra):
     """Writes folder/model.safetensors and folder/config.json, each under a temporary name first."""
     os.makedirs(folder, exist_ok=True)
     write_safetensors(os.path.join(folder, "model.safetensors"), model.state_dict())
-    data.write_text(os.path.join(folder, "config.json"), json.dumps(dict(arch=arch, config=dataclasses.asdict(model.config), **extra), indent=1))
+    data.write_text(
+        os.path.join(folder, "config.json"), json.dumps(dict(arch=arch, config=dataclasses.asdict(model.config), **extra), indent=1)
+    )
 
 
 def read_config(folder):
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{folder}: no config.json there; expected a folder written by train.py (model.safetensors + config.json), or give --config for a published checkpoint")
+        raise FileNotFoundError(
+            f"{folder}: no config.json there; expected a folder written by train.py (model.safetensors + config.json), or give --config for a published checkpoint"
+        )
     try:
         with open(path, encoding="utf-8") as f:
             meta = json.load(f)
     except json.JSONDecodeError as e:
         raise ValueError(f"{path}: not valid JSON ({e}): copy the folder again") from None
     if not isinstance(meta, dict) or "config" not in meta or "arch" not in meta:
-        raise ValueError(f"{path}: lacks 'arch' or 'config': not a config.json of this project (transformers-style exports load with --config NAME)")
+        raise ValueError(
+            f"{path}: lacks 'arch' or 'config': not a config.json of this project (transformers-style exports load with --config NAME)"
+        )
     return meta
 
 
@@ -77,9 +88,19 @@ def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer
     if config not in module.CONFIGS:
         raise ValueError(f"--config {config}: --arch {arch} knows {', '.join(module.CONFIGS)}")
     if not text_tokenizer:
-        raise ValueError(f"--config {config} needs --text-tokenizer: the folder or file of the published text tokenizer (vocab.json + merges.txt, tokenizer.json or qwen.tiktoken)")
+        raise ValueError(
+            f"--config {config} needs --text-tokenizer: the folder or file of the published text tokenizer (vocab.json + merges.txt, tokenizer.json or qwen.tiktoken)"
+        )
     more = {"vision_path": vision_ckpt} if arch == "ar" else {}
-    model = module.Model.load_published(ckpt, config=config, tokenizer_path=tokenizer_ckpt, tokenizer=data.load_tokenizer(text_tokenizer), device=device, dtype=dtype, **more)
+    model = module.Model.load_published(
+        ckpt,
+        config=config,
+        tokenizer_path=tokenizer_ckpt,
+        tokenizer=data.load_tokenizer(text_tokenizer),
+        device=device,
+        dtype=dtype,
+        **more,
+    )
     return model.eval()
 
 
@@ -92,6 +113,7 @@ def default_weights(arch, stage="reca"):
 def grid(pictures, captions=None, columns=8, scale=3):
     """uint8 pictures (n, h, w, 3) -> one PIL image, each with an optional caption line above it."""
     from PIL import Image, ImageDraw
+
     n, h, w = len(pictures), pictures.shape[1] * scale, pictures.shape[2] * scale
     head = 26 if captions else 0
     rows = -(-n // columns)
@@ -119,9 +141,24 @@ def save_png(image, path):
     return path
 
 
-DEFAULT_PROMPTS = ["a red circle", "a blue star", "a green square", "two yellow triangles", "a red star and a blue square", "a green triangle above a red square",
-                   "three circles", "a purple circle", "a yellow cross left of a blue circle", "an orange square", "four stars", "a blue triangle and a green cross",
-                   "a circle and a cross", "a star below a triangle", "a purple star", "two green crosses"]
+DEFAULT_PROMPTS = [
+    "a red circle",
+    "a blue star",
+    "a green square",
+    "two yellow triangles",
+    "a red star and a blue square",
+    "a green triangle above a red square",
+    "three circles",
+    "a purple circle",
+    "a yellow cross left of a blue circle",
+    "an orange square",
+    "four stars",
+    "a blue triangle and a green cross",
+    "a circle and a cross",
+    "a star below a triangle",
+    "a purple star",
+    "two green crosses",
+]
 
 
 def parse_args(argv=None):
@@ -158,11 +195,20 @@ def parse_args(argv=None):
 @torch.inference_mode()
 def main(argv=None):
     args = parse_args(argv)
-    model = load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer, args.device,
-                       torch.bfloat16 if args.device.startswith("cuda") and args.config else None, args.vision_ckpt)
+    model = load_model(
+        args.arch,
+        args.ckpt,
+        args.config,
+        args.tokenizer_ckpt,
+        args.text_tokenizer,
+        args.device,
+        torch.bfloat16 if args.device.startswith("cuda") and args.config else None,
+        args.vision_ckpt,
+    )
     generator = torch.Generator(args.device).manual_seed(args.seed)
     sampler = {k: v for k, v in dict(cfg=args.cfg, steps=args.steps, temperature=args.temperature).items() if v is not None}
     from evaluate import to_uint8
+
     if args.image:
         image = data.open_image(args.image)
         if args.question:

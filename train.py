@@ -17,6 +17,7 @@ number is a function of (--seed, step, place in the global batch), never of the 
 run what an uninterrupted one would. The run folder (--out) gets model.safetensors + config.json (for sample.py), checkpoint.pt (for --resume), log.jsonl, loss.png,
 before_after.png. Ctrl-C and SIGTERM save a checkpoint first.
 """
+
 import argparse
 import contextlib
 import dataclasses
@@ -59,7 +60,12 @@ TINY = {
 }
 # Tiny models: noise-prediction losses are about 0.05 where cross entropies are about 0.5, so drawing would get a tenth of the shared backbone's gradient.
 DRAWING_WEIGHT = {"mar": 8.0, "ar": 1.0, "diffusion": 8.0}
-MIX = {"tokenizer": {"images": 1.0}, "base": {"t2i": 1.0, "i2t": 1.0, "edit": 0.5, "text": 0.5}, "sft": {"t2i": 1.0, "i2t": 1.0}, "reca": {"recon": 1.0, "i2t": 1.0}}
+MIX = {
+    "tokenizer": {"images": 1.0},
+    "base": {"t2i": 1.0, "i2t": 1.0, "edit": 0.5, "text": 0.5},
+    "sft": {"t2i": 1.0, "i2t": 1.0},
+    "reca": {"recon": 1.0, "i2t": 1.0},
+}
 TOKENIZERS = {"mar": ("tiny-kl", "vae"), "ar": ("tiny-lfq", "vq"), "diffusion": ("tiny-kl", "vae")}  # name of the tiny one, attribute of the model
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40": 181, "4090": 165, "3090": 71}  # dense bf16, for MFU
 
@@ -77,7 +83,9 @@ def parse_args(argv=None):
     g.add_argument("--out", help="run folder (default runs/ARCH-STAGE)")
     g.add_argument("--resume", metavar="RUN", help="run folder to continue; its arguments are kept unless given again")
     g = p.add_argument_group("data (default: the shape world)")
-    g.add_argument("--data", nargs="+", help="images for RecA: folders, tar shards, files; captions are not read (with --stage sft or base: captioned, for text-to-image)")
+    g.add_argument(
+        "--data", nargs="+", help="images for RecA: folders, tar shards, files; captions are not read (with --stage sft or base: captioned, for text-to-image)"
+    )
     g.add_argument("--i2t-data", nargs="+", help="what keeps understanding: LLaVA-style JSON, or captioned folders / tars (default: the shape world for tiny)")
     g.add_argument("--image-root", help="folder that the image paths of a LLaVA JSON are relative to")
     g.add_argument("--pool", type=int, help="shape-world pictures per pool (default 8000; base 60000, tokenizer 20000)")
@@ -92,13 +100,23 @@ def parse_args(argv=None):
     g.add_argument("--grad-scale", type=float, help="gradient scale on the clean features (MAR: 0.1)")
     g.add_argument("--oracle-captions", action="store_true", help="ablation: RecA's pictures come with their dense caption as a t2i prompt instead of features")
     g = p.add_argument_group("optimisation")
-    for name, kind, text in (("steps", int, "optimizer steps"), ("batch", int, "samples per step and part, over all processes"), ("lr", float, ""), ("warmup", int, "steps"),
-                             ("weight-decay", float, "1-D tensors and the recipe's exemptions never decay"), ("clip", float, "gradient norm; 0 = off")):
+    for name, kind, text in (
+        ("steps", int, "optimizer steps"),
+        ("batch", int, "samples per step and part, over all processes"),
+        ("lr", float, ""),
+        ("warmup", int, "steps"),
+        ("weight-decay", float, "1-D tensors and the recipe's exemptions never decay"),
+        ("clip", float, "gradient norm; 0 = off"),
+    ):
         g.add_argument(f"--{name}", type=kind, help=text)
     g.add_argument("--betas", type=float, nargs=2)
     g.add_argument("--schedule", choices=("cosine", "constant"))
     g.add_argument("--accum", type=int, default=1, help="micro-batches per step: raise it when memory runs out")
-    g.add_argument("--text-length", type=int, help="text tokens per row; 0 = the longest of the batch (default on CPU), N = fixed (default on GPU: the config's maximum, so that compiled shapes are static)")
+    g.add_argument(
+        "--text-length",
+        type=int,
+        help="text tokens per row; 0 = the longest of the batch (default on CPU), N = fixed (default on GPU: the config's maximum, so that compiled shapes are static)",
+    )
     g.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights, e.g. 0.999; 0 = off")
     g.add_argument("--seed", type=int, default=0)
     g = p.add_argument_group("machine")
@@ -106,7 +124,9 @@ def parse_args(argv=None):
     g.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="compute type; weights stay fp32. auto: bf16 on GPUs that have it")
     g.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile; auto: on GPUs")
     g.add_argument("--checkpoint", choices=("none", "full"), default="none", help="full: recompute activations in backward, a third slower, far less memory")
-    g.add_argument("--cache-gb", type=float, default=8.0, help="host memory for the frozen encodings of one pool of images; a larger pool is encoded step by step")
+    g.add_argument(
+        "--cache-gb", type=float, default=8.0, help="host memory for the frozen encodings of one pool of images; a larger pool is encoded step by step"
+    )
     g.add_argument("--threads", type=int, help="CPU threads per process")
     g = p.add_argument_group("output")
     g.add_argument("--eval-n", type=int, default=300, help="judged pictures before and after (shape world); 0 = no scores")
@@ -145,8 +165,10 @@ def check_args(args, world):
     for part, share in mix(args).items():
         n = round(args.batch * share)
         if n % (world * args.accum):
-            raise ValueError(f"--batch {args.batch} gives {n} {part} samples per step, which {world} process{'es' * (world > 1)} x --accum {args.accum} cannot share equally: "
-                             f"take a multiple of {math.lcm(*[int(1 / s) if s < 1 else 1 for s in mix(args).values()]) * world * args.accum}")
+            raise ValueError(
+                f"--batch {args.batch} gives {n} {part} samples per step, which {world} process{'es' * (world > 1)} x --accum {args.accum} cannot share equally: "
+                f"take a multiple of {math.lcm(*[int(1 / s) if s < 1 else 1 for s in mix(args).values()]) * world * args.accum}"
+            )
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: this torch ({torch.__version__}) sees no GPU; leave --device out, or install a CUDA build")
     if args.templates < 0 or args.templates > len(data.RECA_TEMPLATES):
@@ -212,7 +234,7 @@ class Pools:
     def __init__(self, args, model, stage, device, rank=0, world=1):
         self.args, self.parts = args, mix(args)
         bias = dict(data.CAPTION_BIAS, wrong=args.wrong_captions)
-        self.templates = data.RECA_TEMPLATES[:args.templates or None]
+        self.templates = data.RECA_TEMPLATES[: args.templates or None]
         self.pool_of = {"recon": "broad", "i2t": "broad", "t2i": "captioned", "oracle": "broad", "edit": "edits", "images": "crowded"}
         images, self.text, self.scenes = {}, {}, {}
         need = {self.pool_of[p] for p in self.parts if p in self.pool_of}
@@ -228,9 +250,13 @@ class Pools:
             self.pool_of["i2t"] = "understanding"
             need = {self.pool_of[p] for p in self.parts if p in self.pool_of}
         elif args.config != "tiny" and "i2t" in self.parts:
-            raise ValueError(f"--config {args.config}: RecA keeps understanding by image-to-text data, so give --i2t-data JSON (or --i2t-weight 0 to go without)")
+            raise ValueError(
+                f"--config {args.config}: RecA keeps understanding by image-to-text data, so give --i2t-data JSON (or --i2t-weight 0 to go without)"
+            )
         if args.config != "tiny" and not args.data:
-            raise ValueError(f"--config {args.config} draws {getattr(model.config, 'image_size', 512)}-pixel pictures: give --data PATH (folders, tars); the shape world is for tiny")
+            raise ValueError(
+                f"--config {args.config} draws {getattr(model.config, 'image_size', 512)}-pixel pictures: give --data PATH (folders, tars); the shape world is for tiny"
+            )
         if "crowded" in need:
             images["crowded"] = data.crowded_pictures(args.pool, seed=args.seed)
         if "broad" in need or "text" in self.parts:
@@ -238,7 +264,9 @@ class Pools:
         if "captioned" in need and "captioned" not in images:
             scenes = self.scenes["captioned"] = data.Scenes(args.captioned, seed=20 + args.seed, captioned=True)
             n = len(scenes)
-            self.text["captioned"] = [data.sparse_caption(scenes.scene(i), data.text_rng(args.seed, i, "caption"), bias, scenes.scene((i + 1) % n)) for i in range(n)]
+            self.text["captioned"] = [
+                data.sparse_caption(scenes.scene(i), data.text_rng(args.seed, i, "caption"), bias, scenes.scene((i + 1) % n)) for i in range(n)
+            ]
         if "edits" in need:
             source = data.Scenes(args.pool, seed=30 + args.seed, captioned=True)
             edits = [data.clean_edit(source.scene(i), data.text_rng(args.seed, i, "edit")) for i in range(len(source))]
@@ -257,10 +285,15 @@ class Pools:
             else:
                 self.sources[name] = source
                 if rank == 0:
-                    print(f"pool {name}: encodings of {len(source):,} images would take {need_bytes / 1e9:.1f} GB (--cache-gb {args.cache_gb:g}), so each step encodes its own")
+                    print(
+                        f"pool {name}: encodings of {len(source):,} images would take {need_bytes / 1e9:.1f} GB (--cache-gb {args.cache_gb:g}), so each step encodes its own"
+                    )
         self.size["text"] = args.pool
         if rank == 0:
-            print("pools: " + ", ".join(f"{k} {self.size[k]:,}" for k in sorted(need)) + f" images, frozen encodings computed in {time.time() - start:.1f} s", flush=True)
+            print(
+                "pools: " + ", ".join(f"{k} {self.size[k]:,}" for k in sorted(need)) + f" images, frozen encodings computed in {time.time() - start:.1f} s",
+                flush=True,
+            )
 
     def pixels(self, model, source, name, rows):
         """Images (n, 3, H, W) in [-1, 1] of some rows of a source, preprocessed as the model was trained to see them."""
@@ -276,7 +309,7 @@ class Pools:
         was, chunk = model.training, 256 if getattr(model.config, "image_size", 48) <= 64 else 8
         model.eval()
         starts = data.Progress(range(0, len(rows), chunk), f"encoding {name}", show)
-        chunks = [{k: v.cpu() for k, v in model.precompute(self.pixels(model, source, name, rows[i:i + chunk]).to(device), stage).items()} for i in starts]
+        chunks = [{k: v.cpu() for k, v in model.precompute(self.pixels(model, source, name, rows[i : i + chunk]).to(device), stage).items()} for i in starts]
         model.train(was)
         return {k: torch.cat([c[k] for c in chunks]) for k in chunks[0]}
 
@@ -343,7 +376,7 @@ class Pools:
             name = self.pool_of.get(part)
             size = self.size[name if name else "text"]
             places = range((micro * world + rank) * per, (micro * world + rank + 1) * per)
-            index = data.batch_indices(size, n, seed, step, part)[places.start:places.stop]
+            index = data.batch_indices(size, n, seed, step, part)[places.start : places.stop]
             rows = [self.sample(part, int(i), data.text_rng(seed, step, part, place)) for i, place in zip(index, places)]
             kind = "t2i" if part == "oracle" else part
             rate = [data.sample_generator(seed, step, micro, f"rate-{part}") for _ in places]  # the same numbers for the whole micro-batch, on every process
@@ -376,6 +409,7 @@ def prefetch(make, steps, depth=2):
                     pass
             if stop.is_set() or isinstance(item, BaseException):
                 return
+
     threading.Thread(target=work, daemon=True).start()
 
     def get():
@@ -383,6 +417,7 @@ def prefetch(make, steps, depth=2):
         if isinstance(item, BaseException):
             raise item
         return item
+
     return get, stop
 
 
@@ -411,20 +446,31 @@ def save_weights(args, model, **extra):
     if args.stage == "tokenizer":
         os.makedirs(args.out, exist_ok=True)
         image_tokenizer.write_safetensors(os.path.join(args.out, "model.safetensors"), model.tokenizer.state_dict())
-        data.write_text(os.path.join(args.out, "config.json"), json.dumps(dict(arch=args.arch, config=dataclasses.asdict(model.tokenizer.config), **extra), indent=1))
+        data.write_text(
+            os.path.join(args.out, "config.json"), json.dumps(dict(arch=args.arch, config=dataclasses.asdict(model.tokenizer.config), **extra), indent=1)
+        )
     else:
         sample.save_model(model, args.out, args.arch, text_tokenizer=args.text_tokenizer or "tiny", **extra)
 
 
 def save_checkpoint(args, step, model, optimizer, ema, history):
     """checkpoint.pt for --resume: weights, optimizer, position, random states. Written under a temporary name, synced, renamed: a crash leaves the old one."""
-    state = dict(step=step, args=vars(args), model=model.state_dict(), optimizer=optimizer.state_dict(), ema=ema, history=history,
-                 rng=dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []))
+    state = dict(
+        step=step,
+        args=vars(args),
+        model=model.state_dict(),
+        optimizer=optimizer.state_dict(),
+        ema=ema,
+        history=history,
+        rng=dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []),
+    )
     path = os.path.join(args.out, "checkpoint.pt")
     need = sum(t.numel() * t.element_size() for t in model.state_dict().values()) * 4
     free = shutil.disk_usage(args.out).free
     if need > free:
-        raise ValueError(f"{path}: the checkpoint needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: make room or give --out on another disk (the last checkpoint is untouched)")
+        raise ValueError(
+            f"{path}: the checkpoint needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: make room or give --out on another disk (the last checkpoint is untouched)"
+        )
     data.atomic(path, lambda f: torch.save(state, f))
 
 
@@ -458,6 +504,7 @@ def learning_rate(args, step):
 def activation_checkpointing(model):
     """Recomputes every transformer block in the backward pass instead of keeping its activations."""
     from torch.utils.checkpoint import checkpoint
+
     for name, m in model.named_modules():
         if name.split(".")[-1].isdigit() and any(k in name for k in ("layers.", "blocks.")):
             m.forward = (lambda f: lambda *a, **k: checkpoint(f, *a, use_reentrant=False, **k))(m.forward)
@@ -471,8 +518,10 @@ def check_memory(args, named, model):
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else need
     if need > free:
-        raise ValueError(f"--config {args.config} --stage {args.stage} needs {need / 1e9:.1f} GB for weights, gradients and Adam before any activation, {free / 1e9:.1f} GB are free: "
-                         f"take a smaller --config, or a larger machine")
+        raise ValueError(
+            f"--config {args.config} --stage {args.stage} needs {need / 1e9:.1f} GB for weights, gradients and Adam before any activation, {free / 1e9:.1f} GB are free: "
+            f"take a smaller --config, or a larger machine"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -480,6 +529,7 @@ def check_memory(args, named, model):
 def plot_curves(path, history, keys):
     """Loss curves as a PNG, drawn with Pillow: one line per part, smoothed, y from 0 on a linear scale."""
     from PIL import Image, ImageDraw
+
     w, h, m = 720, 400, 48
     colors = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189))
     im = Image.new("RGB", (w, h), "white")
@@ -595,8 +645,10 @@ def main(argv=None):
 
     os.makedirs(args.out, exist_ok=True)
     trained, total = sum(p.numel() for _, p in named), sum(p.numel() for p in model.parameters())
-    say(f"{args.arch} {args.config}, stage {args.stage}: {total:,} parameters, {trained:,} train; {world} process{'es' * (world > 1)} on {device.type} ({'bf16' if bf16 else 'fp32'}), "
-        f"{args.steps} steps of " + " + ".join(f"{round(args.batch * s)} {p}" for p, s in pools.parts.items()))
+    say(
+        f"{args.arch} {args.config}, stage {args.stage}: {total:,} parameters, {trained:,} train; {world} process{'es' * (world > 1)} on {device.type} ({'bf16' if bf16 else 'fp32'}), "
+        f"{args.steps} steps of " + " + ".join(f"{round(args.batch * s)} {p}" for p, s in pools.parts.items())
+    )
     real = None
     if args.data and args.stage == "reca":  # the first pictures, for before_after.png
         real = evaluate.to_uint8(torch.stack([model.preprocess(pools.real_images[i][1], "recon") for i in range(min(8, len(pools.real_images)))]))
@@ -605,7 +657,9 @@ def main(argv=None):
     if main_process:
         log = open(os.path.join(args.out, "log.jsonl"), "a" if state is not None else "w")
         if state is None:
-            meta = dict(argv=sys.argv[1:], args=vars(args), commit=git_commit(), torch=torch.__version__, python=sys.version.split()[0], world=world, device=str(device))
+            meta = dict(
+                argv=sys.argv[1:], args=vars(args), commit=git_commit(), torch=torch.__version__, python=sys.version.split()[0], world=world, device=str(device)
+            )
             data.write_text(os.path.join(args.out, "run.json"), json.dumps(meta, indent=1, default=str))
             before, text = scores(args, model)
             if before:
@@ -617,9 +671,11 @@ def main(argv=None):
     extra_log = None
     if main_process and args.log == "wandb":
         import wandb
+
         extra_log = wandb.init(project="nanoreca", name=os.path.basename(args.out), config=vars(args)).log
     elif main_process and args.log == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
+
         writer = SummaryWriter(args.out)
         extra_log = lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if k != "step"]
 
@@ -637,7 +693,9 @@ def main(argv=None):
         lr = learning_rate(args, step)
         for g in optimizer.param_groups:
             g["lr"] = lr
-        torch.manual_seed(data.mix_seed(args.seed, step, rank))  # dropout and posterior noise: a function of (seed, step, rank), so a resumed run draws the same
+        torch.manual_seed(
+            data.mix_seed(args.seed, step, rank)
+        )  # dropout and posterior noise: a function of (seed, step, rank), so a resumed run draws the same
         totals = {p: torch.zeros((), device=device) for p in parts}
         for micro, batch in enumerate(get()):
             batch = {p: {k: v.to(device, non_blocking=True) for k, v in t.items()} for p, t in batch.items()}
@@ -675,7 +733,9 @@ def main(argv=None):
             if peak:
                 r["mfu"] = flops / seconds / peak
             if not math.isfinite(r["loss"]):
-                raise ValueError(f"step {done}: the loss is {r['loss']} ({', '.join(f'{p} {r[p]:.3g}' for p in parts)}): lower --lr ({args.lr:g}); the last checkpoint is untouched")
+                raise ValueError(
+                    f"step {done}: the loss is {r['loss']} ({', '.join(f'{p} {r[p]:.3g}' for p in parts)}): lower --lr ({args.lr:g}); the last checkpoint is untouched"
+                )
             history.append(r)
             eta = seconds * (args.steps - done)
             text = " ".join(f"{p} {r[p]:.4f}" for p in parts) + f" lr {lr:.1e} norm {r['grad_norm']:.2f} {r['ms']:.0f} ms {r['images_per_s']:.0f} img/s"
@@ -709,7 +769,10 @@ def main(argv=None):
             bar.close()
             stop_thread.set()
             why = signal.Signals(stopped[0]).name if stopped else "--stop-after" if done == args.stop_after else "another process"
-            say(f"stopped by {why} after step {done}: checkpoint saved, continue with --resume {args.out}" + (" --stop-after 0" if done == args.stop_after else ""))
+            say(
+                f"stopped by {why} after step {done}: checkpoint saved, continue with --resume {args.out}"
+                + (" --stop-after 0" if done == args.stop_after else "")
+            )
             if world > 1:
                 dist.destroy_process_group()
             return 0 if done == args.stop_after else 128 + (stopped[0] if stopped else signal.SIGTERM)
@@ -731,14 +794,23 @@ def main(argv=None):
             say("after:  " + text)
             if before and "generation" in before:
                 b, a = before["generation"], after["generation"]
-                say(f"change: score {a['score'] - b['score']:+.3f}  seen {a['seen'] - b['seen']:+.3f}  held-out {a['held_out'] - b['held_out']:+.3f}"
-                    + (f"  questions {after['questions']['accuracy'] - before['questions']['accuracy']:+.3f}" if "questions" in after else ""))
+                say(
+                    f"change: score {a['score'] - b['score']:+.3f}  seen {a['seen'] - b['seen']:+.3f}  held-out {a['held_out'] - b['held_out']:+.3f}"
+                    + (f"  questions {after['questions']['accuracy'] - before['questions']['accuracy']:+.3f}" if "questions" in after else "")
+                )
         new, captions, source = look(args, model, device, real)
         sheets = ([source] if source is not None else []) + ([old_pictures[0]] if state is None else []) + [new]
         names = (["source"] if source is not None else []) + (["before"] if state is None else []) + ["after"]
         n = len(new)
-        sample.save_png(sample.grid(np.concatenate(sheets), [f"{name}: {captions[i] if source is None else ''}" for name in names for i in range(n)], columns=n,
-                                    scale=max(1, 120 // new.shape[1])), os.path.join(args.out, "before_after.png"))
+        sample.save_png(
+            sample.grid(
+                np.concatenate(sheets),
+                [f"{name}: {captions[i] if source is None else ''}" for name in names for i in range(n)],
+                columns=n,
+                scale=max(1, 120 // new.shape[1]),
+            ),
+            os.path.join(args.out, "before_after.png"),
+        )
         plot_curves(os.path.join(args.out, "loss.png"), history, parts)
         log.close()
         say(f"run folder: {args.out} (model.safetensors, config.json, checkpoint.pt, log.jsonl, loss.png, before_after.png)")
