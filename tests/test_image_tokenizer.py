@@ -388,8 +388,13 @@ def test_read_folders(tmp_path):
 
 
 class Surprise:
+    """Unpickled by a careless reader, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
     def __reduce__(self):
-        return (os.mkdir, ("/tmp/never-made-by-a-weight-file",))
+        return os.mkdir, (self.folder,)
 
 
 def bad_file(path, kind):
@@ -419,7 +424,7 @@ def bad_file(path, kind):
         torch.save([torch.zeros(1)], path)
         return ValueError, "holds a list"
     if kind == "code":
-        path.write_bytes(pickle.dumps({"a": Surprise()}, protocol=2))
+        path.write_bytes(pickle.dumps({"a": Surprise(str(path) + ".folder")}, protocol=2))
         return ValueError, "never executed"
 
 
@@ -433,7 +438,8 @@ def test_bad_files_are_named_in_one_line(tmp_path, name, kind):
         read_weights(tmp_path / name)
     message = str(e.value)
     assert str(tmp_path / name) in message and "\n" not in message and len(message) < 600
-    assert e.value.__cause__ is None and not os.path.exists("/tmp/never-made-by-a-weight-file")
+    assert e.value.__suppress_context__ or e.value.__context__ is None
+    assert not os.path.exists(str(tmp_path / name) + ".folder")
 
 
 # ------------------------------------------------------------------------------------------------ loading

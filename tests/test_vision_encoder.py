@@ -240,6 +240,10 @@ def test_crops():
     assert grey(clip_pixels(ramp(19, 8), 8), 0.48145466, 0.26862954) == list(range(5, 13))
     assert grey(magvit_pixels(ramp(19, 8), 8), 0.5, 0.5) == list(range(6, 14))
     assert grey(clip_pixels(ramp(17, 8), 8), 0.48145466, 0.26862954) == grey(magvit_pixels(ramp(17, 8), 8), 0.5, 0.5) == list(range(4, 12))
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (10, 17, 3), dtype=np.uint8))
+    for image, box in ((noise, (1, 0, 5, 4)), (noise.transpose(Image.Transpose.TRANSPOSE), (0, 1, 4, 5))):  # 4 * 17/10 = 6.8 pixels: cut to 6
+        small = image.resize((6, 4) if image.width > image.height else (4, 6), Image.Resampling.BICUBIC)
+        assert torch.equal(magvit_pixels(image, 4), to_pixels(small.crop(box)))
     for w, h in ((31, 90), (90, 31), (64, 64), (3, 5)):
         for f in (clip_pixels, magvit_pixels, square_pixels):
             x = f(Image.new("L", (w, h), 128), 16)
