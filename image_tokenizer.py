@@ -133,7 +133,10 @@ def write_safetensors(path, state, metadata=None):
         tensors[name] = t
     temporary = f"{path}.tmp{os.getpid()}"
     try:
+        with open(temporary, "wb") as f:
+            mode = os.fstat(f.fileno()).st_mode  # safetensors makes files that only their owner can read; take what is usual here
         save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        os.chmod(temporary, mode)
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -179,6 +182,8 @@ class LFQConfig:
     beta: float = 0.25
     entropy_weight: float = 0.1
     joint_entropy: bool = False  # count codes instead of bits in the entropy term (2**bits terms: for few bits)
+    l1_weight: float = 1.0
+    mse_weight: float = 1.0
 
 
 TOKENIZERS = {
@@ -489,7 +494,8 @@ def tokenizer_loss(model, images, generator):
         recon, commitment, entropy = model(images)
         parts = {"commitment": commitment, "entropy": entropy}
     error = recon - images
-    parts = {"l1": error.abs().mean(), "mse": error.square().mean(), **parts}
+    l1, mse = (model.config.l1_weight, model.config.mse_weight) if isinstance(model, LFQTokenizer) else (1.0, 1.0)
+    parts = {"l1": l1 * error.abs().mean(), "mse": mse * error.square().mean(), **parts}
     return sum(parts.values()), {k: v.detach() for k, v in parts.items()}
 
 

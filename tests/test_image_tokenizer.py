@@ -463,6 +463,17 @@ def test_load_strict_table():
     assert all(torch.equal(t, before[k]) for k, t in m.state_dict().items()), "something was loaded in spite of the error"
 
 
+@pytest.mark.parametrize("change, text", [(lambda s: s.pop("bias"), "1 missing, 0 unexpected, 0 of another"),
+                                          (lambda s: s.update(extra=torch.zeros(1)), "0 missing, 1 unexpected, 0 of another"),
+                                          (lambda s: s.update(bias=torch.zeros(1)), "0 missing, 0 unexpected, 1 of another")])
+def test_load_strict_each_kind_alone(change, text):
+    m = nn.Linear(3, 2)
+    state = dict(m.state_dict())
+    change(state)
+    with pytest.raises(ValueError, match=text):
+        load_strict(m, state)
+
+
 def test_load_strict_dtype_and_meta():
     source = LFQTokenizer(SMALL_LFQ)
     m = LFQTokenizer(SMALL_LFQ).to(torch.bfloat16)
@@ -509,6 +520,8 @@ def test_write_ties_and_views(tmp_path):
     with safe_open(tmp_path / "x.safetensors", "pt") as f:
         assert f.metadata() == {"format": "pt", "step": "7"}
     assert os.listdir(tmp_path) == ["x.safetensors"]
+    (tmp_path / "usual").touch()
+    assert os.stat(tmp_path / "x.safetensors").st_mode == os.stat(tmp_path / "usual").st_mode, "others cannot read the file"
 
 
 @pytest.mark.parametrize("where", ["save_file", "fsync", "replace"])
