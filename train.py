@@ -117,6 +117,7 @@ def parse_args(argv=None):
         type=int,
         help="text tokens per row; 0 = the longest of the batch (default on CPU), N = fixed (default on GPU: the config's maximum, so that compiled shapes are static)",
     )
+    g.add_argument("--mix", nargs="+", metavar="PART=SHARE", help="shares of --batch per part, e.g. t2i=1 i2t=0.5 (default: MIX above)")
     g.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights, e.g. 0.999; 0 = off")
     g.add_argument("--seed", type=int, default=0)
     g = p.add_argument_group("machine")
@@ -178,6 +179,13 @@ def check_args(args, world):
 def mix(args):
     """{part: share of --batch} of this run."""
     parts = dict(MIX[args.stage])
+    if args.mix:
+        try:
+            parts = {part: float(share) for part, share in (item.split("=") for item in args.mix)}
+        except ValueError:
+            raise ValueError(f"--mix {' '.join(args.mix)}: expected PART=SHARE ..., e.g. t2i=1 i2t=0.5") from None
+        if not set(parts) <= {"recon", "t2i", "i2t", "edit", "text"}:
+            raise ValueError(f"--mix {' '.join(args.mix)}: the parts are recon, t2i, i2t, edit, text")
     if args.stage == "reca" and args.t2i_weight > 0:
         parts["t2i"] = 1.0
     if args.i2t_weight == 0:
