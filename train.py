@@ -55,8 +55,8 @@ PUBLISHED = {
 TINY = {
     "tokenizer": dict(lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0, warmup=50, clip=1.0, steps=4000, batch=64, i2t_weight=1.0, drop=0.1, schedule="cosine"),
     "base": dict(lr=8e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=100, clip=1.0, steps=12000, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
-    "sft": dict(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=20, clip=1.0, steps=400, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
-    "reca": dict(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=20, clip=1.0, steps=400, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
+    "sft": dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=20, clip=1.0, steps=300, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
+    "reca": dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=20, clip=1.0, steps=300, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
 }
 # Tiny models: noise-prediction losses are about 0.05 where cross entropies are about 0.5, so drawing would get a tenth of the shared backbone's gradient.
 DRAWING_WEIGHT = {"mar": 8.0, "ar": 1.0, "diffusion": 8.0}
