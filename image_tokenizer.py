@@ -192,10 +192,11 @@ TOKENIZERS = {
     "magvitv2": LFQConfig(),
     # For 48x48 pictures of the shape world, whose 16x16 cells are independent: a residual MLP per cell (and one attention between cells) is
     # the whole pyramid, and learns in minutes on a CPU what 3x3 convolutions at full resolution do not in an hour. 3x3 latents of 16
-    # numbers, or 3x3 codes. scale 1 because calibrate() makes the latents standard through the 1x1 convolutions around them.
+    # numbers, or 3x3 codes. scale 1 because calibrate() makes the latents standard through the 1x1 convolutions around them. MSE rules the
+    # codes: it asks for the few pixels that part a small star from a triangle, where L1 spends the code on shades of large objects.
     "tiny-kl": AutoencoderConfig(ch=128, ch_mult=(1,), num_res_blocks=1, encoder_attn_resolutions=(), scale=1.0, groups=0, patch=16),
     "tiny-lfq": LFQConfig(ch=128, encoder_ch_mult=(1,), encoder_res_blocks=(1,), decoder_ch_mult=(1,), decoder_res_blocks=(2,), bits=11,
-                          groups=0, patch=16, entropy_weight=0.05, joint_entropy=True),
+                          groups=0, patch=16, entropy_weight=0.2, joint_entropy=True, l1_weight=0.25, mse_weight=4.0),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -447,8 +448,8 @@ class LFQTokenizer(nn.Module):
     def quantizer_losses(self, z):
         """z (B, bits, h, w), before quantisation -> (commitment loss, entropy loss), with the weights of the config.
         Entropy: a bit is +1 with probability softmax(-(z-1)^2, -(z+1)^2) = sigmoid(4z). Each bit of each position should be sure of itself
-        (low entropy), while over all positions both values should be used (high entropy of the mean); or, with joint_entropy, all CODES: with
-        ten bits the mean over 2**bits codes can be summed exactly, and unlike the per-bit form it parts bits that always flip together."""
+        (low entropy), while over all positions both values should be used (high entropy of the mean); or, with joint_entropy, all CODES:
+        with few bits the mean over 2**bits codes can be summed exactly, and unlike the per-bit form it parts bits that always flip together."""
         c = self.config
         q = torch.where(z > 0, 1.0, -1.0)
         commitment = c.commitment_weight * (1 + c.beta) * (q - z).square().mean()  # the published pair of terms: q has no gradient

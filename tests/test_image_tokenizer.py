@@ -282,6 +282,17 @@ def test_autoencoder_loss_against_brute_force():
     assert same.item() == loss.item() != other.item()
 
 
+def test_lfq_loss_weights():
+    m = LFQTokenizer(replace(SMALL_LFQ, l1_weight=0.5, mse_weight=3.0))
+    x = pictures(2, 16, 16)
+    loss, parts = tokenizer_loss(m, x, None)
+    with torch.no_grad():
+        recon, commitment, entropy = m(x)
+    want = {"l1": 0.5 * F.l1_loss(recon, x), "mse": 3 * F.mse_loss(recon, x), "commitment": commitment, "entropy": entropy}
+    assert set(parts) == set(want) and all(parts[k].item() == pytest.approx(want[k].item(), rel=1e-5) for k in want)
+    assert loss.item() == pytest.approx(sum(v.item() for v in want.values()), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_every_parameter_learns(name):
     """Nothing without a gradient (DistributedDataParallel would stop there), and a few steps on one batch lower the loss."""
