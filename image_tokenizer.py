@@ -449,7 +449,7 @@ class LFQTokenizer(nn.Module):
         """z (B, bits, h, w), before quantisation -> (commitment loss, entropy loss), with the weights of the config.
         Entropy: a bit is +1 with probability softmax(-(z-1)^2, -(z+1)^2) = sigmoid(4z). Each bit of each position should be sure of itself
         (low entropy), while over all positions both values should be used (high entropy of the mean); or, with joint_entropy, all CODES:
-        with few bits the mean over 2**bits codes can be summed exactly, and unlike the per-bit form it parts bits that always flip together."""
+        with few bits the mean over 2**bits codes can be summed exactly, and unlike the per-bit form it parts bits that flip together."""
         c = self.config
         q = torch.where(z > 0, 1.0, -1.0)
         commitment = c.commitment_weight * (1 + c.beta) * (q - z).square().mean()  # the published pair of terms: q has no gradient
