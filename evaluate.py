@@ -111,15 +111,15 @@ def score_generation(model, per_task=50, seed=0, split="test", batch=256, **samp
         part = lambda m: dict(score=float(ok[m].mean()), n=int(m.sum()), interval=wilson(int(ok[m].sum()), int(m.sum())))
         m = task_of == task
         tasks[task] = part(m)
-        if held[m].any():
+        if held[m].any() and (m & ~held).any():
             tasks[task].update(seen=part(m & ~held), held_out=part(m & held))
     both = [t for t in data.TASKS if "seen" in tasks[t]]
     out = dict(
         score=float(np.mean([tasks[t]["score"] for t in data.TASKS])),
         interval=wilson(int(ok.sum()), len(ok)),
         n=len(rows),
-        seen=float(np.mean([tasks[t]["seen"]["score"] for t in both])),
-        held_out=float(np.mean([tasks[t]["held_out"]["score"] for t in both])),
+        seen=float(np.mean([tasks[t]["seen"]["score"] for t in both])) if both else float("nan"),
+        held_out=float(np.mean([tasks[t]["held_out"]["score"] for t in both])) if both else float("nan"),
         objects=float(np.mean([len(f) for f in found])),
         unknown=float(np.mean([sum(o[0] < 0 for o in f) for f in found])),
         tasks=tasks,

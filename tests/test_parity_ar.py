@@ -685,7 +685,7 @@ def test_samplers():
     # a row next to a longer one is the row alone: with pads, with the unconditional half
     short = m.text_context(["a"], 9)
     both = stack_rows(short, m.text_context(["two blue stars on a white background"], 9))
-    mask, noise = torch.full((2, 9), m.config.mask_id), (torch.rand(6, 2, 9, 1024, generator=g()) + 0.1, torch.rand(6, 2, 9, generator=g()))
+    mask, noise = torch.full((2, 9), m.config.mask_id), (torch.rand(6, 2, 9, m.config.codebook_size, generator=g()) + 0.1, torch.rand(6, 2, 9, generator=g()))
     one = m.sample(*short, mask[:1], 0.0, 6, exponential=noise[0][:, :1], gumbel_u=noise[1][:, :1])
     assert torch.equal(one, m.sample(*both, mask, 0.0, 6, exponential=noise[0], gumbel_u=noise[1])[:1])
     questions = ["Why?", "How many small red stars are there in this picture?"]
