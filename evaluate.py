@@ -87,7 +87,7 @@ def wilson(hits, n, z=1.96):
         return float("nan"), float("nan")
     p, d = hits / n, 1 + z * z / n
     centre, half = (p + z * z / (2 * n)) / d, z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
