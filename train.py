@@ -47,10 +47,11 @@ import sample
 
 # RecA as published, per architecture, and what the tiny models of the shape world use instead. Every key is a flag. `mix` is the share of each part in a step's batch:
 # recon = RecA, i2t = image -> text, t2i = text -> image, edit = image + instruction -> image, text = text only. Loss weights are 1 unless a flag says otherwise.
+# --batch is ours: the release fixes no number of GPUs. BAGEL stops at step 1000, inside its warm-up, as the release's own command does.
 PUBLISHED = {
     "mar": dict(lr=1e-5, betas=(0.9, 0.95), weight_decay=0.02, warmup=125, clip=1.0, steps=5000, batch=384, i2t_weight=1.0, drop=0.1, schedule="cosine"),
-    "ar": dict(lr=5e-7, betas=(0.9, 0.999), weight_decay=0.01, warmup=1000, clip=1.0, steps=5000, batch=16, i2t_weight=1.0, drop=0.0, schedule="cosine"),
-    "diffusion": dict(lr=4e-5, betas=(0.9, 0.95), weight_decay=0.0, warmup=500, clip=1.0, steps=1000, batch=48, i2t_weight=0.0, drop=0.1, schedule="constant"),
+    "ar": dict(lr=5e-7, betas=(0.9, 0.999), weight_decay=0.01, warmup=1000, clip=0.0, steps=5000, batch=16, i2t_weight=1.0, drop=0.0, schedule="cosine"),
+    "diffusion": dict(lr=4e-5, betas=(0.9, 0.95), weight_decay=0.0, eps=1e-15, warmup=1000, clip=1.0, steps=1000, batch=48, i2t_weight=0.0, drop=0.1, schedule="constant"),
 }
 TINY = {
     "tokenizer": dict(lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0, warmup=50, clip=1.0, steps=4000, batch=64, i2t_weight=1.0, drop=0.1, schedule="cosine"),
@@ -110,6 +111,7 @@ def parse_args(argv=None):
     ):
         g.add_argument(f"--{name}", type=kind, help=text)
     g.add_argument("--betas", type=float, nargs=2)
+    g.add_argument("--eps", type=float, help="of AdamW")
     g.add_argument("--schedule", choices=("cosine", "constant"))
     g.add_argument("--accum", type=int, default=1, help="micro-batches per step: raise it when memory runs out")
     g.add_argument(
@@ -145,6 +147,7 @@ def parse_args(argv=None):
         args.out = args.resume
         return args, state
     recipe = dict(TINY[args.stage] if args.config == "tiny" else PUBLISHED[args.arch], t2i_weight=float(args.stage != "reca"))
+    recipe.setdefault("eps", 1e-8)
     if args.config == "tiny":
         recipe["t2i_weight"] *= DRAWING_WEIGHT[args.arch]
         recipe["i2t_weight"] /= DRAWING_WEIGHT[args.arch] if args.stage == "reca" else 1.0
@@ -496,7 +499,7 @@ def make_optimizer(args, model, named):
     decay = [p for n, p in named if p.ndim >= 2 and not model.no_decay(n, p)]
     rest = [p for n, p in named if p.ndim < 2 or model.no_decay(n, p)]
     groups = [dict(params=decay, weight_decay=args.weight_decay), dict(params=rest, weight_decay=0.0)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr, betas=args.betas, eps=1e-8, fused=args.device != "cpu" or None)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr, betas=args.betas, eps=args.eps, fused=args.device != "cpu" or None)
 
 
 def learning_rate(args, step):
