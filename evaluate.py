@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import shlex
 import sys
 import time
 
@@ -271,30 +272,60 @@ def export_geneval(model, prompts_file, out, n=4, seed=0, **sampler):
     print(f"{len(rows)} prompts x {n} pictures: {out}")
 
 
-def print_table(folder):
-    """One line per run from the JSON files of `folder` (each written by --json): arch, name, seed, scores."""
+COLUMNS = {
+    "score": ("generation", "score"),
+    "seen": ("generation", "seen"),
+    "held-out": ("generation", "held_out"),
+    "objects/picture": ("generation", "objects"),
+    "questions": ("questions", "accuracy"),
+    "reconstruction": ("reconstruction", "objects"),
+    "edits: asked": ("editing", "asked"),
+    "edits: kept": ("editing", "kept"),
+}
+
+
+def read_results(folder):
+    """{(arch, run): [result, ...]}: the files of `folder`, ARCH_RUN_seedN.json as train.py's result.json and --json hold them; seeds of one run together."""
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"--table {folder}: no such folder; it holds the JSON files written by --json")
-    rows = []
+        raise FileNotFoundError(f"--table {folder}: no such folder; it holds the result.json files of runs, named ARCH_RUN_seedN.json")
+    runs = {}
     for name in sorted(os.listdir(folder)):
         if name.endswith(".json"):
             r = data.read_json(os.path.join(folder, name))
-            g = r["scores"]["generation"]
-            rows.append(
-                (
-                    r["arch"],
-                    name[:-5],
-                    f"{g['score']:.3f} ({g['interval'][0]:.3f}-{g['interval'][1]:.3f})",
-                    f"{g['seen']:.3f}",
-                    f"{g['held_out']:.3f}",
-                    f"{g['objects']:.2f}",
-                    f"{r['scores']['questions']['accuracy']:.3f}",
-                    f"{r['scores']['reconstruction']['objects']:.3f}",
-                )
-            )
-    print("| arch | run | score (95 %) | seen | held-out | objects/picture | questions | reconstruction |\n|" + " --- |" * 8)
-    for r in rows:
-        print("| " + " | ".join(r) + " |")
+            label = name[:-5].removeprefix(r["arch"] + "_").rsplit("_seed", 1)[0]
+            runs.setdefault((r["arch"], label), []).append(r)
+    return runs
+
+
+def print_table(folder):
+    """A Markdown table of the runs in `folder`: mean over seeds +- their standard deviation; one seed: its 95 % interval."""
+    runs = read_results(folder)
+    print("| arch | run | seeds | tasks | " + " | ".join(COLUMNS) + " |\n|" + " --- |" * (4 + len(COLUMNS)))
+    for (arch, label), results in runs.items():
+        cells = []
+        for name, (group, key) in COLUMNS.items():
+            values = [r["scores"][group][key] for r in results if group in r["scores"]]
+            low, high = results[0]["scores"][group]["interval"] if values and name in ("score", "questions") else (0, 0)
+            spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else f" ({low:.3f}-{high:.3f})" if high else ""
+            cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
+        tasks = " ".join(f"{np.mean([r['scores']['generation']['tasks'][t]['score'] for r in results]):.2f}" for t in data.TASKS)
+        print(f"| {arch} | {label} | {len(results)} | {tasks} | " + " | ".join(cells) + " |")
+    print(f"\ntasks: {', '.join(data.TASKS)}. Spread: standard deviation over seeds; of a single run, its 95 % interval.")
+
+
+def draw_figure(folder, path, key="score"):
+    """Score against optimizer steps, one line per run that was scored on the way (train.py --eval-every), mean over seeds, as a PNG."""
+    import sample
+
+    lines = {}
+    for (arch, label), results in read_results(folder).items():
+        curves = [dict((step, s["generation"][key]) for step, s in r["curve"]) | {r["args"]["steps"]: r["scores"]["generation"][key]} for r in results if len(r.get("curve", ())) > 1]
+        steps = sorted(set.intersection(*map(set, curves))) if curves else []
+        if len(steps) > 2:
+            lines[f"{arch} {label}"] = (steps, [float(np.mean([c[s] for c in curves])) for s in steps])
+    if not lines:
+        raise ValueError(f"--figure: no run in {folder} was scored on the way; train with --eval-every N")
+    sample.save_png(sample.plot(lines, "optimizer step"), path)
 
 
 def main(argv=None):
@@ -314,13 +345,14 @@ def main(argv=None):
     p.add_argument("--steps", type=int)
     p.add_argument("--json", metavar="FILE", help="write all numbers there")
     p.add_argument("--grid", metavar="FILE", help="write a grid of judged pictures there")
-    p.add_argument("--table", metavar="FOLDER", help="print a table from the JSON files in FOLDER and stop")
+    p.add_argument("--table", metavar="FOLDER", help="print a table from the JSON files in FOLDER (result.json of runs, as ARCH_RUN_seedN.json) and stop")
+    p.add_argument("--figure", metavar="PNG", help="with --table: also draw score against steps")
     p.add_argument("--geneval", metavar="JSONL", help="draw GenEval's prompts into its folder layout under --out instead of judging here")
     p.add_argument("--out", default="geneval")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
     if args.table:
-        return print_table(args.table)
+        return print_table(args.table) or (args.figure and draw_figure(args.table, args.figure))
     if args.n < 6 and not args.geneval:
         raise ValueError(f"--n {args.n}: at least 6, one picture for each task")
     model = sample.load_model(
@@ -343,7 +375,9 @@ def main(argv=None):
         )
     if args.json:
         data.write_text(
-            args.json, json.dumps(dict(arch=args.arch, ckpt=args.ckpt, argv=sys.argv[1:], torch=torch.__version__, scores=scores), indent=1)
+            args.json, json.dumps(
+                dict(arch=args.arch, command="python evaluate.py " + shlex.join(sys.argv[1:]), commit=sample.git_commit(), torch=torch.__version__, scores=scores), indent=1
+            )
         )
     if args.grid:
         keep = np.linspace(0, len(rows) - 1, 24).astype(int)

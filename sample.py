@@ -14,7 +14,9 @@ import argparse
 import dataclasses
 import importlib
 import json
+import math
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -130,6 +132,41 @@ def grid(pictures, captions=None, columns=8, scale=3):
                 lines[-1] = (lines[-1] + " " + word).strip()
             draw.multiline_text((x, y), "\n".join(lines[:2]), fill=(0, 0, 0), spacing=1)
     return sheet
+
+
+def git_commit():
+    try:
+        return subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def plot(series, x_label, size=(720, 400)):
+    """{name: (xs, ys)} -> PIL image with one line each; the y axis starts at 0 and leaves out the highest 2 % of each line."""
+    from PIL import Image, ImageDraw
+
+    (w, h), m = size, 48
+    colors = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75))
+    im = Image.new("RGB", size, "white")
+    d = ImageDraw.Draw(im)
+    series = {k: v for k, v in series.items() if len(v[0]) > 1}
+    if not series:
+        return im
+    left, right = min(xs[0] for xs, _ in series.values()), max(xs[-1] for xs, _ in series.values())
+    top = max(sorted(ys)[math.ceil(0.98 * (len(ys) - 1))] for _, ys in series.values()) * 1.05 or 1.0
+    x = lambda v: m + (w - 2 * m) * (v - left) / max(1, right - left)
+    y = lambda v: h - m - (h - 2 * m) * min(1.0, max(0.0, v / top))
+    for i in range(5):
+        d.line([(m, y(top * i / 4)), (w - m, y(top * i / 4))], fill=(225, 225, 225))
+        d.text((4, y(top * i / 4) - 6), f"{top * i / 4:.3g}", fill=(90, 90, 90))
+        d.text((x(left + (right - left) * i / 4) - 10, h - m + 6), f"{left + (right - left) * i / 4:.0f}", fill=(90, 90, 90))
+    at = m
+    for j, (name, (xs, ys)) in enumerate(series.items()):
+        d.line([(x(a), y(b)) for a, b in zip(xs, ys)], fill=colors[j % len(colors)], width=2)
+        d.text((at % (w - 2 * m), 6 + 14 * (at // (w - 2 * m))), name, fill=colors[j % len(colors)])
+        at += 24 + int(d.textlength(name))
+    d.text((w // 2 - 40, h - 22), x_label, fill=(90, 90, 90))
+    return im
 
 
 def save_png(image, path):

@@ -26,9 +26,9 @@ import json
 import math
 import os
 import queue
+import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -38,6 +38,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns once per proc
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import data
@@ -55,7 +56,7 @@ PUBLISHED = {
 }
 TINY = {
     "tokenizer": dict(lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0, warmup=50, clip=1.0, steps=4000, batch=64, i2t_weight=1.0, drop=0.1, schedule="cosine"),
-    "base": dict(lr=8e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=100, clip=1.0, steps=12000, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
+    "base": dict(lr=1e-3, muon_lr=0.02, betas=(0.9, 0.95), weight_decay=0.02, warmup=100, clip=1.0, steps=12000, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
     "sft": dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=20, clip=1.0, steps=300, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
     "reca": dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=20, clip=1.0, steps=300, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
 }
@@ -68,6 +69,7 @@ MIX = {
     "reca": {"recon": 1.0, "i2t": 1.0},
 }
 TOKENIZERS = {"mar": ("tiny-kl", "vae"), "ar": ("tiny-lfq", "vq"), "diffusion": ("tiny-kl", "vae")}  # name of the tiny one, attribute of the model
+UNDERSTANDING = ("full", "shrunk", "shuffled", "pooled", "random")  # a quarter of the size; tokens in random order; their mean; an untrained encoder
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40": 181, "4090": 165, "3090": 71}  # dense bf16, for MFU
 
 
@@ -99,12 +101,14 @@ def parse_args(argv=None):
     g.add_argument("--drop", type=float, help="conditioning dropout: share of samples that get the empty prompt")
     g.add_argument("--templates", type=int, default=0, help="how many template requests to sample from; 0 = all")
     g.add_argument("--grad-scale", type=float, help="gradient scale on the clean features (MAR: 0.1)")
+    g.add_argument("--understanding", choices=UNDERSTANDING, default="full", help="ablation: what of the picture reaches RecA's context (shape world)")
     g.add_argument("--oracle-captions", action="store_true", help="ablation: RecA's pictures come with their dense caption as a t2i prompt instead of features")
     g = p.add_argument_group("optimisation")
     for name, kind, text in (
         ("steps", int, "optimizer steps"),
         ("batch", int, "samples per step and part, over all processes"),
-        ("lr", float, ""),
+        ("lr", float, "of AdamW"),
+        ("muon-lr", float, "of Muon for the matrices inside blocks; 0 = AdamW for all (published; default in the base stage of tiny: 0.02)"),
         ("warmup", int, "steps"),
         ("weight-decay", float, "1-D tensors and the recipe's exemptions never decay"),
         ("clip", float, "gradient norm; 0 = off"),
@@ -147,7 +151,7 @@ def parse_args(argv=None):
         args.out = args.resume
         return args, state
     recipe = dict(TINY[args.stage] if args.config == "tiny" else PUBLISHED[args.arch], t2i_weight=float(args.stage != "reca"))
-    recipe.setdefault("eps", 1e-8)
+    recipe = dict(eps=1e-8, muon_lr=0.0) | recipe
     if args.config == "tiny":
         recipe["t2i_weight"] *= DRAWING_WEIGHT[args.arch]
         recipe["i2t_weight"] /= DRAWING_WEIGHT[args.arch] if args.stage == "reca" else 1.0
@@ -270,8 +274,13 @@ class Pools:
             )
         if "crowded" in need:
             images["crowded"] = data.crowded_pictures(args.pool, seed=args.seed)
-        if "broad" in need or "text" in self.parts:
-            self.scenes["broad"] = data.Scenes(args.pool, seed=10 + args.seed, captioned=args.pool_without_held_out)
+        if args.understanding != "full" and "recon" in self.parts:
+            if args.data or (args.arch == "mar" and args.understanding != "shrunk"):
+                raise ValueError(f"--understanding {args.understanding}: an ablation of the shape world; --arch mar, whose encoder trains along, has only shrunk")
+            self.pool_of["recon"] = "altered"  # apart from "broad", whose encodings image-to-text keeps as they are
+            need.add("altered")
+        if {"broad", "altered"} & need or "text" in self.parts:
+            self.scenes["broad"] = self.scenes["altered"] = data.Scenes(args.pool, seed=10 + args.seed, captioned=args.pool_without_held_out)
         if "captioned" in need and "captioned" not in images:
             scenes = self.scenes["captioned"] = data.Scenes(args.captioned, seed=20 + args.seed, captioned=True)
             n = len(scenes)
@@ -320,9 +329,33 @@ class Pools:
         was, chunk = model.training, 256 if getattr(model.config, "image_size", 48) <= 64 else 8
         model.eval()
         starts = data.Progress(range(0, len(rows), chunk), f"encoding {name}", show)
-        chunks = [{k: v.cpu() for k, v in model.precompute(self.pixels(model, source, name, rows[i : i + chunk]).to(device), stage).items()} for i in starts]
+        chunks, generator = [], data.sample_generator(self.args.seed, 0, 0, "altered")
+        for i in starts:
+            pixels = self.pixels(model, source, name, rows[i : i + chunk]).to(device)
+            out = model.precompute(pixels, stage)
+            if name == "altered":
+                out.update(self.alter(model, pixels, out, stage, generator))
+            chunks.append({k: v.cpu() for k, v in out.items()})
         model.train(was)
         return {k: torch.cat([c[k] for c in chunks]) for k in chunks[0]}
+
+    def alter(self, model, pixels, seen, stage, generator):
+        """What stands in RecA's context instead of the picture's full understanding (--understanding): {key: tensor} to overwrite in `seen`."""
+        kind, key = self.args.understanding, "features" if "features" in seen else "latents"
+        if kind == "shrunk":
+            small = F.interpolate(F.avg_pool2d(pixels, 4), scale_factor=4, mode="bilinear")
+            return {("source_" if key == "latents" else "") + key: model.precompute(small, stage)[key]}
+        x = seen[key]  # (n, A, width)
+        if kind == "shuffled":
+            order = torch.stack([torch.randperm(x.shape[1], generator=generator) for _ in x]).to(x.device)
+            return {key: x.gather(1, order[..., None].expand_as(x))}
+        if kind == "pooled":
+            return {key: x.mean(1, keepdim=True).expand_as(x).clone()}
+        if not hasattr(self, "untrained"):
+            with torch.random.fork_rng():
+                torch.manual_seed(self.args.seed)
+                self.untrained = type(model)(model.config, model.tokenizer).to(pixels.device).eval()
+        return {key: self.untrained.precompute(pixels, stage)[key]}
 
     def encode_all(self, model, source, name, stage, device, rank, world):
         """The whole pool: every process encodes its contiguous share, then all share the result."""
@@ -437,7 +470,10 @@ def prefetch(make, steps, depth=2):
 def build(args, device):
     """The model of this run with its starting weights."""
     if args.stage == "tokenizer":
-        return TokenizerStage(TOKENIZERS[args.arch][0])
+        model = TokenizerStage(TOKENIZERS[args.arch][0])
+        if args.ckpt:
+            image_tokenizer.load_strict(model.tokenizer, image_tokenizer.read_weights(args.ckpt), args.ckpt)
+        return model
     if args.stage == "base" and not args.ckpt:
         module = importlib.import_module(sample.ARCHS[args.arch])
         if args.config not in module.CONFIGS:
@@ -464,13 +500,13 @@ def save_weights(args, model, **extra):
         sample.save_model(model, args.out, args.arch, text_tokenizer=args.text_tokenizer or "tiny", **extra)
 
 
-def save_checkpoint(args, step, model, optimizer, ema, history):
+def save_checkpoint(args, step, model, optimizers, ema, history):
     """checkpoint.pt for --resume: weights, optimizer, position, random states. Written under a temporary name, synced, renamed: a crash leaves the old one."""
     state = dict(
         step=step,
         args=vars(args),
         model=model.state_dict(),
-        optimizer=optimizer.state_dict(),
+        optimizers=[o.state_dict() for o in optimizers],
         ema=ema,
         history=history,
         rng=dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []),
@@ -495,21 +531,28 @@ def read_checkpoint(folder):
         raise ValueError(f"{path}: cannot be read ({str(e).splitlines()[0][:120]}): it is truncated or not a checkpoint of train.py") from None
 
 
-def make_optimizer(args, model, named):
-    decay = [p for n, p in named if p.ndim >= 2 and not model.no_decay(n, p)]
+def make_optimizers(args, model, named):
+    """[AdamW], or with --muon-lr [AdamW, Muon]: Muon (torch.optim.Muon, momentum orthogonalised by Newton-Schulz) takes the 2-D weights inside numbered blocks,
+    AdamW keeps embeddings, heads, norms and biases. At these sizes a base model needs about half the samples with it."""
+    hidden = [(n, p) for n, p in named if args.muon_lr and p.ndim == 2 and any(k.isdigit() for k in n.split(".")) and not model.no_decay(n, p)]
+    taken = {n for n, _ in hidden}
+    decay = [p for n, p in named if n not in taken and p.ndim >= 2 and not model.no_decay(n, p)]
     rest = [p for n, p in named if p.ndim < 2 or model.no_decay(n, p)]
-    groups = [dict(params=decay, weight_decay=args.weight_decay), dict(params=rest, weight_decay=0.0)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr, betas=args.betas, eps=args.eps, fused=args.device != "cpu" or None)
+    groups = [g for g in (dict(params=decay, weight_decay=args.weight_decay), dict(params=rest, weight_decay=0.0)) if g["params"]]
+    optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, eps=args.eps, fused=args.device != "cpu" or None)]
+    if hidden:
+        optimizers.append(torch.optim.Muon([p for _, p in hidden], lr=args.muon_lr, weight_decay=args.weight_decay))
+    return optimizers
 
 
-def learning_rate(args, step):
-    """Linear warm-up, then constant, or half a cosine to zero, as Harmon and Show-o were trained."""
+def learning_rate(args, step, lr):
+    """Linear warm-up to `lr`, then constant, or half a cosine to zero, as Harmon and Show-o were trained."""
     if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
+        return lr * (step + 1) / args.warmup
     if args.schedule == "constant":
-        return args.lr
+        return lr
     t = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, t)))
+    return lr * 0.5 * (1 + math.cos(math.pi * min(1.0, t)))
 
 
 def activation_checkpointing(model):
@@ -538,35 +581,15 @@ def check_memory(args, named, model):
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures and lines
 def plot_curves(path, history, keys):
-    """Loss curves as a PNG, drawn with Pillow: one line per part, smoothed, y from 0 on a linear scale."""
-    from PIL import Image, ImageDraw
-
-    w, h, m = 720, 400, 48
-    colors = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189))
-    im = Image.new("RGB", (w, h), "white")
-    d = ImageDraw.Draw(im)
-    rows = [r for r in history if "loss" in r]
-    if len(rows) > 1:
-        series = {}
-        for k in keys:
-            values, smooth = [r[k] for r in rows if k in r], []
-            for v in values:
-                smooth.append(v if not smooth else 0.9 * smooth[-1] + 0.1 * v)
-            series[k] = smooth
-        top = max(sorted(v)[int(0.98 * (len(v) - 1))] for v in series.values() if v) * 1.05 or 1.0
-        x = lambda s: m + (w - 2 * m) * (s - rows[0]["step"]) / max(1, rows[-1]["step"] - rows[0]["step"])
-        y = lambda v: h - m - (h - 2 * m) * min(1.0, max(0.0, v / top))
-        for i in range(5):
-            d.line([(m, y(top * i / 4)), (w - m, y(top * i / 4))], fill=(225, 225, 225))
-            d.text((4, y(top * i / 4) - 6), f"{top * i / 4:.3g}", fill=(90, 90, 90))
-            s = rows[0]["step"] + (rows[-1]["step"] - rows[0]["step"]) * i // 4
-            d.text((x(s) - 10, h - m + 6), str(s), fill=(90, 90, 90))
-        for j, (k, v) in enumerate(series.items()):
-            steps = [r["step"] for r in rows if k in r]
-            d.line([(x(s), y(a)) for s, a in zip(steps, v)], fill=colors[j % 5], width=2)
-            d.text((m + 90 * j, 14), k, fill=colors[j % 5])
-        d.text((w // 2 - 40, h - 22), "optimizer step", fill=(90, 90, 90))
-    sample.save_png(im, path)
+    """Loss curves as a PNG: one line per part, smoothed."""
+    series = {}
+    for k in keys:
+        rows = [r for r in history if k in r and "loss" in r]
+        smooth = []
+        for r in rows:
+            smooth.append(r[k] if not smooth else 0.9 * smooth[-1] + 0.1 * r[k])
+        series[k] = [r["step"] for r in rows], smooth
+    sample.save_png(sample.plot(series, "optimizer step"), path)
 
 
 def pictures_of(args, model, device, real):
@@ -600,15 +623,17 @@ def scores(args, model):
     return s, evaluate.report(s)
 
 
-def git_commit():
-    try:
-        return subprocess.run(["git", "-C", sample.HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5).stdout.strip() or "unknown"
-    except OSError:
-        return "unknown"
+def meta(args, world):
+    """What is needed to repeat a run: run.json holds this, result.json this and the scores (results/ is made of those)."""
+    device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
+    command = f"torchrun{f' --nproc_per_node={world}' * (world > 1)} train.py {shlex.join(sys.argv[1:])}"
+    here = dict(commit=sample.git_commit(), torch=torch.__version__, world=world, device=device)
+    return dict(arch=args.arch, stage=args.stage, seed=args.seed, command=command, **here, args=vars(args))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 def main(argv=None):
+    started = time.time()
     args, state = parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check_args(args, world)
@@ -635,12 +660,13 @@ def main(argv=None):
     named = model.trainable_parameters(args.stage)
     check_memory(args, named, model)
     pools = Pools(args, model, args.stage, device, rank, world)
-    optimizer = make_optimizer(args, model, named)
+    optimizers = make_optimizers(args, model, named)
     start, history, ema = 0, [], None
     if args.ema:
         ema = {n: p.detach().clone() for n, p in named}
     if state is not None:
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
         start, history, ema = state["step"], state["history"], state["ema"]
         say(f"resumed {args.out} at step {start}")
     if args.checkpoint == "full":
@@ -668,10 +694,7 @@ def main(argv=None):
     if main_process:
         log = open(os.path.join(args.out, "log.jsonl"), "a" if state is not None else "w")
         if state is None:
-            meta = dict(
-                argv=sys.argv[1:], args=vars(args), commit=git_commit(), torch=torch.__version__, python=sys.version.split()[0], world=world, device=str(device)
-            )
-            data.write_text(os.path.join(args.out, "run.json"), json.dumps(meta, indent=1, default=str))
+            data.write_text(os.path.join(args.out, "run.json"), json.dumps(meta(args, world), indent=1, default=str))
             before, text = scores(args, model)
             if before:
                 say("before: " + text)
@@ -701,9 +724,10 @@ def main(argv=None):
     clock, since, step = time.time(), start, start
     images = sum(round(args.batch * s) for p, s in pools.parts.items() if p != "text")
     for step in range(start, args.steps):
-        lr = learning_rate(args, step)
-        for g in optimizer.param_groups:
-            g["lr"] = lr
+        lr = learning_rate(args, step, args.lr)
+        for optimizer, peak_lr in zip(optimizers, (args.lr, args.muon_lr)):
+            for g in optimizer.param_groups:
+                g["lr"] = learning_rate(args, step, peak_lr)
         torch.manual_seed(
             data.mix_seed(args.seed, step, rank)
         )  # dropout and posterior noise: a function of (seed, step, rank), so a resumed run draws the same
@@ -725,8 +749,9 @@ def main(argv=None):
             for p in parts:
                 totals[p] += losses[p].detach() / args.accum
         norm = torch.nn.utils.clip_grad_norm_([p for _, p in named], args.clip if args.clip > 0 else math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if ema:
             torch._foreach_lerp_(list(ema.values()), [p.detach() for _, p in named], 1 - args.ema)
         done = step + 1
@@ -772,7 +797,7 @@ def main(argv=None):
         elif world > 1:
             halt = False
         if main_process and (halt or done == args.steps or (args.save_every and done % args.save_every == 0)):
-            save_checkpoint(args, done, model, optimizer, ema, history)
+            save_checkpoint(args, done, model, optimizers, ema, history)
             if not halt:
                 save_weights(args, model, step=done)
                 plot_curves(os.path.join(args.out, "loss.png"), history, parts)
@@ -800,6 +825,8 @@ def main(argv=None):
         after, text = scores(args, model)
         before = before or next((r["scores"] for r in history if r.get("step") == 0 and "scores" in r), None)
         save_weights(args, model, step=args.steps, scores_before=before, scores_after=after)
+        result = dict(meta(args, world), seconds=time.time() - started, curve=[(r["step"], r["scores"]) for r in history if "scores" in r], scores=after)
+        data.write_text(os.path.join(args.out, "result.json"), json.dumps(result, indent=1, default=str))
         if after:
             log.write(json.dumps(dict(step=args.steps, scores=after)) + "\n")
             say("after:  " + text)
