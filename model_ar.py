@@ -93,7 +93,7 @@ CONFIGS = {
     "tiny": ShowOConfig(
         hidden_size=128, num_layers=4, num_heads=4, intermediate_size=224, text_vocab=1024, eos=1018, codebook_size=2048, image_size=48,
         vq=TOKENIZERS["tiny-lfq"], clip=VISION_ENCODERS["tiny-clip"], clip_mean=(0.5,) * 3, clip_std=(0.5,) * 3, train_clip=True,
-        system_prompt="", user="Question:", assistant="Answer:", max_prompt=40, max_dialogue=56, max_request=32, pad_multiple=4, cfg=3.0,
+        system_prompt="", user="Question:", assistant="Answer:", max_prompt=40, max_dialogue=56, max_request=32, pad_multiple=4, cfg=2.0,
         mask_steps=6, reca_steps=6),
     "show-o-256": ShowOConfig(w_clip_vit=False, system_prompt="", max_request=384),
     "show-o-512": ShowOConfig(w_clip_vit=False, system_prompt="", max_request=384, image_size=512, reca_steps=20),

@@ -80,7 +80,7 @@ class BagelConfig:
 
 
 CONFIGS = {
-    "tiny": BagelConfig(vocab_size=1024, hidden_size=128, intermediate_size=96, num_layers=4, num_heads=4, num_kv_heads=2, rope_theta=1e4,
+    "tiny": BagelConfig(vocab_size=1024, hidden_size=128, intermediate_size=224, num_layers=4, num_heads=4, num_kv_heads=4, rope_theta=1e4,
                         special=(1019, 1020, 1021, 1022), vit=VISION_ENCODERS["tiny-siglip"], vae=TOKENIZERS["tiny-kl"],
                         latent_patch_size=1, max_latent_size=6, image_size=48, vae_resize=(48, 48), vit_resize=(48, 48),
                         reca_resize=(48, 48), max_prompt=32, max_request=16, max_dialogue=48, steps=25,
@@ -429,7 +429,8 @@ class Bagel(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """From scratch: N(0, 0.02) in the transformer, whose generation expert starts as a copy of the other; PyTorch's own, larger, for
-        what is added to the position tables (amplitude 1) at its entrance: with 0.02 the tiny model needs more steps; velocity 0."""
+        what is added to the position tables (amplitude 1) at its entrance, and for SigLIP's features four times that, or the table drowns
+        what was seen; velocity 0."""
         for module in self.language_model.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -440,6 +441,7 @@ class Bagel(nn.Module):
             if GEN in name:
                 p.copy_(own[name.replace(GEN, UND)])
         nn.init.zeros_(self.llm2vae.weight)
+        self.connector.fc2.weight.mul_(4)
 
     def trainable_parameters(self, stage):
         """stage base | sft | reca -> [(name, parameter)] to train, and sets requires_grad. base: all but the autoencoder. sft and reca: the

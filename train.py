@@ -60,8 +60,9 @@ TINY = {
     "sft": dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=20, clip=1.0, steps=300, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
     "reca": dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=20, clip=1.0, steps=300, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
 }
-# Tiny models: noise-prediction losses are about 0.05 where cross entropies are about 0.5, so drawing would get a tenth of the shared backbone's gradient.
-DRAWING_WEIGHT = {"mar": 8.0, "ar": 1.0, "diffusion": 8.0}
+# Tiny models: noise-prediction losses are about 0.05 where cross entropies are about 0.5, so drawing would get a tenth of the shared backbone's gradient. BAGEL's
+# drawing has an expert of its own; there the weight only says who shapes the understanding expert (with 8, questions stayed at chance).
+DRAWING_WEIGHT = {"mar": 8.0, "ar": 1.0, "diffusion": 2.0}
 MIX = {
     "tokenizer": {"images": 1.0},
     "base": {"t2i": 1.0, "i2t": 1.0, "edit": 0.5, "text": 0.5},
@@ -108,7 +109,7 @@ def parse_args(argv=None):
         ("steps", int, "optimizer steps"),
         ("batch", int, "samples per step and part, over all processes"),
         ("lr", float, "of AdamW"),
-        ("muon-lr", float, "of Muon for the matrices inside blocks; 0 = AdamW for all (published; default in the base stage of tiny: 0.02)"),
+        ("muon-lr", float, "of Muon for the matrices of blocks and projectors; 0 = AdamW for all (published; default in the base stage of tiny: 0.02)"),
         ("warmup", int, "steps"),
         ("weight-decay", float, "1-D tensors and the recipe's exemptions never decay"),
         ("clip", float, "gradient norm; 0 = off"),
@@ -194,7 +195,7 @@ def mix(args):
         if not set(parts) <= {"recon", "t2i", "i2t", "edit", "text"}:
             raise ValueError(f"--mix {' '.join(args.mix)}: the parts are recon, t2i, i2t, edit, text")
     if args.stage == "reca" and args.t2i_weight > 0:
-        parts["t2i"] = 1.0
+        parts.setdefault("t2i", 1.0)
     if args.i2t_weight == 0:
         parts.pop("i2t", None)
     if args.oracle_captions:
@@ -532,7 +533,7 @@ def read_checkpoint(folder):
 
 
 def make_optimizers(args, model, named):
-    """[AdamW], or with --muon-lr [AdamW, Muon]: Muon (torch.optim.Muon, momentum orthogonalised by Newton-Schulz) takes the 2-D weights inside numbered blocks,
+    """[AdamW], or with --muon-lr [AdamW, Muon]: Muon (torch.optim.Muon, momentum orthogonalised by Newton-Schulz) takes the 2-D weights of numbered modules (blocks, projectors),
     AdamW keeps embeddings, heads, norms and biases. At these sizes a base model needs about half the samples with it."""
     hidden = [(n, p) for n, p in named if args.muon_lr and p.ndim == 2 and any(k.isdigit() for k in n.split(".")) and not model.no_decay(n, p)]
     taken = {n for n, _ in hidden}

@@ -254,3 +254,57 @@ def test_scores_report_holds_the_numbers():
             return torch.ones(len(prompts), 3, 48, 48)
     s, pictures, rows = evaluate.score_generation(Fake(), per_task=3)
     assert s["score"] == 0 and s["objects"] == 0 and s["n"] == 18 and pictures.shape == (18, 48, 48, 3)
+
+
+@pytest.mark.parametrize("kind", train.UNDERSTANDING[1:])
+def test_understanding_ablations_alter_recas_context_alone(kind, tmp_path):
+    common = ["--arch", "ar", *SMALL, "--out", str(tmp_path)]
+    batches = {}
+    for k in ("full", kind):
+        args, _ = train.parse_args([*common, "--understanding", k])
+        model = train.build(args, "cpu")
+        model.trainable_parameters("reca")
+        batches[k] = train.Pools(args, model, "reca", "cpu").batch(model, 0, 0, 0, 1)
+    full, altered = (batches[k]["recon"]["features"] for k in ("full", kind))  # (8, 9, width)
+    assert full.shape == altered.shape and (full - altered).abs().max() > 1e-3
+    assert torch.equal(batches["full"]["recon"]["codes"], batches[kind]["recon"]["codes"])
+    assert torch.equal(batches["full"]["i2t"]["features"], batches[kind]["i2t"]["features"])
+    if kind == "shuffled":
+        assert torch.allclose(full.sort(1).values, altered.sort(1).values)
+    if kind == "pooled":
+        assert torch.allclose(altered, full.mean(1, keepdim=True).expand_as(full), atol=1e-6)
+
+
+def test_understanding_ablation_needs_frozen_features():
+    args, _ = train.parse_args(["--arch", "mar", *SMALL, "--understanding", "pooled"])
+    with pytest.raises(ValueError, match="--understanding pooled: .* has only shrunk"):
+        train.Pools(args, train.build(args, "cpu"), "reca", "cpu")
+
+
+def test_muon_takes_the_matrices_inside_blocks():
+    args, _ = train.parse_args(["--arch", "ar", "--stage", "base", *SMALL])
+    model = train.build(args, "cpu")
+    named = model.trainable_parameters("base")
+    adam, muon = train.make_optimizers(args, model, named)
+    ids = lambda o: {id(p) for g in o.param_groups for p in g["params"]}
+    name = {id(p): n for n, p in named}
+    assert not ids(adam) & ids(muon) and ids(adam) | ids(muon) == set(name)
+    assert ids(muon) >= {id(p) for n, p in named if ".layers." in n and p.ndim == 2 and "embedding" not in n} and {"showo.lm_head.weight", "showo.model.embed_tokens.weight"} <= {name[i] for i in ids(adam)}
+    assert args.muon_lr == 0.02 and train.parse_args(["--arch", "ar", *SMALL])[0].muon_lr == 0  # RecA itself is AdamW, as published
+
+
+def test_tables_and_figures_over_seeds(tmp_path, capsys):
+    def result(score, curve):
+        row = lambda s: {"generation": {"score": s, "seen": s, "held_out": s / 2, "objects": 2.0, "interval": (s - 0.1, s + 0.1), "tasks": {t: {"score": s} for t in evaluate.data.TASKS}},
+                         "questions": {"accuracy": 0.9, "interval": (0.8, 0.95)}}
+        return json.dumps({"arch": "ar", "args": {"steps": 20}, "scores": row(score), "curve": [(i * 10, row(s)) for i, s in enumerate(curve)]})
+    for name, score, curve in (("ar_reca_seed0", 0.5, (0.2, 0.3)), ("ar_reca_seed1", 0.7, (0.2, 0.5)), ("ar_base_seed0", 0.2, ())):
+        (tmp_path / f"{name}.json").write_text(result(score, curve))
+    evaluate.main(["--table", str(tmp_path), "--figure", str(tmp_path / "f.png")])
+    out = capsys.readouterr().out
+    assert "| ar | reca | 2 | 0.60 0.60 0.60 0.60 0.60 0.60 | 0.600 ± 0.141 |" in out and "| ar | base | 1 |" in out and "0.200 (0.100-0.300)" in out
+    assert Image.open(tmp_path / "f.png").size == (720, 400)
+    with pytest.raises(ValueError, match="--eval-every"):
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x" / "ar_base_seed0.json").write_text(result(0.2, ()))
+        evaluate.main(["--table", str(tmp_path / "x"), "--figure", str(tmp_path / "g.png")])
