@@ -429,8 +429,8 @@ class Bagel(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """From scratch: N(0, 0.02) in the transformer, whose generation expert starts as a copy of the other; PyTorch's own, larger, for
-        what is added to the position tables (amplitude 1) at its entrance, and for SigLIP's features four times that, or the table drowns
-        what was seen; velocity 0."""
+        what is added to the position tables (amplitude 1) at its entrance, with biases that take away what the tables have in common at all
+        places of a picture: it would drown what was seen, and where; velocity 0."""
         for module in self.language_model.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -441,7 +441,10 @@ class Bagel(nn.Module):
             if GEN in name:
                 p.copy_(own[name.replace(GEN, UND)])
         nn.init.zeros_(self.llm2vae.weight)
-        self.connector.fc2.weight.mul_(4)
+        c, side = self.config, self.config.image_size // self.stride
+        for bias, table, n in ((self.connector.fc2.bias, self.vit_pos_embed, min(c.vit_resize[0], c.image_size) // c.vit.patch),
+                               (self.vae2llm.bias, self.latent_pos_embed, side)):
+            bias.sub_(table(grid_ids(n, n, table.side)).mean(0))
 
     def trainable_parameters(self, stage):
         """stage base | sft | reca -> [(name, parameter)] to train, and sets requires_grad. base: all but the autoencoder. sft and reca: the

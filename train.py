@@ -61,8 +61,8 @@ TINY = {
     "reca": dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=20, clip=1.0, steps=300, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
 }
 # Tiny models: noise-prediction losses are about 0.05 where cross entropies are about 0.5, so drawing would get a tenth of the shared backbone's gradient. BAGEL's
-# drawing has an expert of its own; there the weight only says who shapes the understanding expert (with 8, questions stayed at chance).
-DRAWING_WEIGHT = {"mar": 8.0, "ar": 1.0, "diffusion": 2.0}
+# drawing has an expert of its own; there the weight only says who shapes the understanding expert (with 8, half the questions stayed at chance).
+DRAWING_WEIGHT = {"mar": 8.0, "ar": 1.0, "diffusion": 1.0}
 MIX = {
     "tokenizer": {"images": 1.0},
     "base": {"t2i": 1.0, "i2t": 1.0, "edit": 0.5, "text": 0.5},
