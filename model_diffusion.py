@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from custom_kernels import attention, attention_plan, flow_loss_rows, linear_cross_entropy
+from custom_kernels import attention, attention_plan, flow_loss_rows, linear_cross_entropy, rms_norm
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig, check_keys
 from vision_encoder import (VISION_ENCODERS, SigLIPConfig, SigLIPNaViT, bagel_resize, bagel_size, grid_ids, magvit_pixels, patchify,
                             to_pixels)
@@ -125,24 +125,6 @@ class Permute(torch.autograd.Function):
         return grad.index_select(0, ctx.saved_tensors[0]), None, None
 
 
-class RMSNormCPU(torch.autograd.Function):
-    """F.rms_norm is fused on GPUs; on CPUs its backward pass is a long chain of small operations. Here it is LayerNorm's fused one with a
-    mean of zero, less its projection onto constants, which RMSNorm does not have."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, rstd)
-        return (x * rstd).mul_(weight)
-
-    @staticmethod
-    def backward(ctx, g):
-        x, weight, rstd = ctx.saved_tensors
-        zero, wanted = torch.zeros_like(rstd), [True, ctx.needs_input_grad[1], False]
-        dx, dw, _ = torch.ops.aten.native_layer_norm_backward(g, x, weight.shape, zero, rstd, weight, None, wanted)
-        return dx.add_((g @ weight).unsqueeze(-1) * rstd / weight.numel()), dw, None
-
-
 class RMSNorm(nn.Module):
     """With float32 statistics, whatever the dtype of x and of the weight."""
 
@@ -151,9 +133,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        if x.device.type == "cpu":
-            return RMSNormCPU.apply(x.float(), self.weight.float(), self.eps).to(x.dtype)
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x.float(), self.weight.float(), self.eps).to(x.dtype)
 
 
 @dataclass

@@ -30,7 +30,7 @@ from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 from custom_kernels import (add_noise, attention, attention_plan, diffusion_loss_rows, diffusion_tables, gated_add, linear_cross_entropy,
-                            norm_modulate)
+                            norm_modulate, rms_norm)
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig, load_strict, read_weights
 
 ARCH = "mar"
@@ -120,29 +120,9 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
-class RMSNormCPU(torch.autograd.Function):
-    """F.rms_norm is fused on GPUs; on CPUs it is a chain of small operations that costs a fifth of a tiny decoder's time. Here the
-    backward pass is LayerNorm's fused one with a mean of zero, less its projection onto constants, which RMSNorm does not have."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, rstd)
-        return (x * rstd).mul_(weight)
-
-    @staticmethod
-    def backward(ctx, g):
-        x, weight, rstd = ctx.saved_tensors
-        zero = torch.zeros_like(rstd)
-        dx, dw, _ = torch.ops.aten.native_layer_norm_backward(g, x, weight.shape, zero, rstd, weight, None, [True, True, False])
-        return dx.add_((g @ weight).unsqueeze(-1) * rstd / weight.numel()), dw, None
-
-
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        if x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
-            return RMSNormCPU.apply(x, self.weight, self.eps)
-        return super().forward(x)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class DecoderLayer(nn.Module):

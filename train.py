@@ -56,7 +56,7 @@ PUBLISHED = {
 }
 TINY = {
     "tokenizer": dict(lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0, warmup=50, clip=1.0, steps=4000, batch=64, i2t_weight=1.0, drop=0.1, schedule="cosine"),
-    "base": dict(lr=1e-3, muon_lr=0.02, betas=(0.9, 0.95), weight_decay=0.02, warmup=100, clip=1.0, steps=12000, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
+    "base": dict(lr=1e-3, muon_lr=0.02, betas=(0.9, 0.95), weight_decay=0.02, warmup=100, clip=1.0, steps=6000, batch=48, i2t_weight=1.0, drop=0.1, schedule="cosine"),
     "sft": dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=20, clip=1.0, steps=300, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
     "reca": dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=20, clip=1.0, steps=300, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
 }
@@ -65,7 +65,7 @@ TINY = {
 DRAWING_WEIGHT = {"mar": 8.0, "ar": 1.0, "diffusion": 1.0}
 MIX = {
     "tokenizer": {"images": 1.0},
-    "base": {"t2i": 1.0, "i2t": 1.0, "edit": 0.5, "text": 0.5},
+    "base": {"t2i": 1.0, "i2t": 0.75, "edit": 0.75, "text": 0.25},
     "sft": {"t2i": 1.0, "i2t": 1.0},
     "reca": {"recon": 1.0, "i2t": 1.0},
 }
@@ -92,7 +92,7 @@ def parse_args(argv=None):
     )
     g.add_argument("--i2t-data", nargs="+", help="what keeps understanding: LLaVA-style JSON, or captioned folders / tars (default: the shape world for tiny)")
     g.add_argument("--image-root", help="folder that the image paths of a LLaVA JSON are relative to")
-    g.add_argument("--pool", type=int, help="shape-world pictures per pool (default 8000; base 60000, tokenizer 20000)")
+    g.add_argument("--pool", type=int, help="shape-world pictures per pool (default 8000; base 40000, tokenizer 20000)")
     g.add_argument("--captioned", type=int, help="size of the captioned shape-world set (default: --pool)")
     g.add_argument("--wrong-captions", type=float, default=data.CAPTION_BIAS["wrong"], help="share of captions that are false")
     g.add_argument("--pool-without-held-out", action="store_true", help="ablation: leave the held-out combinations out of the unlabelled pool too")
@@ -161,7 +161,7 @@ def parse_args(argv=None):
             setattr(args, name, value)
     args.betas = tuple(args.betas)
     args.out = args.out or os.path.join("runs", f"{args.arch}-{args.stage}")
-    args.pool = args.pool or {"base": 60000, "tokenizer": 20000}.get(args.stage, 8000)
+    args.pool = args.pool or {"base": 40000, "tokenizer": 20000}.get(args.stage, 8000)
     args.captioned = args.captioned or args.pool
     args.text_length = 0 if args.text_length is None and args.device == "cpu" else args.text_length
     return args, None

@@ -11,6 +11,7 @@ from .diffusion_loss import (add_noise, diffusion_loss_rows_reference, diffusion
                              norm_modulate_reference, norm_modulate_triton)
 from .linear_cross_entropy import linear_cross_entropy_fused, linear_cross_entropy_reference
 from .pick import autocast, choose
+from .rms_norm import rms_norm
 
 FEW_QUERIES = 128  # up to here a dense mask is small, and compiling for every new length of a cache would cost more
 

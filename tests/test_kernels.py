@@ -518,3 +518,19 @@ else:
         from custom_kernels import bench
         failed = [line for line, ok in bench.check() if not ok]
         assert not failed, "\n".join(failed)
+
+
+def test_rms_norm_on_cpu_is_the_textbook_one():
+    g = torch.Generator().manual_seed(0)
+    x, w, up = (torch.randn(s, generator=g) for s in ((3, 5, 32), (32,), (3, 5, 32)))
+    plain = lambda x, w: x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * w
+    for f, grads in ((ck.rms_norm, []), (lambda x, w, eps: plain(x, w), [])):
+        a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+        y = f(a, b, 1e-6)
+        grads += [y.detach(), *torch.autograd.grad((y * up).sum(), (a, b))]
+        if f is ck.rms_norm:
+            got = grads
+    for name, one, two in zip(("y", "dx", "dw"), got, grads):
+        same(f"rms_norm {name}", one, two, 1e-5)
+    frozen = ck.rms_norm(x.requires_grad_(), w, 1e-6)  # a weight that does not train gets no gradient
+    assert torch.autograd.grad((frozen * up).sum(), x)[0].isfinite().all()
