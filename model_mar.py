@@ -483,8 +483,8 @@ class Harmon(nn.Module):
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
         for name, p in self.mar.named_parameters():
-            if name.endswith("_learned") or name in ("fake_latent", "mask_token"):
-                nn.init.normal_(p, std=0.02)
+            if name.endswith("_learned") or name in ("fake_latent", "mask_token"):  # 0.5: beside latents of deviation 1, 0.02 would not be seen
+                nn.init.normal_(p, std=0.5 if name == "encoder_pos_embed_learned" else 0.02)
 
     def trainable_parameters(self, stage):
         """stage base | sft | reca -> [(name, parameter)] to train, and sets requires_grad: everything but the VAE and class_emb, which
