@@ -14,8 +14,8 @@ draw the image again with its ordinary loss (`reca_loss` in each model file). Wh
 
 --batch counts samples per optimizer step and part over all processes; one step is --accum micro-batches, gradients are exchanged in the last one only. Every random
 number is a function of (--seed, step, place in the global batch), never of the number of processes or workers, so N processes compute what one would, and a resumed
-run what an uninterrupted one would. The run folder (--out) gets model.safetensors + config.json (for sample.py), checkpoint.pt (for --resume), log.jsonl, loss.png,
-before_after.png. Ctrl-C and SIGTERM save a checkpoint first.
+run what an uninterrupted one would. The run folder (--out) gets model.safetensors + config.json (for sample.py), checkpoint.pt (for --resume), result.json (command,
+commit, scores), log.jsonl, loss.png, before_after.png. Ctrl-C and SIGTERM save a checkpoint first.
 """
 
 import argparse
@@ -729,9 +729,7 @@ def main(argv=None):
         for optimizer, peak_lr in zip(optimizers, (args.lr, args.muon_lr)):
             for g in optimizer.param_groups:
                 g["lr"] = learning_rate(args, step, peak_lr)
-        torch.manual_seed(
-            data.mix_seed(args.seed, step, rank)
-        )  # dropout and posterior noise: a function of (seed, step, rank), so a resumed run draws the same
+        torch.manual_seed(data.mix_seed(args.seed, step, rank))  # dropout and posterior noise, so that a resumed run draws the same
         totals = {p: torch.zeros((), device=device) for p in parts}
         for micro, batch in enumerate(get()):
             batch = {p: {k: v.to(device, non_blocking=True) for k, v in t.items()} for p, t in batch.items()}
@@ -852,7 +850,7 @@ def main(argv=None):
         )
         plot_curves(os.path.join(args.out, "loss.png"), history, parts)
         log.close()
-        say(f"run folder: {args.out} (model.safetensors, config.json, checkpoint.pt, log.jsonl, loss.png, before_after.png)")
+        say(f"run folder: {args.out} (model.safetensors, config.json, checkpoint.pt, result.json, log.jsonl, loss.png, before_after.png)")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
