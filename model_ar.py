@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from custom_kernels import attention, attention_plan, linear_cross_entropy
 from image_tokenizer import TOKENIZERS, LFQConfig, LFQTokenizer, load_strict, read_weights
-from vision_encoder import VISION_ENCODERS, CLIPConfig, CLIPVision, clip_pixels, magvit_pixels, square_pixels
+from vision_encoder import VISION_ENCODERS, CLIPConfig, CLIPVision, clip_pixels, magvit_pixels, square_pixels, word_alignment
 
 ARCH = "ar"
 IGNORE = -100  # label of a position that is not trained
@@ -572,9 +572,14 @@ class ShowO(nn.Module):
         T = ids.shape[1]
         return self.cross_entropy(self.embed(ids), causal_layout(T, 0, ids.device), slice(0, T - 1), labels[:, 1:], count)
 
+    def align_loss(self, words, features=None, pixels=None, **_):
+        """Base training only, for a CLIP that did not come pre-trained: see word_alignment. words (B, V): 1 where the caption has the id."""
+        return word_alignment(self.project(features, pixels), words, self.showo.model.embed_tokens.weight[:words.shape[1]])
+
     def forward(self, batch):
         """{part: tensors} -> {part: loss}, all parts in one forward."""
-        losses = {"recon": self.reca_loss, "edit": self.edit_loss, "t2i": self.t2i_loss, "i2t": self.i2t_loss, "text": self.text_loss}
+        losses = {"recon": self.reca_loss, "edit": self.edit_loss, "t2i": self.t2i_loss, "i2t": self.i2t_loss, "text": self.text_loss,
+                  "align": self.align_loss, "oracle": self.t2i_loss, "uncond": self.t2i_loss}
         return {part: losses[part](**tensors) for part, tensors in batch.items()}
 
     # ---- samplers

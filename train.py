@@ -47,7 +47,7 @@ import image_tokenizer
 import sample
 
 # RecA as published, per architecture, and what the tiny models of the shape world use instead. Every key is a flag. `mix` is the share of each part in a step's batch:
-# recon = RecA, i2t = image -> text, t2i = text -> image, edit = image + instruction -> image, text = text only. Loss weights are 1 unless a flag says otherwise.
+# recon = RecA, i2t = image -> text, t2i = text -> image, uncond = empty prompt -> image (which needs no caption, so any image will do), edit = image + instruction -> image, text = text only, align = captions to places of their pictures. Loss weights are 1 unless a flag says otherwise.
 # --batch is ours: the release fixes no number of GPUs. BAGEL stops at step 1000, inside its warm-up, as the release's own command does.
 PUBLISHED = {
     "mar": dict(lr=1e-5, betas=(0.9, 0.95), weight_decay=0.02, warmup=125, clip=1.0, steps=5000, batch=384, i2t_weight=1.0, drop=0.1, schedule="cosine"),
@@ -65,10 +65,14 @@ TINY = {
 DRAWING_WEIGHT = {"mar": 8.0, "ar": 1.0, "diffusion": 1.0}
 MIX = {
     "tokenizer": {"images": 1.0},
-    "base": {"t2i": 1.0, "i2t": 0.75, "edit": 0.75, "text": 0.25},
+    "base": {"t2i": 1.0, "uncond": 0.25, "i2t": 0.75, "edit": 0.5, "text": 0.25, "align": 1.0},
     "sft": {"t2i": 1.0, "i2t": 1.0},
     "reca": {"recon": 1.0, "i2t": 1.0},
 }
+# Decay is what bounds a matrix under Muon, whose steps all have one size: no singular value grows beyond 1 / MUON_DECAY. With 0.02 the projected picture tokens became
+# a thousand times as large as words; then blocks cannot add to them, and features and words are not read alike.
+MUON_DECAY = 0.3
+KIND = {"oracle": "t2i", "uncond": "t2i"}  # parts that are another part's rows with other data
 TOKENIZERS = {"mar": ("tiny-kl", "vae"), "ar": ("tiny-lfq", "vq"), "diffusion": ("tiny-kl", "vae")}  # name of the tiny one, attribute of the model
 UNDERSTANDING = ("full", "shrunk", "shuffled", "pooled", "random")  # a quarter of the size; tokens in random order; their mean; an untrained encoder
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40": 181, "4090": 165, "3090": 71}  # dense bf16, for MFU
@@ -192,8 +196,8 @@ def mix(args):
             parts = {part: float(share) for part, share in (item.split("=") for item in args.mix)}
         except ValueError:
             raise ValueError(f"--mix {' '.join(args.mix)}: expected PART=SHARE ..., e.g. t2i=1 i2t=0.5") from None
-        if not set(parts) <= {"recon", "t2i", "i2t", "edit", "text"}:
-            raise ValueError(f"--mix {' '.join(args.mix)}: the parts are recon, t2i, i2t, edit, text")
+        if not set(parts) <= {"recon", "t2i", "uncond", "i2t", "edit", "text", "align"}:
+            raise ValueError(f"--mix {' '.join(args.mix)}: the parts are recon, t2i, uncond, i2t, edit, text, align")
     if args.stage == "reca" and args.t2i_weight > 0:
         parts.setdefault("t2i", 1.0)
     if args.i2t_weight == 0:
@@ -251,13 +255,15 @@ class Pools:
         self.args, self.parts = args, mix(args)
         bias = dict(data.CAPTION_BIAS, wrong=args.wrong_captions)
         self.templates = data.RECA_TEMPLATES[: args.templates or None]
-        self.pool_of = {"recon": "broad", "i2t": "broad", "t2i": "captioned", "oracle": "broad", "edit": "edits", "images": "crowded"}
+        self.pool_of = {"recon": "broad", "i2t": "broad", "t2i": "captioned", "align": "captioned", "uncond": "broad", "oracle": "broad", "edit": "edits", "images": "crowded"}
         images, self.text, self.scenes = {}, {}, {}
         need = {self.pool_of[p] for p in self.parts if p in self.pool_of}
         if args.data:
             listed = data.Images(args.data, captions=stage in ("sft", "base"))
             name = "captioned" if stage in ("sft", "base") else "real"
             self.pool_of["t2i" if name == "captioned" else "recon"] = self.pool_of["images"] = name
+            if name == "captioned":
+                self.pool_of["align"] = self.pool_of["uncond"] = name
             images[name], self.text[name], self.real_images = listed, [s.caption for s in listed.samples], listed
             need = {self.pool_of[p] for p in self.parts if p in self.pool_of}
         if args.i2t_data:
@@ -393,6 +399,10 @@ class Pools:
             return {"prompt": rng.choice(self.templates), "drop": rng.random() < self.args.drop}
         if part == "t2i":
             return {"caption": self.text[pool][i], "drop": rng.random() < self.args.drop}
+        if part == "align":
+            return {"caption": self.text[pool][i]}
+        if part == "uncond":
+            return {"caption": "", "drop": True}
         if part == "oracle":
             return {"caption": data.dense_caption(self.scenes[pool].scene(i), rng), "drop": rng.random() < self.args.drop}
         if part == "edit":
@@ -423,8 +433,14 @@ class Pools:
             places = range((micro * world + rank) * per, (micro * world + rank + 1) * per)
             index = data.batch_indices(size, n, seed, step, part)[places.start : places.stop]
             rows = [self.sample(part, int(i), data.text_rng(seed, step, part, place)) for i, place in zip(index, places)]
-            kind = "t2i" if part == "oracle" else part
+            kind = KIND.get(part, part)
             rate = [data.sample_generator(seed, step, micro, f"rate-{part}") for _ in places]  # the same numbers for the whole micro-batch, on every process
+            if part == "align":
+                words = torch.zeros(per, model.tokenizer.vocab_size)
+                for k, row in enumerate(rows):
+                    words[k, model.tokenizer.encode_ordinary(row["caption"])] = 1
+                out[part] = {"words": words, **self.fetch(model, name, index)}
+                continue
             draws = [model.draw(kind, data.sample_generator(seed, step, place, part), r) for place, r in zip(places, rate)]
             tensors = {k: torch.stack([d[k] for d in draws]) for k in draws[0]}
             tensors.update(model.collate(kind, rows, self.args.text_length))
@@ -542,7 +558,7 @@ def make_optimizers(args, model, named):
     groups = [g for g in (dict(params=decay, weight_decay=args.weight_decay), dict(params=rest, weight_decay=0.0)) if g["params"]]
     optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, eps=args.eps, fused=args.device != "cpu" or None)]
     if hidden:
-        optimizers.append(torch.optim.Muon([p for _, p in hidden], lr=args.muon_lr, weight_decay=args.weight_decay))
+        optimizers.append(torch.optim.Muon([p for _, p in hidden], lr=args.muon_lr, weight_decay=MUON_DECAY))
     return optimizers
 
 
@@ -677,7 +693,7 @@ def main(argv=None):
     run = DDP(model, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=True) if world > 1 else model
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
         run = torch.compile(run)
-    weights = {"i2t": args.i2t_weight, "t2i": args.t2i_weight, "edit": args.t2i_weight}
+    weights = {"i2t": args.i2t_weight, "t2i": args.t2i_weight, "uncond": args.t2i_weight, "edit": args.t2i_weight, "align": 0.25}
     parts = list(pools.parts)
     weights = {p: weights.get(p, 1.0) for p in parts}
 
@@ -719,7 +735,7 @@ def main(argv=None):
         signal.signal(sig, lambda number, frame: stopped.append(number))
     get, stop_thread = prefetch(lambda s: [pools.batch(model, s, m, rank, world) for m in range(args.accum)], range(start, args.steps))
     model.train()
-    flops = sum(model.flops_per_sample("t2i" if p == "oracle" else p) * round(args.batch * s) for p, s in pools.parts.items())
+    flops = sum(model.flops_per_sample(KIND.get(p, p)) * round(args.batch * s) for p, s in pools.parts.items() if p != "align")
     peak = next((v for k, v in PEAK_TFLOPS.items() if device.type == "cuda" and k in torch.cuda.get_device_name(device)), 0) * 1e12 * world
     bar = data.Progress(None, f"{args.arch} {args.stage}", main_process, total=args.steps, initial=start)
     clock, since, step = time.time(), start, start
@@ -733,16 +749,15 @@ def main(argv=None):
         totals = {p: torch.zeros((), device=device) for p in parts}
         for micro, batch in enumerate(get()):
             batch = {p: {k: v.to(device, non_blocking=True) for k, v in t.items()} for p, t in batch.items()}
-            batch = {("t2i" if p == "oracle" else p): pools.complete(model, t, args.stage) for p, t in batch.items()}
+            batch = {p: pools.complete(model, t, args.stage) for p, t in batch.items()}
             for p, t in batch.items() if world > 1 else ():  # means over tokens are means over the GLOBAL micro-batch, whatever process holds how many
-                count = model.target_count(p, t)
+                count = None if p == "align" else model.target_count(KIND.get(p, p), t)  # align gathers the global batch itself
                 if count is not None:
                     dist.all_reduce(count)
                     t["count"] = count / world
             sync = micro == args.accum - 1
             with contextlib.nullcontext() if sync or world == 1 else run.no_sync(), precision():
                 losses = run(batch)
-                losses = {p: losses["t2i" if p == "oracle" else p] for p in parts}
                 loss = sum(weights[p] * losses[p] for p in parts) / sum(weights.values()) / args.accum
             loss.backward()
             for p in parts:

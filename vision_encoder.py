@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
@@ -133,6 +134,31 @@ class CLIPVision(nn.Module):
         state = {k: v for k, v in read_weights(path).items() if k.startswith("vision_model.") and not k.endswith(".position_ids")}
         load_strict(self, state, f"CLIP vision tower from {path}")
         return self
+
+
+def word_alignment(seen, words, embeddings, scale=10.0):
+    """What CLIP and SigLIP bring from their pre-training, for encoders that start from nothing: each word of a caption should find a place in
+    its own picture that looks like it, rather than in the other pictures (FILIP's late interaction, arXiv 2111.07783). As the words are the
+    language model's own embeddings, pictures and text come to be read alike.
+
+    seen (B, A, D): picture tokens as the language model gets them. words (B, V): 1 where the caption has the word. embeddings (V, D). Words
+    of more than half of the captions say nothing, nor do pictures without a caption. -> mean cross entropy over the words, 0-dim."""
+    if dist.is_initialized() and dist.get_world_size() > 1:  # the other processes' pictures are in the contrast too
+        seen, words = gather(seen), gather(words.contiguous(), gradient=False)
+    seen, embeddings = F.normalize(seen.float(), dim=-1), F.normalize(embeddings.float(), dim=-1)
+    likeness = scale * torch.stack([x @ embeddings.T for x in seen.unbind(1)]).amax(0)  # (B, V): at the place that fits best
+    words = words * (words.mean(0) < 0.5)
+    likeness = likeness.masked_fill(words.sum(1, keepdim=True) == 0, -1e4)
+    return -(words * likeness.log_softmax(0)).sum() / words.sum().clamp(min=1)
+
+
+def gather(x, gradient=True):
+    """The global batch of a tensor. Gradients reach this process's own rows, scaled up for the mean that DDP will take."""
+    n, parts = dist.get_world_size(), [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    if gradient:
+        parts[dist.get_rank()] = x * n - (x * (n - 1)).detach()
+    return torch.cat(parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
