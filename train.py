@@ -56,7 +56,7 @@ PUBLISHED = {
 }
 TINY = {
     "tokenizer": dict(lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0, warmup=50, clip=1.0, steps=4000, batch=64, i2t_weight=1.0, drop=0.1, schedule="cosine"),
-    "base": dict(lr=1e-3, muon_lr=0.02, betas=(0.9, 0.95), weight_decay=0.02, warmup=100, clip=1.0, steps=6000, batch=48, i2t_weight=1.0, drop=0.1, schedule="cosine"),
+    "base": dict(lr=1e-3, muon_lr=0.02, betas=(0.9, 0.95), weight_decay=0.02, warmup=100, clip=1.0, steps=6000, batch=48, i2t_weight=1.0, drop=0.0, schedule="cosine"),
     "sft": dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=20, clip=1.0, steps=300, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
     "reca": dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=20, clip=1.0, steps=300, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
 }

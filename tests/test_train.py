@@ -194,7 +194,7 @@ def test_accumulation_is_the_mean_of_micro_batches(tmp_path):
     total = 0.0
     for m in range(2):
         out = model(pools.batch(model, 0, m, 0, 1))
-        weights = {"t2i": args.t2i_weight, "edit": args.t2i_weight, "i2t": args.i2t_weight, "text": 1.0}
+        weights = {"t2i": args.t2i_weight, "edit": args.t2i_weight, "uncond": args.t2i_weight, "i2t": args.i2t_weight, "text": 1.0, "align": 0.25}
         total += sum(weights[p] * v.item() for p, v in out.items()) / sum(weights.values()) / 2
     assert abs(total - losses(tmp_path / "a")[1]["loss"]) < 1e-4
 

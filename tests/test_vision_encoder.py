@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 from vision_encoder import (VISION_ENCODERS, CLIPConfig, CLIPVision, SigLIPConfig, SigLIPNaViT, bagel_resize, bagel_size, clip_pixels,  # noqa: E402
-                            grid_ids, magvit_pixels, patchify, square_pixels, to_pixels)
+                            grid_ids, magvit_pixels, patchify, square_pixels, to_pixels, word_alignment)
 from image_tokenizer import load_strict  # noqa: E402
 
 GOLDEN = os.environ.get("PARITY_DIR", os.path.join(HERE, "golden"))
@@ -272,3 +272,21 @@ def test_bagel_sizes():
     assert bagel_size(980, 980, 980, 224, 14, 14 * 14 * 100) == (14, 14)  # 49 times too many pixels: each side 49 times shorter, not 7
     assert bagel_size(980, 980, 980, 224, 14, num_images=4) == bagel_size(980, 980, 980, 224, 14, 14 * 14 * 9 * 256)
     assert bagel_size(5000, 3, 1024, 512, 16) == (1024, 16)
+
+
+def test_word_alignment_finds_words_at_their_places():
+    g = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(20, 8, generator=g)
+    named = torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]])  # two words a caption, and word 0 in all
+    words = torch.zeros(4, 20).scatter(1, named, 1.0)
+    words[:, 0] = 1
+    seen = torch.randn(4, 3, 8, generator=g)
+    told = seen.clone()
+    told[:, 0], told[:, 2] = 50 * embeddings[named[:, 0]], 0.01 * embeddings[named[:, 1]]  # at different places, of any length
+    assert word_alignment(told, words, embeddings, scale=30.0) < 0.1 < word_alignment(seen, words, embeddings, scale=30.0)
+    # by hand: a word's cross entropy over the pictures, each taken where it fits best; word 0, in every caption, is not asked for
+    like = 10 * F.cosine_similarity(seen[:, :, None], embeddings[None, None], dim=-1).amax(1)  # (B, V)
+    want = torch.stack([-like[:, w].log_softmax(0)[i] for i in range(4) for w in named[i]]).mean()
+    torch.testing.assert_close(word_alignment(seen, words, embeddings), want)
+    # a picture without a caption is neither asked for nor in the contrast
+    torch.testing.assert_close(word_alignment(torch.cat([seen, told[:1]]), torch.cat([words, torch.zeros(1, 20)]), embeddings), want)
