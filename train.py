@@ -65,7 +65,7 @@ TINY = {
 DRAWING_WEIGHT = {"mar": 8.0, "ar": 1.0, "diffusion": 1.0}
 MIX = {
     "tokenizer": {"images": 1.0},
-    "base": {"t2i": 1.0, "uncond": 0.25, "i2t": 0.75, "edit": 0.5, "text": 0.25, "align": 1.0},
+    "base": {"t2i": 1.0, "uncond": 0.25, "i2t": 1.0, "edit": 0.5, "text": 0.25, "align": 1.0},
     "sft": {"t2i": 1.0, "i2t": 1.0},
     "reca": {"recon": 1.0, "i2t": 1.0},
 }
