@@ -56,10 +56,12 @@ PUBLISHED = {
 }
 TINY = {
     "tokenizer": dict(lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0, warmup=50, clip=1.0, steps=4000, batch=64, i2t_weight=1.0, drop=0.1, schedule="cosine"),
-    "base": dict(lr=1e-3, muon_lr=0.02, betas=(0.9, 0.95), weight_decay=0.02, warmup=100, clip=1.0, steps=6000, batch=48, i2t_weight=1.0, drop=0.0, schedule="cosine"),
+    "base": dict(lr=1e-3, muon_lr=0.02, muon_decay=0.3, betas=(0.9, 0.95), weight_decay=0.02, warmup=100, clip=1.0, steps=6000, batch=48, i2t_weight=1.0, drop=0.0, schedule="cosine"),
     "sft": dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=20, clip=1.0, steps=300, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
     "reca": dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=20, clip=1.0, steps=300, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
 }
+# muon_decay: Muon's steps all have one size, so no singular value grows beyond 1 / muon_decay. In a base with 0.02 the projected picture tokens became a thousand times as
+# large as words; then blocks cannot add to them, and features and words are not read alike.
 # Tiny models: noise-prediction losses are about 0.05 where cross entropies are about 0.5, so drawing would get a tenth of the shared backbone's gradient. BAGEL's
 # drawing has an expert of its own; there the weight only says who shapes the understanding expert (with 8, half the questions stayed at chance).
 DRAWING_WEIGHT = {"mar": 8.0, "ar": 1.0, "diffusion": 1.0}
@@ -69,9 +71,6 @@ MIX = {
     "sft": {"t2i": 1.0, "i2t": 1.0},
     "reca": {"recon": 1.0, "i2t": 1.0},
 }
-# Decay is what bounds a matrix under Muon, whose steps all have one size: no singular value grows beyond 1 / MUON_DECAY. With 0.02 the projected picture tokens became
-# a thousand times as large as words; then blocks cannot add to them, and features and words are not read alike.
-MUON_DECAY = 0.3
 KIND = {"oracle": "t2i", "uncond": "t2i"}  # parts that are another part's rows with other data
 TOKENIZERS = {"mar": ("tiny-kl", "vae"), "ar": ("tiny-lfq", "vq"), "diffusion": ("tiny-kl", "vae")}  # name of the tiny one, attribute of the model
 UNDERSTANDING = ("full", "shrunk", "shuffled", "pooled", "random")  # a quarter of the size; tokens in random order; their mean; an untrained encoder
@@ -114,6 +113,7 @@ def parse_args(argv=None):
         ("batch", int, "samples per step and part, over all processes"),
         ("lr", float, "of AdamW"),
         ("muon-lr", float, "of Muon for the matrices of blocks and projectors; 0 = AdamW for all (published; default in the base stage of tiny: 0.02)"),
+        ("muon-decay", float, "weight decay of Muon's matrices; bounds their singular values by 1 / this"),
         ("warmup", int, "steps"),
         ("weight-decay", float, "1-D tensors and the recipe's exemptions never decay"),
         ("clip", float, "gradient norm; 0 = off"),
@@ -156,7 +156,7 @@ def parse_args(argv=None):
         args.out = args.resume
         return args, state
     recipe = dict(TINY[args.stage] if args.config == "tiny" else PUBLISHED[args.arch], t2i_weight=float(args.stage != "reca"))
-    recipe = dict(eps=1e-8, muon_lr=0.0) | recipe
+    recipe = dict(eps=1e-8, muon_lr=0.0, muon_decay=0.02) | recipe
     if args.config == "tiny":
         recipe["t2i_weight"] *= DRAWING_WEIGHT[args.arch]
         recipe["i2t_weight"] /= DRAWING_WEIGHT[args.arch] if args.stage == "reca" else 1.0
@@ -558,7 +558,7 @@ def make_optimizers(args, model, named):
     groups = [g for g in (dict(params=decay, weight_decay=args.weight_decay), dict(params=rest, weight_decay=0.0)) if g["params"]]
     optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, eps=args.eps, fused=args.device != "cpu" or None)]
     if hidden:
-        optimizers.append(torch.optim.Muon([p for _, p in hidden], lr=args.muon_lr, weight_decay=MUON_DECAY))
+        optimizers.append(torch.optim.Muon([p for _, p in hidden], lr=args.muon_lr, weight_decay=args.muon_decay))
     return optimizers
 
 
