@@ -396,7 +396,8 @@ class Pools:
         """The text of sample i of a part: a dict for model.collate."""
         pool = self.pool_of.get(part)
         if part == "recon":
-            return {"prompt": rng.choice(self.templates), "drop": rng.random() < self.args.drop}
+            # with captions beside it, RecA leaves the unconditional half of guidance to them: it should know the captioned distribution, not the pool's
+            return {"prompt": rng.choice(self.templates), "drop": rng.random() < self.args.drop * ("t2i" not in self.parts)}
         if part == "t2i":
             return {"caption": self.text[pool][i], "drop": rng.random() < self.args.drop}
         if part == "align":
