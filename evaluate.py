@@ -298,9 +298,11 @@ def read_results(folder):
 
 
 def print_table(folder):
-    """A Markdown table of the runs in `folder`: mean over seeds +- their standard deviation; one seed: its 95 % interval."""
+    """A Markdown table of the runs in `folder`: mean over seeds +- their standard deviation; one seed: its 95 % interval. Bases differ more from seed to seed than
+    fine-tuning changes them, so the change from each seed's own base (the run called "base") has columns of its own."""
     runs = read_results(folder)
-    print("| arch | run | seeds | tasks | " + " | ".join(COLUMNS) + " |\n|" + " --- |" * (4 + len(COLUMNS)))
+    change = {"score - base": "score", "held-out - base": "held_out"}
+    print("| arch | run | seeds | tasks | " + " | ".join([*COLUMNS, *change]) + " |\n|" + " --- |" * (4 + len(COLUMNS) + len(change)))
     for (arch, label), results in runs.items():
         cells = []
         for name, (group, key) in COLUMNS.items():
@@ -308,9 +310,13 @@ def print_table(folder):
             low, high = results[0]["scores"][group]["interval"] if values and name in ("score", "questions") else (0, 0)
             spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else f" ({low:.3f}-{high:.3f})" if high else ""
             cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
+        bases = {r["seed"]: r["scores"]["generation"] for r in runs.get((arch, "base"), ()) if label != "base"}
+        for key in change.values():
+            values = [r["scores"]["generation"][key] - bases[r["seed"]][key] for r in results if r["seed"] in bases]
+            cells.append(f"{np.mean(values):+.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "") if values else "")
         tasks = " ".join(f"{np.mean([r['scores']['generation']['tasks'][t]['score'] for r in results]):.2f}" for t in data.TASKS)
         print(f"| {arch} | {label} | {len(results)} | {tasks} | " + " | ".join(cells) + " |")
-    print(f"\ntasks: {', '.join(data.TASKS)}. Spread: standard deviation over seeds; of a single run, its 95 % interval.")
+    print(f"\ntasks: {', '.join(data.TASKS)}. Spread: standard deviation over seeds; of a single run, its 95 % interval. '- base': the change from the base of the same seed.")
 
 
 def draw_figure(folder, path, key="score"):

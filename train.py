@@ -71,6 +71,11 @@ MIX = {
     "sft": {"t2i": 1.0, "i2t": 1.0},
     "reca": {"recon": 1.0, "i2t": 1.0},
 }
+# What was best on dev prompts for tiny BAGEL (results/LOG.md): Muon again, half captions beside RecA so that the prompts' own skills (layout, counting) stay, and edits so that editing does.
+TINY_DIFFUSION = {
+    "reca": dict(muon_lr=0.005, steps=400, t2i_weight=1.0, mix=["recon=0.5", "t2i=0.5", "edit=0.25"]),
+    "sft": dict(muon_lr=0.005, steps=400, mix=["t2i=1", "edit=0.25"]),
+}
 KIND = {"oracle": "t2i", "uncond": "t2i"}  # parts that are another part's rows with other data
 TOKENIZERS = {"mar": ("tiny-kl", "vae"), "ar": ("tiny-lfq", "vq"), "diffusion": ("tiny-kl", "vae")}  # name of the tiny one, attribute of the model
 UNDERSTANDING = ("full", "shrunk", "shuffled", "pooled", "random")  # a quarter of the size; tokens in random order; their mean; an untrained encoder
@@ -160,6 +165,7 @@ def parse_args(argv=None):
     if args.config == "tiny":
         recipe["t2i_weight"] *= DRAWING_WEIGHT[args.arch]
         recipe["i2t_weight"] /= DRAWING_WEIGHT[args.arch] if args.stage == "reca" else 1.0
+        recipe |= TINY_DIFFUSION.get(args.stage, {}) if args.arch == "diffusion" else {}
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -200,6 +206,8 @@ def mix(args):
             raise ValueError(f"--mix {' '.join(args.mix)}: the parts are recon, t2i, uncond, i2t, edit, text, align")
     if args.stage == "reca" and args.t2i_weight > 0:
         parts.setdefault("t2i", 1.0)
+    elif args.stage == "reca":  # drawing from anything but features has no weight: plain RecA
+        parts = {part: share for part, share in parts.items() if part not in ("t2i", "edit")}
     if args.i2t_weight == 0:
         parts.pop("i2t", None)
     if args.oracle_captions:

@@ -294,18 +294,30 @@ def test_muon_takes_the_matrices_inside_blocks():
     assert muon.param_groups[0]["weight_decay"] == 0.3 and train.parse_args(["--arch", "ar", "--stage", "sft", *SMALL, "--muon-decay", "0.1"])[0].muon_decay == 0.1
 
 
+def test_tiny_diffusion_recipe_and_plain_reca():
+    parse = lambda *a: train.parse_args(["--arch", "diffusion", *a])[0]
+    args = parse()
+    assert train.mix(args) == {"recon": 0.5, "t2i": 0.5, "edit": 0.25} and args.muon_lr == 0.005 and args.t2i_weight == 1.0
+    assert train.mix(parse("--t2i-weight", "0")) == {"recon": 0.5}  # the published loss: reconstruction alone
+    assert train.mix(parse("--mix", "recon=1")) == {"recon": 1.0, "t2i": 1.0}
+    assert train.mix(parse("--config", "bagel-7b-mot")) == {"recon": 1.0} and parse("--config", "bagel-7b-mot").muon_lr == 0  # published recipes stay as they are
+
+
 def test_tables_and_figures_over_seeds(tmp_path, capsys):
-    def result(score, curve):
+    def result(score, curve, seed=0):
         row = lambda s: {"generation": {"score": s, "seen": s, "held_out": s / 2, "objects": 2.0, "interval": (s - 0.1, s + 0.1), "tasks": {t: {"score": s} for t in evaluate.data.TASKS}},
                          "questions": {"accuracy": 0.9, "interval": (0.8, 0.95)}}
-        return json.dumps({"arch": "ar", "args": {"steps": 20}, "scores": row(score), "curve": [(i * 10, row(s)) for i, s in enumerate(curve)]})
-    for name, score, curve in (("ar_reca_seed0", 0.5, (0.2, 0.3)), ("ar_reca_seed1", 0.7, (0.2, 0.5)), ("ar_base_seed0", 0.2, ())):
-        (tmp_path / f"{name}.json").write_text(result(score, curve))
+        return json.dumps({"arch": "ar", "seed": seed, "args": {"steps": 20}, "scores": row(score), "curve": [(i * 10, row(s)) for i, s in enumerate(curve)]})
+    for name, score, curve in (("ar_reca_seed0", 0.5, (0.2, 0.3)), ("ar_reca_seed1", 0.7, (0.2, 0.5)), ("ar_base_seed0", 0.2, ()), ("ar_base_seed1", 0.3, ())):
+        (tmp_path / f"{name}.json").write_text(result(score, curve, int(name[-1])))
     evaluate.main(["--table", str(tmp_path), "--figure", str(tmp_path / "f.png")])
     out = capsys.readouterr().out
-    assert "| ar | reca | 2 | 0.60 0.60 0.60 0.60 0.60 0.60 | 0.600 ± 0.141 |" in out and "| ar | base | 1 |" in out and "0.200 (0.100-0.300)" in out
+    assert "| ar | reca | 2 | 0.60 0.60 0.60 0.60 0.60 0.60 | 0.600 ± 0.141 |" in out and "| +0.350 ± 0.071 | +0.175 ± 0.035 |" in out
+    assert "| ar | base | 2 |" in out and out.count("| +0.") == 2
     assert Image.open(tmp_path / "f.png").size == (720, 400)
     with pytest.raises(ValueError, match="--eval-every"):
         (tmp_path / "x").mkdir()
         (tmp_path / "x" / "ar_base_seed0.json").write_text(result(0.2, ()))
+        evaluate.print_table(tmp_path / "x")
+        assert "0.200 (0.100-0.300)" in capsys.readouterr().out  # one seed: its interval
         evaluate.main(["--table", str(tmp_path / "x"), "--figure", str(tmp_path / "g.png")])
