@@ -205,7 +205,8 @@ def mix(args):
         if not set(parts) <= {"recon", "t2i", "uncond", "i2t", "edit", "text", "align"}:
             raise ValueError(f"--mix {' '.join(args.mix)}: the parts are recon, t2i, uncond, i2t, edit, text, align")
     if args.stage == "reca" and args.t2i_weight > 0:
-        parts.setdefault("t2i", 1.0)
+        if not args.mix:  # a typed mix is taken as it stands
+            parts.setdefault("t2i", 1.0)
     elif args.stage == "reca":  # drawing from anything but features has no weight: plain RecA
         parts = {part: share for part, share in parts.items() if part not in ("t2i", "edit")}
     if args.i2t_weight == 0:
