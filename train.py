@@ -71,7 +71,7 @@ MIX = {
     "sft": {"t2i": 1.0, "i2t": 1.0},
     "reca": {"recon": 1.0, "i2t": 1.0},
 }
-# What was best on dev prompts for tiny BAGEL (results/LOG.md): Muon again, half captions beside RecA so that the prompts' own skills (layout, counting) stay, and edits so that editing does.
+# What tiny BAGEL's three seeds in results/ were run with: Muon again, half captions beside RecA, without which drawing from prompts empties the board (results/LOG.md), and edits so that editing stays.
 TINY_DIFFUSION = {
     "reca": dict(muon_lr=0.005, steps=400, t2i_weight=1.0, mix=["recon=0.5", "t2i=0.5", "edit=0.25"]),
     "sft": dict(muon_lr=0.005, steps=400, mix=["t2i=1", "edit=0.25"]),
@@ -117,7 +117,7 @@ def parse_args(argv=None):
         ("steps", int, "optimizer steps"),
         ("batch", int, "samples per step and part, over all processes"),
         ("lr", float, "of AdamW"),
-        ("muon-lr", float, "of Muon for the matrices of blocks and projectors; 0 = AdamW for all (published; default in the base stage of tiny: 0.02)"),
+        ("muon-lr", float, "of Muon for the matrices of blocks and projectors; 0 = AdamW for all (published; tiny: 0.02 in the base stage, diffusion 0.005 after it)"),
         ("muon-decay", float, "weight decay of Muon's matrices; bounds their singular values by 1 / this"),
         ("warmup", int, "steps"),
         ("weight-decay", float, "1-D tensors and the recipe's exemptions never decay"),
@@ -133,7 +133,7 @@ def parse_args(argv=None):
         type=int,
         help="text tokens per row; 0 = the longest of the batch (default on CPU), N = fixed (default on GPU: the config's maximum, so that compiled shapes are static)",
     )
-    g.add_argument("--mix", nargs="+", metavar="PART=SHARE", help="shares of --batch per part, e.g. t2i=1 i2t=0.5 (default: MIX above)")
+    g.add_argument("--mix", nargs="+", metavar="PART=SHARE", help="shares of --batch per part, e.g. t2i=1 i2t=0.5 (default: MIX and TINY_DIFFUSION above)")
     g.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights, e.g. 0.999; 0 = off")
     g.add_argument("--seed", type=int, default=0)
     g = p.add_argument_group("machine")

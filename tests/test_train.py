@@ -2,11 +2,13 @@
 import io
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
 import tarfile
+import types
 
 import numpy as np
 import pytest
@@ -301,6 +303,13 @@ def test_tiny_diffusion_recipe_and_plain_reca():
     assert train.mix(parse("--t2i-weight", "0")) == {"recon": 0.5}  # the published loss: reconstruction alone
     assert train.mix(parse("--mix", "recon=1")) == {"recon": 1.0}
     assert train.mix(parse("--config", "bagel-7b-mot")) == {"recon": 1.0} and parse("--config", "bagel-7b-mot").muon_lr == 0  # published recipes stay as they are
+
+
+def test_features_are_dropped_only_without_captions_beside_them():
+    args, _ = train.parse_args(["--arch", "diffusion", "--drop", "1"])
+    for parts, drop in (({"recon": 1.0}, True), ({"recon": 0.5, "t2i": 0.5}, False)):
+        pools = types.SimpleNamespace(args=args, parts=parts, pool_of={}, templates=["Describe."])
+        assert train.Pools.sample(pools, "recon", 0, random.Random(0)) == {"prompt": "Describe.", "drop": drop}
 
 
 def test_tables_and_figures_over_seeds(tmp_path, capsys):
