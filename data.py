@@ -609,6 +609,7 @@ HELD_OUT_PAIRS = {frozenset(("circle", "cross")), frozenset(("square", "star"))}
 # Web captions name some things rarely and are sometimes wrong. These numbers are that bias, written down once.
 CAPTION_BIAS = dict(drop_object=0.25, drop_color=0.25, rare_colors=("purple", "orange"), drop_rare_color=0.75, say_size=0.1,
                     say_ground=0.05, say_relation=0.25, say_count=0.5, wrong=0.15)
+CLEAN_CAPTIONS = dict(CAPTION_BIAS, drop_object=0.0, drop_color=0.0, drop_rare_color=0.0, wrong=0.0)  # what could be said, were captions true and complete
 
 
 def _sprites():

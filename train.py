@@ -65,6 +65,7 @@ TINY = {
 # Tiny models: noise-prediction losses are about 0.05 where cross entropies are about 0.5, so drawing would get a tenth of the shared backbone's gradient. BAGEL's
 # drawing has an expert of its own; there the weight only says who shapes the understanding expert (with 8, half the questions stayed at chance).
 DRAWING_WEIGHT = {"mar": 8.0, "ar": 1.0, "diffusion": 1.0}
+ALIGN_WEIGHT = 0.25  # a contrast over a batch of 48: it starts at log 48 = 3.9, several times the other losses, and never comes near zero
 MIX = {
     "tokenizer": {"images": 1.0},
     "base": {"t2i": 1.0, "uncond": 0.25, "i2t": 1.0, "edit": 0.5, "text": 0.25, "align": 1.0},
@@ -103,6 +104,7 @@ def parse_args(argv=None):
     g.add_argument("--pool", type=int, help="shape-world pictures per pool (default 8000; base 40000, tokenizer 20000)")
     g.add_argument("--captioned", type=int, help="size of the captioned shape-world set (default: --pool)")
     g.add_argument("--wrong-captions", type=float, default=data.CAPTION_BIAS["wrong"], help="share of captions that are false")
+    g.add_argument("--sparse-captions", type=float, default=data.CAPTION_BIAS["drop_object"], help="chance with which captions leave an object out, and a colour (rare colours: two thirds of what is left, too)")
     g.add_argument("--pool-without-held-out", action="store_true", help="ablation: leave the held-out combinations out of the unlabelled pool too")
     g = p.add_argument_group("RecA (defaults: published values for published sizes)")
     g.add_argument("--i2t-weight", type=float, help="weight of the image-to-text loss; 0 leaves the part out")
@@ -111,7 +113,8 @@ def parse_args(argv=None):
     g.add_argument("--templates", type=int, default=0, help="how many template requests to sample from; 0 = all")
     g.add_argument("--grad-scale", type=float, help="gradient scale on the clean features (MAR: 0.1)")
     g.add_argument("--understanding", choices=UNDERSTANDING, default="full", help="ablation: what of the picture reaches RecA's context (shape world)")
-    g.add_argument("--oracle-captions", action="store_true", help="ablation: RecA's pictures come with their dense caption as a t2i prompt instead of features")
+    g.add_argument("--oracle-captions", nargs="?", const="dense", choices=("dense", "clean"),
+                   help="ablation: RecA's pictures come with a true caption as a t2i prompt instead of features: dense (everything there is to say) or clean (worded like the judged prompts)")
     g = p.add_argument_group("optimisation")
     for name, kind, text in (
         ("steps", int, "optimizer steps"),
@@ -190,6 +193,9 @@ def check_args(args, world):
             )
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: this torch ({torch.__version__}) sees no GPU; leave --device out, or install a CUDA build")
+    for name in ("drop", "wrong_captions", "sparse_captions"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name):g}: a share, from 0 to 1")
     if args.templates < 0 or args.templates > len(data.RECA_TEMPLATES):
         raise ValueError(f"--templates {args.templates}: there are {len(data.RECA_TEMPLATES)}; 0 means all")
 
@@ -262,7 +268,8 @@ class Pools:
 
     def __init__(self, args, model, stage, device, rank=0, world=1):
         self.args, self.parts = args, mix(args)
-        bias = dict(data.CAPTION_BIAS, wrong=args.wrong_captions)
+        sparse = args.sparse_captions
+        bias = dict(data.CAPTION_BIAS, wrong=args.wrong_captions, drop_object=sparse, drop_color=sparse, drop_rare_color=1 - (1 - sparse) / 3)
         self.templates = data.RECA_TEMPLATES[: args.templates or None]
         self.pool_of = {"recon": "broad", "i2t": "broad", "t2i": "captioned", "align": "captioned", "uncond": "broad", "oracle": "broad", "edit": "edits", "images": "crowded"}
         images, self.text, self.scenes = {}, {}, {}
@@ -414,7 +421,9 @@ class Pools:
         if part == "uncond":
             return {"caption": "", "drop": True}
         if part == "oracle":
-            return {"caption": data.dense_caption(self.scenes[pool].scene(i), rng), "drop": rng.random() < self.args.drop}
+            scene = self.scenes[pool].scene(i)
+            caption = data.dense_caption(scene, rng) if self.args.oracle_captions == "dense" else data.sparse_caption(scene, rng, data.CLEAN_CAPTIONS)
+            return {"caption": caption, "drop": rng.random() < self.args.drop}
         if part == "edit":
             return {"instruction": self.text[pool][i], "drop": False}
         if part == "text":
@@ -703,7 +712,7 @@ def main(argv=None):
     run = DDP(model, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=True) if world > 1 else model
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
         run = torch.compile(run)
-    weights = {"i2t": args.i2t_weight, "t2i": args.t2i_weight, "uncond": args.t2i_weight, "edit": args.t2i_weight, "align": 0.25}
+    weights = {"i2t": args.i2t_weight, "t2i": args.t2i_weight, "uncond": args.t2i_weight, "edit": args.t2i_weight, "align": ALIGN_WEIGHT}
     parts = list(pools.parts)
     weights = {p: weights.get(p, 1.0) for p in parts}
 

@@ -196,7 +196,7 @@ def test_accumulation_is_the_mean_of_micro_batches(tmp_path):
     total = 0.0
     for m in range(2):
         out = model(pools.batch(model, 0, m, 0, 1))
-        weights = {"t2i": args.t2i_weight, "edit": args.t2i_weight, "uncond": args.t2i_weight, "i2t": args.i2t_weight, "text": 1.0, "align": 0.25}
+        weights = {"t2i": args.t2i_weight, "edit": args.t2i_weight, "uncond": args.t2i_weight, "i2t": args.i2t_weight, "text": 1.0, "align": train.ALIGN_WEIGHT}
         total += sum(weights[p] * v.item() for p, v in out.items()) / sum(weights.values()) / 2
     assert abs(total - losses(tmp_path / "a")[1]["loss"]) < 1e-4
 
@@ -275,6 +275,33 @@ def test_understanding_ablations_alter_recas_context_alone(kind, tmp_path):
         assert torch.allclose(full.sort(1).values, altered.sort(1).values)
     if kind == "pooled":
         assert torch.allclose(altered, full.mean(1, keepdim=True).expand_as(full), atol=1e-6)
+
+
+def test_caption_flags_change_the_captions(tmp_path):
+    def captions(*flags):
+        args, _ = train.parse_args(["--arch", "mar", *SMALL, "--out", str(tmp_path), "--captioned", "300", *flags])
+        return train.Pools(args, train.build(args, "cpu"), args.stage, "cpu").text["captioned"]
+
+    sft = ["--stage", "sft"]
+    usual = captions(*sft)
+    assert usual == captions(*sft, "--sparse-captions", "0.25", "--wrong-captions", "0.15")  # the bias that data.py documents
+    assert all(" and " not in c for c in captions(*sft, "--sparse-captions", "1") if not any(n in c.split() for n in data.NUMBERS + ("of", "above", "below")))
+    assert not any(color in c.split() for c in captions(*sft, "--sparse-captions", "1") for color in data.COLORS)
+    assert sum(map(len, captions(*sft, "--sparse-captions", "0.6"))) < 0.85 * sum(map(len, usual))
+    with pytest.raises(ValueError, match="--sparse-captions 1.5: a share, from 0 to 1"):
+        train.check_args(train.parse_args([*sft, "--sparse-captions", "1.5"])[0], 1)
+
+
+def test_oracle_captions_are_true_of_the_pool_s_pictures(tmp_path):
+    for kind, flags in (("dense", []), ("clean", ["clean"])):
+        args, _ = train.parse_args(["--arch", "mar", *SMALL, "--out", str(tmp_path), "--i2t-weight", "0", "--oracle-captions", *flags])
+        pools = train.Pools(args, train.build(args, "cpu"), "reca", "cpu")
+        assert list(pools.parts) == ["oracle"] and args.oracle_captions == kind
+        for i in range(8):
+            _, objects = pools.scenes["broad"].scene(i)
+            words = pools.sample("oracle", i, data.text_rng(0, i))["caption"].replace(",", "").split()
+            assert all(data.COLORS[o[1]] in words for o in objects) or (kind == "clean" and len(objects) > 1 and len({o[0] for o in objects}) == 1)
+            assert ("background" in words) or kind == "clean"
 
 
 def test_understanding_ablation_needs_frozen_features():
