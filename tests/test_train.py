@@ -196,7 +196,7 @@ def test_accumulation_is_the_mean_of_micro_batches(tmp_path):
     total = 0.0
     for m in range(2):
         out = model(pools.batch(model, 0, m, 0, 1))
-        weights = {"t2i": args.t2i_weight, "edit": args.t2i_weight, "uncond": args.t2i_weight, "i2t": args.i2t_weight, "text": 1.0, "align": train.ALIGN_WEIGHT}
+        weights = {"t2i": args.t2i_weight, "edit": args.t2i_weight, "i2t": args.i2t_weight, "text": 1.0, "align": train.ALIGN_WEIGHT}
         total += sum(weights[p] * v.item() for p, v in out.items()) / sum(weights.values()) / 2
     assert abs(total - losses(tmp_path / "a")[1]["loss"]) < 1e-4
 
@@ -320,7 +320,7 @@ def test_muon_takes_the_matrices_inside_blocks():
     assert not ids(adam) & ids(muon) and ids(adam) | ids(muon) == set(name)
     assert ids(muon) >= {id(p) for n, p in named if ".layers." in n and p.ndim == 2 and "embedding" not in n} and {"showo.lm_head.weight", "showo.model.embed_tokens.weight"} <= {name[i] for i in ids(adam)}
     assert args.muon_lr == 0.02 and train.parse_args(["--arch", "ar", *SMALL])[0].muon_lr == 0  # RecA itself is AdamW, as published
-    assert muon.param_groups[0]["weight_decay"] == 0.3 and train.parse_args(["--arch", "ar", "--stage", "sft", *SMALL, "--muon-decay", "0.1"])[0].muon_decay == 0.1
+    assert muon.param_groups[0]["weight_decay"] == 0.02 and train.parse_args(["--arch", "mar", "--stage", "base"])[0].muon_decay == 0.3 and train.parse_args(["--arch", "ar", "--stage", "sft", *SMALL, "--muon-decay", "0.1"])[0].muon_decay == 0.1
 
 
 def test_tiny_diffusion_recipe_and_plain_reca():
