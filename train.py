@@ -72,13 +72,15 @@ MIX = {
     "sft": {"t2i": 1.0, "i2t": 1.0},
     "reca": {"recon": 1.0, "i2t": 1.0},
 }
-# Where a tiny model's recipe is its own, as its seeds in results/ were run. AR: with align and strong decay it scores .40 instead of .55. BAGEL: after the base, Muon again, half captions beside RecA,
-# without which drawing from prompts empties the board, and edits so that editing stays (results/LOG.md).
+# Where a tiny model's recipe is its own, as its seeds in results/ were run. AR: with align and strong decay it scores .40 instead of .55. BAGEL: its drawing expert was last trained, and is fine-tuned,
+# on captions as poor as these, where RecA helps most; with Muon; beside captions and with the features in random order, because features in order teach that a place is empty unless something is
+# said of that place, and prompts name no places; with edits so that editing stays (results/LOG.md).
+POOR_CAPTIONS = dict(sparse_captions=0.6, wrong_captions=0.4)
 TINY_OWN = {
     ("ar", "base"): dict(muon_decay=0.02, steps=5500, mix=["t2i=1", "i2t=0.75", "edit=0.75", "text=0.25"]),
     ("diffusion", "base"): dict(drop=0.0, steps=3500, mix=["t2i=1", "uncond=0.25", "i2t=1", "edit=0.5", "text=0.25", "align=1"]),
-    ("diffusion", "reca"): dict(muon_lr=0.005, steps=400, t2i_weight=1.0, mix=["recon=0.5", "t2i=0.5", "edit=0.25"]),
-    ("diffusion", "sft"): dict(muon_lr=0.005, steps=400, mix=["t2i=1", "edit=0.25"]),
+    ("diffusion", "reca"): dict(muon_lr=0.005, steps=400, t2i_weight=1.0, mix=["recon=0.5", "t2i=0.5", "edit=0.25"], understanding="shuffled", **POOR_CAPTIONS),
+    ("diffusion", "sft"): dict(muon_lr=0.005, steps=400, mix=["t2i=1", "edit=0.25"], **POOR_CAPTIONS),
 }
 KIND = {"oracle": "t2i", "uncond": "t2i"}  # parts that are another part's rows with other data
 TOKENIZERS = {"mar": ("tiny-kl", "vae"), "ar": ("tiny-lfq", "vq"), "diffusion": ("tiny-kl", "vae")}  # name of the tiny one, attribute of the model
@@ -106,8 +108,8 @@ def parse_args(argv=None):
     g.add_argument("--image-root", help="folder that the image paths of a LLaVA JSON are relative to")
     g.add_argument("--pool", type=int, help="shape-world pictures per pool (default 8000; base 40000, tokenizer 20000)")
     g.add_argument("--captioned", type=int, help="size of the captioned shape-world set (default: --pool)")
-    g.add_argument("--wrong-captions", type=float, default=data.CAPTION_BIAS["wrong"], help="share of captions that are false")
-    g.add_argument("--sparse-captions", type=float, default=data.CAPTION_BIAS["drop_object"], help="chance with which captions leave an object out, and a colour (rare colours: two thirds of what is left, too)")
+    g.add_argument("--wrong-captions", type=float, help="share of captions that are false")
+    g.add_argument("--sparse-captions", type=float, help="chance with which captions leave an object out, and a colour (rare colours: two thirds of what is left, too)")
     g.add_argument("--pool-without-held-out", action="store_true", help="ablation: leave the held-out combinations out of the unlabelled pool too")
     g = p.add_argument_group("RecA (defaults: published values for published sizes)")
     g.add_argument("--i2t-weight", type=float, help="weight of the image-to-text loss; 0 leaves the part out")
@@ -115,7 +117,7 @@ def parse_args(argv=None):
     g.add_argument("--drop", type=float, help="conditioning dropout: share of samples that get the empty prompt")
     g.add_argument("--templates", type=int, default=0, help="how many template requests to sample from; 0 = all")
     g.add_argument("--grad-scale", type=float, help="gradient scale on the clean features (MAR: 0.1)")
-    g.add_argument("--understanding", choices=UNDERSTANDING, default="full", help="ablation: what of the picture reaches RecA's context (shape world)")
+    g.add_argument("--understanding", choices=UNDERSTANDING, help="what of the picture reaches RecA's context (shape world)")
     g.add_argument("--oracle-captions", nargs="?", const="dense", choices=("dense", "clean"),
                    help="ablation: RecA's pictures come with a true caption as a t2i prompt instead of features: dense (everything there is to say) or clean (worded like the judged prompts)")
     g = p.add_argument_group("optimisation")
@@ -167,11 +169,14 @@ def parse_args(argv=None):
         args.out = args.resume
         return args, state
     recipe = dict(TINY[args.stage] if args.config == "tiny" else PUBLISHED[args.arch], t2i_weight=float(args.stage != "reca"))
-    recipe = dict(eps=1e-8, muon_lr=0.0, muon_decay=0.02) | recipe
+    bias = data.CAPTION_BIAS
+    recipe = dict(eps=1e-8, muon_lr=0.0, muon_decay=0.02, understanding="full", wrong_captions=bias["wrong"], sparse_captions=bias["drop_object"]) | recipe
     if args.config == "tiny":
         recipe["t2i_weight"] *= DRAWING_WEIGHT[args.arch]
         recipe["i2t_weight"] /= DRAWING_WEIGHT[args.arch] if args.stage == "reca" else 1.0
         recipe |= TINY_OWN.get((args.arch, args.stage), {})
+        if args.data:  # only the shape world's pictures are shuffled
+            recipe["understanding"] = "full"
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
