@@ -299,7 +299,8 @@ def read_results(folder):
 
 def print_table(folder):
     """A Markdown table of the runs in `folder`: mean over seeds +- their standard deviation; one seed: its 95 % interval. Bases differ more from seed to seed than
-    fine-tuning changes them, so the change from each seed's own base (the run called "base") has columns of its own."""
+    fine-tuning changes them, so the change from each seed's own base (the run called "base"; where there is
+    but one base, from that) has columns of its own."""
     runs = read_results(folder)
     change = {"score - base": "score", "held-out - base": "held_out"}
     print("| arch | run | seeds | tasks | " + " | ".join([*COLUMNS, *change]) + " |\n|" + " --- |" * (4 + len(COLUMNS) + len(change)))
@@ -311,12 +312,14 @@ def print_table(folder):
             spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else f" ({low:.3f}-{high:.3f})" if high else ""
             cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
         bases = {r["seed"]: r["scores"]["generation"] for r in runs.get((arch, "base"), ()) if label != "base"}
+        only = next(iter(bases.values())) if len(bases) == 1 else None  # several fine-tuning seeds from one base
         for key in change.values():
-            values = [r["scores"]["generation"][key] - bases[r["seed"]][key] for r in results if r["seed"] in bases]
+            pairs = [(r["scores"]["generation"], bases.get(r["seed"], only)) for r in results]
+            values = [after[key] - before[key] for after, before in pairs if before]
             cells.append(f"{np.mean(values):+.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "") if values else "")
         tasks = " ".join(f"{np.mean([r['scores']['generation']['tasks'][t]['score'] for r in results]):.2f}" for t in data.TASKS)
         print(f"| {arch} | {label} | {len(results)} | {tasks} | " + " | ".join(cells) + " |")
-    print(f"\ntasks: {', '.join(data.TASKS)}. Spread: standard deviation over seeds; of a single run, its 95 % interval. '- base': the change from the base of the same seed.")
+    print(f"\ntasks: {', '.join(data.TASKS)}. Spread: standard deviation over seeds; of a single run, its 95 % interval. '- base': the change from the base of the same seed, or from the only one.")
 
 
 def draw_figure(folder, path, key="score"):

@@ -351,6 +351,9 @@ def test_tables_and_figures_over_seeds(tmp_path, capsys):
     assert "| ar | reca | 2 | 0.60 0.60 0.60 0.60 0.60 0.60 | 0.600 ± 0.141 |" in out and "| +0.350 ± 0.071 | +0.175 ± 0.035 |" in out
     assert "| ar | base | 2 |" in out and out.count("| +0.") == 2
     assert Image.open(tmp_path / "f.png").size == (720, 400)
+    os.remove(tmp_path / "ar_base_seed1.json")  # one base for both seeds
+    evaluate.print_table(tmp_path)
+    assert "| +0.400 ± 0.141 |" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--eval-every"):
         (tmp_path / "x").mkdir()
         (tmp_path / "x" / "ar_base_seed0.json").write_text(result(0.2, ()))
