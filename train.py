@@ -72,12 +72,13 @@ MIX = {
     "sft": {"t2i": 1.0, "i2t": 1.0},
     "reca": {"recon": 1.0, "i2t": 1.0},
 }
-# Where a tiny model's recipe is its own, as its seeds in results/ were run. AR: with align and strong decay it scores .40 instead of .55. BAGEL: its drawing expert was last trained, and is fine-tuned,
-# on captions as poor as these, where RecA helps most; with Muon; beside captions and with the features in random order, because features in order teach that a place is empty unless something is
-# said of that place, and prompts name no places; with edits so that editing stays (results/LOG.md).
+# Where a tiny model's recipe is its own, as its seeds in results/ were run (results/LOG.md). AR: with align and strong decay it scores .40 instead of .55. MAR and BAGEL: captions beside RecA, because
+# features teach that a place is empty unless something is said of that place, and prompts name no places. BAGEL: its drawing expert was last trained, and is fine-tuned, on captions as poor as these,
+# where RecA helps most; with Muon; the features in random order, which say no places; edits so that editing stays.
 POOR_CAPTIONS = dict(sparse_captions=0.6, wrong_captions=0.4)
 TINY_OWN = {
     ("ar", "base"): dict(muon_decay=0.02, steps=5500, mix=["t2i=1", "i2t=0.75", "edit=0.75", "text=0.25"]),
+    ("mar", "reca"): dict(t2i_weight=1.0, mix=["recon=0.5", "t2i=0.5", "i2t=1"]),
     ("diffusion", "base"): dict(drop=0.0, steps=3500, mix=["t2i=1", "uncond=0.25", "i2t=1", "edit=0.5", "text=0.25", "align=1"]),
     ("diffusion", "reca"): dict(muon_lr=0.005, steps=400, t2i_weight=1.0, mix=["recon=0.5", "t2i=0.5", "edit=0.25"], understanding="shuffled", **POOR_CAPTIONS),
     ("diffusion", "sft"): dict(muon_lr=0.005, steps=400, mix=["t2i=1", "edit=0.25"], **POOR_CAPTIONS),
@@ -174,9 +175,8 @@ def parse_args(argv=None):
     if args.config == "tiny":
         recipe["t2i_weight"] *= DRAWING_WEIGHT[args.arch]
         recipe["i2t_weight"] /= DRAWING_WEIGHT[args.arch] if args.stage == "reca" else 1.0
-        recipe |= TINY_OWN.get((args.arch, args.stage), {})
-        if args.data:  # only the shape world's pictures are shuffled
-            recipe["understanding"] = "full"
+        if not (args.data and args.stage == "reca"):  # your own images: plain RecA, without the shape world's captions beside it
+            recipe |= TINY_OWN.get((args.arch, args.stage), {})
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

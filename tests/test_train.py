@@ -296,7 +296,7 @@ def test_oracle_captions_are_true_of_the_pool_s_pictures(tmp_path):
     for kind, flags in (("dense", []), ("clean", ["clean"])):
         args, _ = train.parse_args(["--arch", "mar", *SMALL, "--out", str(tmp_path), "--i2t-weight", "0", "--oracle-captions", *flags])
         pools = train.Pools(args, train.build(args, "cpu"), "reca", "cpu")
-        assert list(pools.parts) == ["oracle"] and args.oracle_captions == kind
+        assert set(pools.parts) == {"t2i", "oracle"} and args.oracle_captions == kind
         for i in range(8):
             _, objects = pools.scenes["broad"].scene(i)
             words = pools.sample("oracle", i, data.text_rng(0, i))["caption"].replace(",", "").split()
@@ -308,6 +308,12 @@ def test_understanding_ablation_needs_frozen_features():
     args, _ = train.parse_args(["--arch", "mar", *SMALL, "--understanding", "pooled"])
     with pytest.raises(ValueError, match="--understanding pooled: .* has only shrunk"):
         train.Pools(args, train.build(args, "cpu"), "reca", "cpu")
+
+
+def test_own_images_get_plain_reca():
+    for arch in ("mar", "diffusion"):
+        plain, own = (train.parse_args(["--arch", arch, *flags])[0] for flags in (["--data", "photos"], []))
+        assert set(train.mix(plain)) == {"recon", "i2t"} and plain.understanding == "full" and plain.t2i_weight == 0 and "t2i" in train.mix(own)
 
 
 def test_muon_takes_the_matrices_inside_blocks():
