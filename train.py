@@ -61,7 +61,7 @@ TINY = {
     "reca": dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=20, clip=1.0, steps=300, batch=96, i2t_weight=1.0, drop=0.1, schedule="cosine"),
 }
 # muon_decay: Muon's steps all have one size, so no singular value grows beyond 1 / muon_decay. In a base with 0.02 the projected picture tokens became a thousand times as
-# large as words; then blocks cannot add to them, and features and words are not read alike. AR, which reads codes and not latents, draws far better with 0.02 all the same.
+# large as words; then blocks cannot add to them, and features and words are not read alike.
 # Tiny models: noise-prediction losses are about 0.05 where cross entropies are about 0.5, so drawing would get a tenth of the shared backbone's gradient. BAGEL's
 # drawing has an expert of its own; there the weight only says who shapes the understanding expert (with 8, half the questions stayed at chance).
 DRAWING_WEIGHT = {"mar": 8.0, "ar": 1.0, "diffusion": 1.0}
@@ -72,7 +72,7 @@ MIX = {
     "sft": {"t2i": 1.0, "i2t": 1.0},
     "reca": {"recon": 1.0, "i2t": 1.0},
 }
-# Where a tiny model's recipe is its own, as its seeds in results/ were run (results/LOG.md). AR: with align and strong decay it scores .40 instead of .55. MAR and BAGEL: captions beside RecA, because
+# Where a tiny model's recipe is its own, as its seeds in results/ were run (results/LOG.md). AR: with align and strong decay together it scored .40 instead of .55 (one seed; which of them does it was not separated). MAR and BAGEL: captions beside RecA, because
 # features teach that a place is empty unless something is said of that place, and prompts name no places. BAGEL: its drawing expert was last trained, and is fine-tuned, on captions as poor as these,
 # where RecA helps most; with Muon; the features in random order, which say no places; edits so that editing stays.
 POOR_CAPTIONS = dict(sparse_captions=0.6, wrong_captions=0.4)
