@@ -300,7 +300,7 @@ def read_results(folder):
 def print_table(folder):
     """A Markdown table of the runs in `folder`: mean over seeds +- their standard deviation; one seed: its 95 % interval. Bases differ more from seed to seed than
     fine-tuning changes them, so the change from each seed's own base (the run called "base"; where there is
-    but one base, from that) has columns of its own."""
+    but one base, from that, and a * says so) has columns of its own."""
     runs = read_results(folder)
     change = {"score - base": "score", "held-out - base": "held_out"}
     print("| arch | run | seeds | tasks | " + " | ".join([*COLUMNS, *change]) + " |\n|" + " --- |" * (4 + len(COLUMNS) + len(change)))
@@ -318,8 +318,9 @@ def print_table(folder):
             values = [after[key] - before[key] for after, before in pairs if before]
             cells.append(f"{np.mean(values):+.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "") if values else "")
         tasks = " ".join(f"{np.mean([r['scores']['generation']['tasks'][t]['score'] for r in results]):.2f}" for t in data.TASKS)
-        print(f"| {arch} | {label} | {len(results)} | {tasks} | " + " | ".join(cells) + " |")
-    print(f"\ntasks: {', '.join(data.TASKS)}. Spread: standard deviation over seeds; of a single run, its 95 % interval. '- base': the change from the base of the same seed, or from the only one.")
+        borrowed = "*" * (only is not None and any(r["seed"] not in bases for r in results))
+        print(f"| {arch} | {label} | {len(results)}{borrowed} | {tasks} | " + " | ".join(cells) + " |")
+    print(f"\ntasks: {', '.join(data.TASKS)}. Spread: standard deviation over seeds; of a single run, its 95 % interval. '- base': the change from the base of the same seed; rows with *: from the only base there is.")
 
 
 def draw_figure(folder, path, key="score"):

@@ -359,7 +359,8 @@ def test_tables_and_figures_over_seeds(tmp_path, capsys):
     assert Image.open(tmp_path / "f.png").size == (720, 400)
     os.remove(tmp_path / "ar_base_seed1.json")  # one base for both seeds
     evaluate.print_table(tmp_path)
-    assert "| +0.400 ± 0.141 |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| +0.400 ± 0.141 |" in out and "| ar | reca | 2* |" in out and "| ar | base | 1 |" in out
     with pytest.raises(ValueError, match="--eval-every"):
         (tmp_path / "x").mkdir()
         (tmp_path / "x" / "ar_base_seed0.json").write_text(result(0.2, ()))
