@@ -48,6 +48,16 @@ def write_text(path, text):
     atomic(path, lambda f: f.write(text.encode()))
 
 
+def check_device(name):
+    """Raises ValueError for a --device that this machine or this torch does not have."""
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise ValueError(f"--device {name}: no such device; cpu, cuda, cuda:1 ...") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this torch ({torch.__version__}) sees no GPU; give --device cpu, or install a CUDA build")
+
+
 def one_line_errors(main):
     """Run main() and exit with what it returns; what the user can put right (a missing file, a wrong value, too little memory) ends with its message alone
     and exit code 2. NANORECA_TRACEBACK=1 shows where it came from."""
@@ -386,7 +396,7 @@ class Images:
     """
 
     def __init__(self, paths, captions=False, image_root=None, max_broken=0.01):
-        self.samples, self.problems, self.rejected, self.text_only = [], {}, {}, 0
+        self.samples, self.problems, self.rejected, self.text_only, self.stands_for = [], {}, {}, 0, {}
         self.captions, self.image_root, self.max_broken = captions, image_root, max_broken
         for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
             path = os.fspath(path)
@@ -516,9 +526,16 @@ class Images:
         for k in range(len(self)):
             j = (i + k) % len(self)
             if (image := self.read(j)) is not None:
+                self.stands_for[i] = j
                 return self.samples[j], image
         raise ValueError(f"none of {self.total} pictures can be used: {len(self.problems)} broken, {len(self.rejected)} rejected; "
                          "python data.py --check PATH lists them")
+
+    def row(self, i):
+        """The row whose picture images[i] is: its text, not row i's, belongs beside that picture."""
+        if i not in self.stands_for:
+            self[i]
+        return self.stands_for[i]
 
 
 def read_images(paths, **options):

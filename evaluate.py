@@ -5,8 +5,9 @@
     python evaluate.py --table results                           # tables from the JSON files of finished runs
     python evaluate.py --arch mar --ckpt C --geneval evaluation_metadata.jsonl --out DIR    # pictures in GenEval's folder layout
 
-The six tasks are GenEval's (arXiv 2310.11513): single object, two objects, counting, colours, position, colour attribution. A third of the prompts of the last
-four ask for combinations that no training caption ever named together ("held out"); they are scored apart. Intervals are 95 % Wilson.
+The six tasks are GenEval's (arXiv 2310.11513): single object, two objects, counting, colours, position, colour attribution. A third of the prompts with
+two objects, colours, positions and attributes ask for combinations that no training caption ever named together ("held out"); they are scored apart (attributes: held-out shape-colour combinations; which shapes stand
+together is free there, so of its "seen" prompts one in five names a held-out pair of shapes). Intervals are 95 % Wilson.
 """
 
 import argparse
@@ -106,7 +107,7 @@ def score_generation(model, per_task=50, seed=0, split="test", batch=256, **samp
     pictures = np.concatenate(pictures)
     found = judge(pictures)
     ok = np.array([fulfils(o, r) for o, r in zip(found, rows)])
-    tasks, out = {}, {}
+    tasks = {}
     task_of, held = np.array([r["task"] for r in rows]), np.array([r["held_out"] for r in rows])
     for task in data.TASKS:
         part = lambda m: dict(score=float(ok[m].mean()), n=int(m.sum()), interval=wilson(int(ok[m].sum()), int(m.sum())))
@@ -285,13 +286,15 @@ COLUMNS = {
 
 
 def read_results(folder):
-    """{(arch, run): [result, ...]}: the files of `folder`, ARCH_RUN_seedN.json as train.py's result.json and --json hold them; seeds of one run together."""
+    """{(arch, run): [result, ...]}: the files of `folder`, ARCH_RUN_seedN.json as train.py's result.json holds them; seeds of one run together."""
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"--table {folder}: no such folder; it holds the result.json files of runs, named ARCH_RUN_seedN.json")
     runs = {}
     for name in sorted(os.listdir(folder)):
         if name.endswith(".json"):
             r = data.read_json(os.path.join(folder, name))
+            if not isinstance(r, dict) or not {"arch", "seed"} <= set(r) or "generation" not in (r.get("scores") or {}):
+                raise ValueError(f"{os.path.join(folder, name)}: no judged drawings of a model in it; --table reads the result.json of runs that were scored (--eval-n), from a folder with nothing else in it")
             label = name[:-5].removeprefix(r["arch"] + "_").rsplit("_seed", 1)[0]
             runs.setdefault((r["arch"], label), []).append(r)
     return runs
@@ -348,7 +351,7 @@ def main(argv=None):
     p.add_argument("--tokenizer-ckpt")
     p.add_argument("--vision-ckpt")
     p.add_argument("--text-tokenizer")
-    p.add_argument("--n", type=int, default=600, help="judged pictures, a sixth per task (with --geneval: pictures per prompt)")
+    p.add_argument("--n", type=int, help="judged pictures, a sixth per task (default 600); with --geneval: pictures per prompt (default 4)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--split", choices=("dev", "test"), default="test", help="dev: prompts for choosing settings; test: for reporting")
     p.add_argument("--cfg", type=float)
@@ -363,6 +366,9 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.table:
         return print_table(args.table) or (args.figure and draw_figure(args.table, args.figure))
+    args.n = (4 if args.geneval else 600) if args.n is None else args.n
+    if args.config not in (None, "tiny") and not args.geneval:
+        raise ValueError(f"--config {args.config}: the judge knows the shape world only; draw GenEval's prompts with --geneval FILE and score them with its own tools")
     if args.n < 6 and not args.geneval:
         raise ValueError(f"--n {args.n}: at least 6, one picture for each task")
     model = sample.load_model(

@@ -63,11 +63,7 @@ def read_config(folder):
         raise FileNotFoundError(
             f"{folder}: no config.json there; expected a folder written by train.py (model.safetensors + config.json), or give --config for a published checkpoint"
         )
-    try:
-        with open(path, encoding="utf-8") as f:
-            meta = json.load(f)
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}: not valid JSON ({e}): copy the folder again") from None
+    meta = data.read_json(path)
     if not isinstance(meta, dict) or "config" not in meta or "arch" not in meta:
         raise ValueError(
             f"{path}: lacks 'arch' or 'config': not a config.json of this project (transformers-style exports load with --config NAME)"
@@ -77,6 +73,7 @@ def read_config(folder):
 
 def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer=None, device="cpu", dtype=None, vision_ckpt=None):
     """The model of `arch` from one of our folders, or, with `config` = a published size, from the original files. Raises one-line errors."""
+    data.check_device(device)
     module = importlib.import_module(ARCHS[arch])
     ckpt = ckpt or default_weights(arch)
     if config is None or config == "tiny":

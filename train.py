@@ -13,14 +13,15 @@ What RecA does: encode an image with the model's own UNDERSTANDING side, put tho
 draw the image again with its ordinary loss (`reca_loss` in each model file). Where understanding shares parameters, image-to-text loss keeps it alive (--i2t-weight).
 
 --batch counts samples per optimizer step and part over all processes; one step is --accum micro-batches, gradients are exchanged in the last one only. Every random
-number is a function of (--seed, step, place in the global batch), never of the number of processes or workers, so N processes compute what one would, and a resumed
-run what an uninterrupted one would. The run folder (--out) gets model.safetensors + config.json (for sample.py), checkpoint.pt (for --resume), result.json (command,
+number is a function of (--seed, step, place in the global batch), never of the number of processes or workers, so N processes compute what one would (but for dropout and the tokenizer
+stage's posterior noise, which are drawn per process), and a resumed run what an uninterrupted one would. The run folder (--out) gets model.safetensors + config.json (for sample.py), checkpoint.pt (for --resume), result.json (command,
 commit, scores), log.jsonl, loss.png, before_after.png. Ctrl-C and SIGTERM save a checkpoint first.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import fractions
 import importlib
 import json
 import math
@@ -164,10 +165,13 @@ def parse_args(argv=None):
     g.add_argument("--log", choices=("wandb", "tensorboard"), help="optional extra logger")
     args = p.parse_args(argv)
     if args.resume:  # the stored arguments become the defaults; what is typed now wins
-        state = read_checkpoint(args.resume)
+        state, out = read_checkpoint(args.resume), args.out
         p.set_defaults(**state["args"])
         args = p.parse_args(argv)
-        args.out = args.resume
+        args.out = out or args.resume
+        for name in ("arch", "config", "stage"):
+            if getattr(args, name) != state["args"][name]:
+                raise ValueError(f"--resume {args.resume}: that is a run of --{name} {state['args'][name]}, not {getattr(args, name)}; give it to a new run as --ckpt {args.resume}")
         return args, state
     recipe = dict(TINY[args.stage] if args.config == "tiny" else PUBLISHED[args.arch], t2i_weight=float(args.stage != "reca"))
     bias = data.CAPTION_BIAS
@@ -175,6 +179,8 @@ def parse_args(argv=None):
     if args.config == "tiny":
         recipe["t2i_weight"] *= DRAWING_WEIGHT[args.arch]
         recipe["i2t_weight"] /= DRAWING_WEIGHT[args.arch] if args.stage == "reca" else 1.0
+        if args.arch == "diffusion" and args.stage in ("sft", "reca"):
+            recipe["i2t_weight"] = 0.0  # the understanding expert is frozen
         if not (args.data and args.stage == "reca"):  # your own images: plain RecA, without the shape world's captions beside it
             recipe |= TINY_OWN.get((args.arch, args.stage), {})
     for name, value in recipe.items():
@@ -189,18 +195,21 @@ def parse_args(argv=None):
 
 
 def check_args(args, world):
-    for name in ("steps", "batch", "accum", "pool", "captioned"):
+    for name in ("steps", "batch", "accum", "pool", "captioned", "log_every"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if not mix(args):
+        raise ValueError("--mix and the weights of the losses leave nothing to train on")
     for part, share in mix(args).items():
         n = round(args.batch * share)
+        if n < 1:
+            raise ValueError(f"--batch {args.batch} gives {n} {part} samples per step: raise --batch, or leave {part} out of --mix")
         if n % (world * args.accum):
             raise ValueError(
                 f"--batch {args.batch} gives {n} {part} samples per step, which {world} process{'es' * (world > 1)} x --accum {args.accum} cannot share equally: "
-                f"take a multiple of {math.lcm(*[int(1 / s) if s < 1 else 1 for s in mix(args).values()]) * world * args.accum}"
+                f"take a multiple of {math.lcm(*[fractions.Fraction(s).limit_denominator(100).denominator for s in mix(args).values()]) * world * args.accum}"
             )
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: this torch ({torch.__version__}) sees no GPU; leave --device out, or install a CUDA build")
+    data.check_device(args.device)
     for name in ("drop", "wrong_captions", "sparse_captions"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name):g}: a share, from 0 to 1")
@@ -222,10 +231,12 @@ def mix(args):
         if not args.mix:  # a typed mix is taken as it stands
             parts.setdefault("t2i", 1.0)
     elif args.stage == "reca":  # drawing from anything but features has no weight: plain RecA
-        parts = {part: share for part, share in parts.items() if part not in ("t2i", "edit")}
+        parts = {part: share for part, share in parts.items() if part not in ("t2i", "edit", "uncond")}
     if args.i2t_weight == 0:
         parts.pop("i2t", None)
     if args.oracle_captions:
+        if "recon" not in parts:
+            raise ValueError("--oracle-captions stand in the place of features: it needs --stage reca with recon in its --mix")
         parts["oracle"] = parts.pop("recon")
     return parts
 
@@ -256,10 +267,12 @@ class TokenizerStage(torch.nn.Module):
     def draw(self, part, generator, rate_generator):
         return {}
 
+    def preprocess(self, image, purpose):
+        return data.preprocess_stretch(image, data.IMAGE_SIZE)
+
     def forward(self, batch):
         images = batch["images"]["images"].float() / 127.5 - 1
-        _, parts = out = image_tokenizer.tokenizer_loss(self.tokenizer, images, None)  # None: the global generator, which the loop seeds per step
-        return {"images": out[0]}
+        return {"images": image_tokenizer.tokenizer_loss(self.tokenizer, images, None)[0]}  # None: the global generator, which the loop seeds per step
 
     @torch.no_grad()
     def reconstruct(self, images, generator=None):
@@ -299,9 +312,9 @@ class Pools:
             raise ValueError(
                 f"--config {args.config}: RecA keeps understanding by image-to-text data, so give --i2t-data JSON (or --i2t-weight 0 to go without)"
             )
-        if args.config != "tiny" and not args.data:
+        if args.config != "tiny" and (need - set(images) or not args.data):
             raise ValueError(
-                f"--config {args.config} draws {getattr(model.config, 'image_size', 512)}-pixel pictures: give --data PATH (folders, tars); the shape world is for tiny"
+                f"--config {args.config} draws {getattr(model.config, 'image_size', 512)}-pixel pictures: give --data PATH (folders, tars) and only the parts it has data for (--mix; here {', '.join(self.parts)}); the shape world is for tiny"
             )
         if "crowded" in need:
             images["crowded"] = data.crowded_pictures(args.pool, seed=args.seed)
@@ -324,6 +337,7 @@ class Pools:
             self.text["edits"] = [e[0] for e in edits]
             self.scenes["edit_sources"], self.scenes["edits"] = source, data.Scenes.of([e[1] for e in edits])
             need.add("edit_sources")
+        self.listed = {name: source for name, source in images.items() if isinstance(source, data.Images)}
         self.cache, self.size, self.sources = {}, {}, {}
         start = time.time()
         for name in sorted(need):
@@ -333,6 +347,8 @@ class Pools:
             need_bytes = len(source) * sum(v.numel() * v.element_size() for v in one.values())
             if need_bytes <= args.cache_gb * 1e9:
                 self.cache[name] = self.encode_all(model, source, name, stage, device, rank, world)
+            elif name == "altered":
+                raise ValueError(f"--understanding {args.understanding}: its pool must be cached ({need_bytes / 1e9:.1f} GB): raise --cache-gb ({args.cache_gb:g}) or lower --pool")
             else:
                 self.sources[name] = source
                 if rank == 0:
@@ -352,7 +368,7 @@ class Pools:
             return evaluate.to_float(source[rows].render())
         if isinstance(source, np.ndarray):
             return evaluate.to_float(source[rows])
-        return torch.stack([model.preprocess(source[int(j)][1], "understand" if name == "understanding" else "recon") for j in rows])
+        return torch.stack([model.preprocess(source[int(j)][1], "understand" if name == "understanding" and self.args.arch != "diffusion" else "recon") for j in rows])
 
     @torch.no_grad()
     def encode(self, model, source, name, stage, device, rows, show=False):
@@ -360,17 +376,17 @@ class Pools:
         was, chunk = model.training, 256 if getattr(model.config, "image_size", 48) <= 64 else 8
         model.eval()
         starts = data.Progress(range(0, len(rows), chunk), f"encoding {name}", show)
-        chunks, generator = [], data.sample_generator(self.args.seed, 0, 0, "altered")
+        chunks = []
         for i in starts:
             pixels = self.pixels(model, source, name, rows[i : i + chunk]).to(device)
             out = model.precompute(pixels, stage)
             if name == "altered":
-                out.update(self.alter(model, pixels, out, stage, generator))
+                out.update(self.alter(model, pixels, out, stage, rows[i : i + chunk]))
             chunks.append({k: v.cpu() for k, v in out.items()})
         model.train(was)
         return {k: torch.cat([c[k] for c in chunks]) for k in chunks[0]}
 
-    def alter(self, model, pixels, seen, stage, generator):
+    def alter(self, model, pixels, seen, stage, rows):
         """What stands in RecA's context instead of the picture's full understanding (--understanding): {key: tensor} to overwrite in `seen`."""
         kind, key = self.args.understanding, "features" if "features" in seen else "latents"
         if kind == "shrunk":
@@ -378,7 +394,10 @@ class Pools:
             return {("source_" if key == "latents" else "") + key: model.precompute(small, stage)[key]}
         x = seen[key]  # (n, A, width)
         if kind == "shuffled":
-            order = torch.stack([torch.randperm(x.shape[1], generator=generator) for _ in x]).to(x.device)
+            if not hasattr(self, "orders"):  # all of them at once, so that row i has the same one on whatever process it is
+                generator = data.sample_generator(self.args.seed, 0, 0, "altered")
+                self.orders = torch.stack([torch.randperm(x.shape[1], generator=generator) for _ in range(self.size["altered"])])
+            order = self.orders[torch.as_tensor(rows)].to(x.device)
             return {key: x.gather(1, order[..., None].expand_as(x))}
         if kind == "pooled":
             return {key: x.mean(1, keepdim=True).expand_as(x).clone()}
@@ -419,6 +438,8 @@ class Pools:
     def sample(self, part, i, rng):
         """The text of sample i of a part: a dict for model.collate."""
         pool = self.pool_of.get(part)
+        if part in ("t2i", "align", "i2t") and pool in self.listed:
+            i = self.listed[pool].row(i)
         if part == "recon":
             # with captions beside it, RecA leaves the unconditional half of guidance to them: it should know the captioned distribution, not the pool's
             return {"prompt": rng.choice(self.templates), "drop": rng.random() < self.args.drop * ("t2i" not in self.parts)}
@@ -459,6 +480,7 @@ class Pools:
             size = self.size[name if name else "text"]
             places = range((micro * world + rank) * per, (micro * world + rank + 1) * per)
             index = data.batch_indices(size, n, seed, step, part)[places.start : places.stop]
+            encodings = self.fetch(model, name, index) if name else {}  # before the texts: reading a listed picture tells whose text belongs to it
             rows = [self.sample(part, int(i), data.text_rng(seed, step, part, place)) for i, place in zip(index, places)]
             kind = KIND.get(part, part)
             rate = [data.sample_generator(seed, step, micro, f"rate-{part}") for _ in places]  # the same numbers for the whole micro-batch, on every process
@@ -466,16 +488,14 @@ class Pools:
                 words = torch.zeros(per, model.tokenizer.vocab_size)
                 for k, row in enumerate(rows):
                     words[k, model.tokenizer.encode_ordinary(row["caption"])] = 1
-                out[part] = {"words": words, **self.fetch(model, name, index)}
+                out[part] = {"words": words, **encodings}
                 continue
             draws = [model.draw(kind, data.sample_generator(seed, step, place, part), r) for place, r in zip(places, rate)]
             tensors = {k: torch.stack([d[k] for d in draws]) for k in draws[0]}
             tensors.update(model.collate(kind, rows, self.args.text_length))
             if part == "edit":
                 tensors.update(self.fetch(model, "edit_sources", index, "source_"))
-            if name:
-                tensors.update(self.fetch(model, name, index))
-            out[part] = tensors
+            out[part] = tensors | encodings
         return out
 
 
@@ -545,7 +565,7 @@ def save_weights(args, model, **extra):
 
 
 def save_checkpoint(args, step, model, optimizers, ema, history):
-    """checkpoint.pt for --resume: weights, optimizer, position, random states. Written under a temporary name, synced, renamed: a crash leaves the old one."""
+    """checkpoint.pt for --resume: weights, optimizers, position (each step seeds itself from it). Written under a temporary name, synced, renamed: a crash leaves the old one."""
     state = dict(
         step=step,
         args=vars(args),
@@ -553,7 +573,6 @@ def save_checkpoint(args, step, model, optimizers, ema, history):
         optimizers=[o.state_dict() for o in optimizers],
         ema=ema,
         history=history,
-        rng=dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []),
     )
     path = os.path.join(args.out, "checkpoint.pt")
     need = sum(t.numel() * t.element_size() for t in model.state_dict().values()) * 4
@@ -614,7 +633,8 @@ def check_memory(args, named, model):
     if args.device.startswith("cuda"):
         free = torch.cuda.mem_get_info()[0]
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else need
+        known = {"SC_AVPHYS_PAGES", "SC_PAGE_SIZE"} <= set(getattr(os, "sysconf_names", ()))  # macOS does not say
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else need
     if need > free:
         raise ValueError(
             f"--config {args.config} --stage {args.stage} needs {need / 1e9:.1f} GB for weights, gradients and Adam before any activation, {free / 1e9:.1f} GB are free: "
@@ -681,8 +701,9 @@ def main(argv=None):
     args, state = parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check_args(args, world)
-    if args.device.startswith("cuda"):
+    if args.device == "cuda" or (world > 1 and args.device.startswith("cuda")):
         args.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+    if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)
     device = torch.device(args.device)
     if args.threads or device.type == "cpu":  # torchrun sets OMP_NUM_THREADS=1; the cores belong to all processes together
@@ -710,8 +731,13 @@ def main(argv=None):
         ema = {n: p.detach().clone() for n, p in named}
     if state is not None:
         for optimizer, saved in zip(optimizers, state["optimizers"]):
+            typed = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]  # what is typed now wins over what was saved
             optimizer.load_state_dict(saved)
-        start, history, ema = state["step"], state["history"], state["ema"]
+            for group, settings in zip(optimizer.param_groups, typed):
+                group.update(settings)
+        start, history = state["step"], state["history"]
+        for n, v in ((state["ema"] or {}) if ema else {}).items():
+            ema[n].copy_(v)
         say(f"resumed {args.out} at step {start}")
     if args.checkpoint == "full":
         activation_checkpointing(model)
@@ -757,9 +783,9 @@ def main(argv=None):
         writer = SummaryWriter(args.out)
         extra_log = lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if k != "step"]
 
-    stopped = []
+    stopped, handlers = [], {}
     for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda number, frame: stopped.append(number))
+        handlers[sig] = signal.signal(sig, lambda number, frame: stopped.append(number))
     get, stop_thread = prefetch(lambda s: [pools.batch(model, s, m, rank, world) for m in range(args.accum)], range(start, args.steps))
     model.train()
     flops = sum(model.flops_per_sample(KIND.get(p, p)) * round(args.batch * s) for p, s in pools.parts.items() if p != "align")
@@ -836,7 +862,7 @@ def main(argv=None):
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             halt = bool(flag)
         elif world > 1:
-            halt = False
+            halt = done == args.stop_after < args.steps  # a signal waits for the next tenth step, this every process knows
         if main_process and (halt or done == args.steps or (args.save_every and done % args.save_every == 0)):
             save_checkpoint(args, done, model, optimizers, ema, history)
             if not halt:
@@ -855,6 +881,8 @@ def main(argv=None):
             return 0 if done == args.stop_after else 128 + (stopped[0] if stopped else signal.SIGTERM)
     bar.close()
     stop_thread.set()
+    for sig, handler in handlers.items():  # the last checkpoint is written: from here on a signal simply ends the program
+        signal.signal(sig, handler)
 
     if main_process:
         if ema:

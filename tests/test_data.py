@@ -325,6 +325,7 @@ def test_odd_sizes_are_rejected_not_broken(tmp_path):
     images = data.Images(tmp_path)
     assert [os.path.basename(images.samples[i].file) for i in range(5) if images.read(i)] == ["b.png", "d.png"]
     assert len(images.rejected) == 3 and not images.problems
+    assert [images.row(i) for i in range(5)] == [1, 1, 3, 3, 1] and images[4][0] is images.samples[images.row(4)]
     (tmp_path / "b.png").unlink(), (tmp_path / "d.png").unlink()
     with pytest.raises(ValueError, match="none of 3 pictures can be used: 0 broken, 3 rejected"):
         data.Images(tmp_path)[0]

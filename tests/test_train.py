@@ -127,6 +127,12 @@ ERRORS = [
     (["--steps", "0"], r"--steps 0: must be at least 1"),
     (["--templates", "100000"], r"--templates 100000: there are \d+"),
     (["--config", "harmon-1.5b", "--ckpt", "x.pth"], r"--text-tokenizer"),
+    (["--stage", "sft", "--oracle-captions"], r"--oracle-captions .*--stage reca"),
+    (["--stage", "base", "--mix", "t2i=1", "edit=0.01"], r"--batch 8 gives 0 edit samples"),
+    (["--t2i-weight", "0", "--mix", "t2i=1"], r"leave nothing to train on"),
+    (["--stage", "base", "--mix", "t2i=0.75", "--accum", "8"], r"take a multiple of 32"),
+    (["--log-every", "0"], r"--log-every 0: must be at least 1"),
+    (["--device", "tpu9"], r"--device tpu9: no such device"),
 ]
 
 
@@ -304,6 +310,43 @@ def test_oracle_captions_are_true_of_the_pool_s_pictures(tmp_path):
             assert ("background" in words) or kind == "clean"
 
 
+def test_captions_stay_with_their_own_pictures(tmp_path):
+    (tmp_path / "x").mkdir()
+    for name, size in (("a", (200, 10)), ("b", (48, 48)), ("c", (48, 48))):  # a is no picture to train on: the next one stands in, with its own caption
+        Image.new("RGB", size, (len(name), 9, 9)).save(tmp_path / "x" / f"{name}.png")
+        (tmp_path / "x" / f"{name}.txt").write_text(f"caption of {name}")
+    for gb in ("8", "0"):  # cached, and encoded step by step
+        args, _ = train.parse_args(["--arch", "mar", "--stage", "sft", *SMALL, "--i2t-weight", "0", "--data", str(tmp_path / "x"), "--cache-gb", gb])
+        pools = train.Pools(args, train.build(args, "cpu"), "sft", "cpu")
+        assert [pools.sample("t2i", i, random.Random(0))["caption"] for i in range(3)] == ["caption of b", "caption of b", "caption of c"]
+
+
+def test_shuffled_features_do_not_depend_on_the_process(tmp_path):
+    args, _ = train.parse_args(["--arch", "ar", *SMALL, "--understanding", "shuffled"])
+    model = train.build(args, "cpu")
+    pools = train.Pools(args, model, "reca", "cpu")
+    half = pools.encode(model, pools.scenes["altered"], "altered", "reca", "cpu", list(range(16, 32)))["features"]  # the share of the second of two
+    assert torch.equal(half, pools.cache["altered"]["features"][16:])
+    args.cache_gb = 0
+    with pytest.raises(ValueError, match="its pool must be cached"):
+        train.Pools(args, model, "reca", "cpu")
+
+
+def test_resume_takes_what_is_typed_now(tmp_path, monkeypatch):
+    run("--arch", "mar", "--stage", "base", *SMALL, "--stop-after", "2", out=tmp_path / "r")
+    seen, adamw = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (seen.append(self.param_groups[0]["weight_decay"]), adamw(self)))
+    assert run("--resume", str(tmp_path / "r"), "--stop-after", "0", "--weight-decay", "0.5", "--ema", "0.9", out=tmp_path / "elsewhere") == 0
+    assert seen == [0.5, 0.5] and (tmp_path / "elsewhere" / "model.safetensors").exists() and not (tmp_path / "r" / "model.safetensors").exists()
+    with pytest.raises(ValueError, match="--resume .*: that is a run of --arch mar, not ar"):
+        train.parse_args(["--resume", str(tmp_path / "r"), "--arch", "ar"])
+
+
+def test_machines_that_do_not_tell_their_free_memory(monkeypatch):
+    monkeypatch.setattr(train.os, "sysconf_names", {"SC_PAGE_SIZE": 1})  # macOS
+    train.check_memory(types.SimpleNamespace(device="cpu", config="tiny", stage="base"), [], torch.nn.Linear(2, 2))
+
+
 def test_understanding_ablation_needs_frozen_features():
     args, _ = train.parse_args(["--arch", "mar", *SMALL, "--understanding", "pooled"])
     with pytest.raises(ValueError, match="--understanding pooled: .* has only shrunk"):
@@ -313,7 +356,7 @@ def test_understanding_ablation_needs_frozen_features():
 def test_own_images_get_plain_reca():
     for arch in ("mar", "diffusion"):
         plain, own = (train.parse_args(["--arch", arch, *flags])[0] for flags in (["--data", "photos"], []))
-        assert set(train.mix(plain)) == {"recon", "i2t"} and plain.understanding == "full" and plain.t2i_weight == 0 and "t2i" in train.mix(own)
+        assert set(train.mix(plain)) == ({"recon", "i2t"} if arch == "mar" else {"recon"}) and plain.understanding == "full" and plain.t2i_weight == 0 and "t2i" in train.mix(own)
 
 
 def test_muon_takes_the_matrices_inside_blocks():
@@ -361,6 +404,11 @@ def test_tables_and_figures_over_seeds(tmp_path, capsys):
     evaluate.print_table(tmp_path)
     out = capsys.readouterr().out
     assert "| +0.400 ± 0.141 |" in out and "| ar | reca | 2* |" in out and "| ar | base | 1 |" in out
+    (tmp_path / "ar_zero_seed0.json").write_text('{"arch": "ar", "seed": 0, "scores": null}')  # a run with --eval-n 0
+    with pytest.raises(ValueError, match="ar_zero_seed0.json: no judged drawings"):
+        evaluate.print_table(tmp_path)
+    with pytest.raises(ValueError, match="knows the shape world only"):
+        evaluate.main(["--arch", "mar", "--config", "harmon-1.5b"])
     with pytest.raises(ValueError, match="--eval-every"):
         (tmp_path / "x").mkdir()
         (tmp_path / "x" / "ar_base_seed0.json").write_text(result(0.2, ()))
