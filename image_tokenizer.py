@@ -247,7 +247,7 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))  # (B, 1, H*W, C)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for conv in (self.q, self.k, self.v))  # (B, 1, H*W, C); strided rows would take SDPA's quadratic path
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
 
@@ -458,7 +458,8 @@ class LFQTokenizer(nn.Module):
         if not c.joint_entropy:
             return commitment, c.entropy_weight * (_binary_entropy(p).mean() - _binary_entropy(p.mean(0)).mean())
         ones = (self.quantize.embedding + 1) / 2  # (2**bits, bits)
-        codes = torch.exp(F.logsigmoid(4 * z) @ ones.T + F.logsigmoid(-4 * z) @ (1 - ones).T).mean(0)  # (2**bits,)
+        with torch.autocast(z.device.type, enabled=False):  # these products stay float32
+            codes = torch.exp(F.logsigmoid(4 * z) @ ones.T + F.logsigmoid(-4 * z) @ (1 - ones).T).mean(0)  # (2**bits,)
         used = -(codes * (codes + 1e-9).log()).sum()
         return commitment, c.entropy_weight * (_binary_entropy(p).sum(1).mean() - used)
 
@@ -487,7 +488,7 @@ def tokenizer_loss(model, images, generator):
     if isinstance(model, Autoencoder):
         c = model.config
         mean, logvar = model.moments(images).chunk(2, dim=1)
-        noise = torch.randn(mean.shape, generator=generator, device=generator.device if generator is not None else None).to(mean)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device if generator is None else generator.device).to(mean)
         z = mean + torch.exp(0.5 * logvar) * noise
         recon = model.decode((z - c.shift) * c.scale)
         parts = {"kl": c.kl_weight * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()}

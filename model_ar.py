@@ -26,7 +26,6 @@ from custom_kernels import attention, attention_plan, linear_cross_entropy
 from image_tokenizer import TOKENIZERS, LFQConfig, LFQTokenizer, load_strict, read_weights
 from vision_encoder import VISION_ENCODERS, CLIPConfig, CLIPVision, clip_pixels, magvit_pixels, square_pixels, word_alignment
 
-ARCH = "ar"
 IGNORE = -100  # label of a position that is not trained
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SYSTEM_PROMPT = ("A chat between a curious user and an artificial intelligence assistant. "

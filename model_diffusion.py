@@ -36,7 +36,6 @@ from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig, check_ke
 from vision_encoder import (VISION_ENCODERS, SigLIPConfig, SigLIPNaViT, bagel_resize, bagel_size, grid_ids, magvit_pixels, patchify,
                             to_pixels, word_alignment)
 
-ARCH = "diffusion"
 IGNORE = -100  # label of a position that is not trained
 UND, GEN = EXPERTS = ("", "_moe_gen")  # endings of the two experts' published names
 
@@ -697,6 +696,8 @@ class Bagel(nn.Module):
             rows = {k: v[:m] for k, v in row.items()}
             return self.embed(rows["ids"]), rows, self.view(rows, past), [(k[:m], v[:m]) for k, v in cache.kv]
 
+        if steps < 2:
+            raise ValueError(f"--steps {steps}: points in time, one more than passes through the model, so at least 2")
         plain, guided = prepare(B), prepare(R)
         times = [shift * s / (1 + (shift - 1) * s) for s in (1 - i / (steps - 1) for i in range(steps))]
         x = noise.to(self.device, torch.float32)
@@ -811,11 +812,10 @@ class Bagel(nn.Module):
     # ---- published weights
 
     @classmethod
-    def load_published(cls, path, config="bagel-7b-mot", tokenizer_path=None, tokenizer=None, device="cpu", dtype=None, frozen=None):
+    def load_published(cls, path, config="bagel-7b-mot", tokenizer_path=None, tokenizer=None, device="cpu", dtype=None):
         """path: ema.safetensors (BAGEL-7B-MoT), model_bf16.safetensors (BAGEL-RecA) or the folder of one of them; tokenizer_path:
         ae.safetensors (None: the one beside it). Strict. The model is built without memory, then each tensor goes from the file straight to
-        `device` and `dtype` (None: float32); what RecA does not train can take less room (frozen=torch.bfloat16: then run it under
-        autocast). The autoencoder is float32 always. Raises FileNotFoundError, and ValueError with a table of the keys that do not fit."""
+        `device` and `dtype` (None: float32). The autoencoder is float32 always. Raises FileNotFoundError, and ValueError with a table of the keys that do not fit."""
         if os.path.isdir(path):
             found = [n for n in ("ema.safetensors", "model_bf16.safetensors") if os.path.exists(os.path.join(path, n))]
             if len(found) != 1:
@@ -826,7 +826,7 @@ class Bagel(nn.Module):
             model = cls(CONFIGS[config] if isinstance(config, str) else config, tokenizer)
         names = [name for name in model.state_dict() if not name.startswith("vae.")]
         dtype = dtype or torch.float32
-        stream(model, path, names, device, lambda name: dtype if is_generation(name) else frozen or dtype)
+        stream(model, path, names, device, lambda name: dtype)
         stream(model.vae, tokenizer_path, list(model.vae.state_dict()), device, lambda name: torch.float32)
         for table in (model.latent_pos_embed, model.vit_pos_embed):
             table.compute(device)

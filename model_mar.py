@@ -27,14 +27,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.checkpoint import checkpoint
 
 from custom_kernels import (add_noise, attention, attention_plan, diffusion_loss_rows, diffusion_tables, gated_add, linear_cross_entropy,
                             norm_modulate, rms_norm)
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig, load_strict, read_weights
 from vision_encoder import word_alignment
 
-ARCH = "mar"
 IMAGE = -200  # the id that marks where an image goes into a text row
 IGNORE = -100  # label of a position that is not trained
 T = 1000  # diffusion steps of the trained process
@@ -83,7 +81,6 @@ class HarmonConfig:
     max_prompt: int = 128  # text tokens of a generation row
     max_dialogue: int = 1472  # text tokens of an understanding row
     pad_multiple: int = 64  # rows are padded to a multiple of this, so that shapes take few values
-    checkpointing: bool = False  # recompute the blocks in the backward pass: less memory, a third more arithmetic
     # sampler
     cfg: float = 3.0
     mask_steps: int = 64
@@ -184,15 +181,9 @@ class Qwen2(nn.Module):
             last = {}
             if keep is not None and i == c.num_layers - 1:  # nobody attends to the last layer's output: compute what is asked for
                 last, plan = {"keep": keep}, attention_plan(lo[:, -keep:], hi[:, -keep:], total)
-            x, kv = run_block(c, layer, x, cos, sin, plan, past[i] if past is not None else None, **last)
+            x, kv = layer(x, cos, sin, plan, past[i] if past is not None else None, **last)
             cache.append(kv)
         return self.model.norm(x), cache
-
-
-def run_block(config, block, *args, **kwargs):
-    if config.checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, *args, use_reentrant=False, **kwargs)
-    return block(*args, **kwargs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -264,7 +255,7 @@ class MAR(nn.Module):
         buffers = (self.fake_latent + buffer_pos).expand(len(x), -1, -1)
         x = self.z_proj_ln(torch.cat([buffers, x], 1))
         for block in self.encoder_blocks:
-            x = run_block(self.config, block, x)
+            x = block(x)
         return self.encoder_norm(x)
 
     def decode(self, x, visible, masked, grid):
@@ -275,7 +266,7 @@ class MAR(nn.Module):
         pos = torch.cat([buffer_pos.expand(len(x), -1, -1), F.embedding(order, image_pos)], 1)
         x = torch.cat([self.decoder_embed(x), self.mask_token.expand(len(x), masked.shape[1], -1)], 1) + pos
         for block in self.decoder_blocks:
-            x = run_block(self.config, block, x)
+            x = block(x)
         x = self.decoder_norm(x)[:, self.config.buffer_size:]
         return x + F.embedding(order, self.positions(self.diffusion_pos_embed_learned, grid)[1])
 
@@ -322,15 +313,20 @@ def noise_process(spacing):
 
 
 @lru_cache(maxsize=None)
-def tables_on(spacing, device):
-    """-> float32 tables on the device: for the loss (steps, 5), for sampling (steps, 6), and the original index of each step as a list.
-    Not buffers of a module: no checkpoint holds them, and a model from the meta device would lose them."""
+def _tables_on(spacing, device):
     with torch.inference_mode(False):
         p = noise_process(spacing)
         acp = p["alphas_cumprod"]
         sampling = torch.stack([p["betas"].log(), p["posterior_log_variance_clipped"], (1 / acp).sqrt(), (1 / acp - 1).sqrt(),
                                 p["posterior_mean_coef1"], p["posterior_mean_coef2"]], 1)
         return diffusion_tables(p["betas"]).to(device), sampling.float().to(device), p["timestep_map"].tolist()
+
+
+@torch.compiler.assume_constant_result  # constants to a compiled model, which would otherwise trace through the cache and break its graph
+def tables_on(spacing, device):
+    """-> float32 tables on the device: for the loss (steps, 5), for sampling (steps, 6), and the original index of each step as a list.
+    Not buffers of a module: no checkpoint holds them, and a model from the meta device would lose them."""
+    return _tables_on(spacing, device)
 
 
 class ResBlock(nn.Module):
@@ -370,7 +366,7 @@ class Denoiser(nn.Module):
         y = F.silu(self.time(t) + self.cond_embed(z)).expand_as(h).flatten(0, -2)
         shape, h = h.shape, h.flatten(0, -2)  # (N, width)
         for block in self.res_blocks:
-            h = run_block(self.config, block, h, y)
+            h = block(h, y)
         shift, scale = self.final_layer.adaLN_modulation[1](y).chunk(2, -1)
         return self.final_layer.linear(norm_modulate(h, shift, scale, None, None, 1e-6)).view(*shape[:-1], -1)
 

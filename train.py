@@ -49,10 +49,10 @@ import sample
 
 # RecA as published, per architecture, and what the tiny models of the shape world use instead. Every key is a flag. `mix` is the share of each part in a step's batch:
 # recon = RecA, i2t = image -> text, t2i = text -> image, uncond = empty prompt -> image (which needs no caption, so any image will do), edit = image + instruction -> image, text = text only, align = captions to places of their pictures. Loss weights are 1 unless a flag says otherwise.
-# --batch is ours: the release fixes no number of GPUs. BAGEL stops at step 1000, inside its warm-up, as the release's own command does.
+# --batch is ours: the release fixes no number of GPUs. BAGEL stops at step 1000, inside its warm-up, as the release's own command does. Show-o's cosine is spread over a million steps: over these it is constant.
 PUBLISHED = {
     "mar": dict(lr=1e-5, betas=(0.9, 0.95), weight_decay=0.02, warmup=125, clip=1.0, steps=5000, batch=384, i2t_weight=1.0, drop=0.1, schedule="cosine"),
-    "ar": dict(lr=5e-7, betas=(0.9, 0.999), weight_decay=0.01, warmup=1000, clip=0.0, steps=5000, batch=16, i2t_weight=1.0, drop=0.0, schedule="cosine"),
+    "ar": dict(lr=5e-7, betas=(0.9, 0.999), weight_decay=0.01, warmup=1000, clip=0.0, steps=5000, batch=16, i2t_weight=1.0, drop=0.0, schedule="constant"),
     "diffusion": dict(lr=4e-5, betas=(0.9, 0.95), weight_decay=0.0, eps=1e-15, warmup=1000, clip=1.0, steps=1000, batch=48, i2t_weight=0.0, drop=0.1, schedule="constant"),
 }
 TINY = {
@@ -141,7 +141,7 @@ def parse_args(argv=None):
     g.add_argument(
         "--text-length",
         type=int,
-        help="text tokens per row; 0 = the longest of the batch (default on CPU), N = fixed (default on GPU: the config's maximum, so that compiled shapes are static)",
+        help="text tokens per row; N = fixed; 0 = the longest of the batch, for mar and ar rounded up so that shapes take few values (default, but for diffusion on GPU: the config's maximum)",
     )
     g.add_argument("--mix", nargs="+", metavar="PART=SHARE", help="shares of --batch per part, e.g. t2i=1 i2t=0.5 (default: MIX and TINY_OWN above)")
     g.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights, e.g. 0.999; 0 = off")
@@ -368,7 +368,8 @@ class Pools:
             return evaluate.to_float(source[rows].render())
         if isinstance(source, np.ndarray):
             return evaluate.to_float(source[rows])
-        return torch.stack([model.preprocess(source[int(j)][1], "understand" if name == "understanding" and self.args.arch != "diffusion" else "recon") for j in rows])
+        purpose = {"understanding": "understand" if self.args.arch != "diffusion" else "recon", "captioned": "generate"}.get(name, "recon")  # BAGEL's "understand" keeps proportions
+        return torch.stack([model.preprocess(source[int(j)][1], purpose) for j in rows])
 
     @torch.no_grad()
     def encode(self, model, source, name, stage, device, rows, show=False):
@@ -623,7 +624,7 @@ def activation_checkpointing(model):
     from torch.utils.checkpoint import checkpoint
 
     for name, m in model.named_modules():
-        if name.split(".")[-1].isdigit() and any(k in name for k in ("layers.", "blocks.")):
+        if name.rpartition(".")[2].isdigit() and name.rpartition(".")[0].endswith(("layers", "blocks")):
             m.forward = (lambda f: lambda *a, **k: checkpoint(f, *a, use_reentrant=False, **k))(m.forward)
 
 
@@ -807,7 +808,7 @@ def main(argv=None):
                 count = None if p == "align" else model.target_count(KIND.get(p, p), t)  # align gathers the global batch itself
                 if count is not None:
                     dist.all_reduce(count)
-                    t["count"] = count / world
+                    t["count"] = count.clamp(min=1) / world
             sync = micro == args.accum - 1
             with contextlib.nullcontext() if sync or world == 1 else run.no_sync(), precision():
                 losses = run(batch)

@@ -146,7 +146,8 @@ def word_alignment(seen, words, embeddings, scale=10.0):
     if dist.is_initialized() and dist.get_world_size() > 1:  # the other processes' pictures are in the contrast too
         seen, words = gather(seen), gather(words.contiguous(), gradient=False)
     seen, embeddings = F.normalize(seen.float(), dim=-1), F.normalize(embeddings.float(), dim=-1)
-    likeness = scale * torch.stack([x @ embeddings.T for x in seen.unbind(1)]).amax(0)  # (B, V): at the place that fits best
+    with torch.autocast(seen.device.type, enabled=False):  # these products stay float32
+        likeness = scale * torch.stack([x @ embeddings.T for x in seen.unbind(1)]).amax(0)  # (B, V): at the place that fits best
     words = words * (words.mean(0) < 0.5)
     likeness = likeness.masked_fill(words.sum(1, keepdim=True) == 0, -1e4)
     return -(words * likeness.log_softmax(0)).sum() / words.sum().clamp(min=1)

@@ -20,7 +20,7 @@ def attention_plan(lo, hi, num_keys):
     """Intervals lo, hi (R, Tq) of integers, R = 1 or the batch size -> a plan that all layers share. Ends outside [0, num_keys] are clamped
     to it; a query with hi <= lo sees nothing. ValueError where the shapes are not two equal (R, Tq)."""
     plan = _plan(lo, hi, num_keys)
-    if lo.is_cuda and lo.shape[1] > FEW_QUERIES:  # made now, so that a compiled model finds them instead of tracing them
+    if lo.is_cuda and lo.shape[1] > FEW_QUERIES:  # made here, outside of the blocks that --checkpoint runs twice
         choice = choose("attention", None, lo.device)
         if choice == "flex":
             flex_block_mask(plan)

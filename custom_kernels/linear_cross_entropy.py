@@ -36,7 +36,7 @@ def chunk_rows(N, V, numbers):
 
 
 def chunked(hidden, weight, bias, labels, inv_count, ignore_index, gradients):
-    """-> loss, and where `gradients` the float32 gradients of hidden, weight and bias (else three empty tensors)."""
+    """-> loss, and where `gradients` the gradients of hidden (in its dtype), weight and bias (float32) (else three empty tensors)."""
     N, V = hidden.shape[0], weight.shape[0]
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     loss = torch.zeros((), dtype=exact, device=hidden.device)

@@ -207,6 +207,19 @@ def test_accumulation_is_the_mean_of_micro_batches(tmp_path):
     assert abs(total - losses(tmp_path / "a")[1]["loss"]) < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_step_is_one_graph(arch):
+    """What GPUs compile: a break in it would cost launches and retracing in every step."""
+    args, _ = train.parse_args(["--arch", arch, "--stage", "base", *SMALL])
+    model = train.build(args, "cpu")
+    model.trainable_parameters("base")
+    batch = train.Pools(args, model, "base", "cpu").batch(model, 0, 0, 0, 1)
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(model)(batch)
+    assert (found.graph_count, found.graph_break_count) == (1, 0), [r.reason for r in found.break_reasons]
+
+
 def test_learning_rate_schedule():
     args, _ = train.parse_args(["--steps", "110", "--warmup", "10", "--lr", "1"])
     assert train.learning_rate(args, 0, 1.0) == pytest.approx(0.1) and train.learning_rate(args, 9, 1.0) == 1.0
@@ -234,6 +247,8 @@ def test_sampler_script_same_seed_same_picture(tmp_path, capsys):
     sample.main(["--ckpt", ckpt, "--image", str(tmp_path / "x.png"), "--question", "How many objects are there?", "--device", "cpu"])
     assert capsys.readouterr().out.strip()
     sample.main(["--ckpt", ckpt, "--image", str(tmp_path / "x.png"), "--reconstruct", "--device", "cpu", "--out", str(tmp_path / "c.png")])
+    with pytest.raises(ValueError, match="--steps 1: points in time"):
+        sample.main(["--arch", "diffusion", "--ckpt", os.path.join(ROOT, "weights", "diffusion-base"), "--steps", "1", "--out", str(tmp_path / "x.png")])
     with pytest.raises(FileNotFoundError, match="nothing.png: no such image"):
         sample.main(["--ckpt", ckpt, "--image", str(tmp_path / "nothing.png"), "--reconstruct", "--device", "cpu"])
     with pytest.raises(SystemExit):
