@@ -300,13 +300,27 @@ def read_results(folder):
     return runs
 
 
+def base_of(run, runs):
+    """The run a fine-tuning run is compared with: the one called "base" of its seed, or the only one there is; None for that run itself."""
+    bases = runs.get((run["arch"], "base"), ())
+    base = next((b for b in bases if b["seed"] == run["seed"]), bases[0] if len(bases) == 1 else None)
+    return None if base is run else base
+
+
+def control_of(run, runs):
+    """The control of a RecA run: the run on captions alone (stage sft) of the same seed, steps and judged pictures, with or without image-to-text as it; None where there is none."""
+    same = lambda r: (r["arch"], r["seed"], r["args"]["steps"], r["args"].get("i2t_weight", 0) > 0, r["scores"]["generation"].get("n"))
+    if run.get("stage") == "reca":
+        return next((r for rows in runs.values() for r in rows if r.get("stage") == "sft" and same(r) == same(run)), None)
+
+
 def print_table(folder):
     """A Markdown table of the runs in `folder`: mean over seeds +- their standard deviation; one seed: its 95 % interval. Bases differ more from seed to seed than
-    fine-tuning changes them, so the change from each seed's own base (the run called "base"; where there is
-    but one base, from that, and a * says so) has columns of its own."""
+    fine-tuning changes them, so the changes from each seed's own base (`base_of`; * where it is another seed's) and from the same steps on captions alone (`control_of`) have columns of their own."""
     runs = read_results(folder)
-    change = {"score - base": "score", "held-out - base": "held_out"}
-    print("| arch | run | seeds | tasks | " + " | ".join([*COLUMNS, *change]) + " |\n|" + " --- |" * (4 + len(COLUMNS) + len(change)))
+    change = [(f"{name} - {other}", key, find) for other, find in (("base", base_of), ("sft", control_of)) for name, key in (("score", "score"), ("held-out", "held_out"))]
+    columns = ["arch", "run", "seeds", "tasks", *COLUMNS, *(name for name, _, _ in change)]
+    print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
     for (arch, label), results in runs.items():
         cells = []
         for name, (group, key) in COLUMNS.items():
@@ -314,16 +328,14 @@ def print_table(folder):
             low, high = results[0]["scores"][group]["interval"] if values and name in ("score", "questions") else (0, 0)
             spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else f" ({low:.3f}-{high:.3f})" if high else ""
             cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
-        bases = {r["seed"]: r["scores"]["generation"] for r in runs.get((arch, "base"), ()) if label != "base"}
-        only = next(iter(bases.values())) if len(bases) == 1 else None  # several fine-tuning seeds from one base
-        for key in change.values():
-            pairs = [(r["scores"]["generation"], bases.get(r["seed"], only)) for r in results]
-            values = [after[key] - before[key] for after, before in pairs if before]
+        for _, key, find in change:
+            pairs = [(r["scores"]["generation"], other["scores"]["generation"]) for r in results if (other := find(r, runs))]
+            values = [after[key] - before[key] for after, before in pairs]
             cells.append(f"{np.mean(values):+.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "") if values else "")
         tasks = " ".join(f"{np.mean([r['scores']['generation']['tasks'][t]['score'] for r in results]):.2f}" for t in data.TASKS)
-        borrowed = "*" * (only is not None and any(r["seed"] not in bases for r in results))
+        borrowed = "*" * any((b := base_of(r, runs)) is not None and b["seed"] != r["seed"] for r in results)
         print(f"| {arch} | {label} | {len(results)}{borrowed} | {tasks} | " + " | ".join(cells) + " |")
-    print(f"\ntasks: {', '.join(data.TASKS)}. Spread: standard deviation over seeds; of a single run, its 95 % interval. '- base': the change from the base of the same seed; rows with *: from the only base there is.")
+    print(f"\ntasks: {', '.join(data.TASKS)}. Spread: standard deviation over seeds; of a single run, its 95 % interval. '- base', '- sft': the change from the base, and from the run on captions alone, of the same seed (*: from the only base there is).")
 
 
 def draw_figure(folder, path, key="score"):

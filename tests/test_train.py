@@ -281,7 +281,7 @@ def test_scores_report_holds_the_numbers():
 
 @pytest.mark.parametrize("kind", train.UNDERSTANDING[1:])
 def test_understanding_ablations_alter_recas_context_alone(kind, tmp_path):
-    common = ["--arch", "ar", *SMALL, "--out", str(tmp_path)]
+    common = ["--arch", "ar", *SMALL, "--i2t-weight", "1", "--mix", "recon=1", "i2t=1", "--out", str(tmp_path)]
     batches = {}
     for k in ("full", kind):
         args, _ = train.parse_args([*common, "--understanding", k])
@@ -369,9 +369,9 @@ def test_understanding_ablation_needs_frozen_features():
 
 
 def test_own_images_get_plain_reca():
-    for arch in ("mar", "diffusion"):
+    for arch in ("mar", "ar", "diffusion"):
         plain, own = (train.parse_args(["--arch", arch, *flags])[0] for flags in (["--data", "photos"], []))
-        assert set(train.mix(plain)) == ({"recon", "i2t"} if arch == "mar" else {"recon"}) and plain.understanding == "full" and plain.t2i_weight == 0 and "t2i" in train.mix(own)
+        assert set(train.mix(plain)) == ({"recon"} if arch == "diffusion" else {"recon", "i2t"}) and plain.understanding == "full" and plain.t2i_weight == 0 and "t2i" in train.mix(own)
 
 
 def test_muon_takes_the_matrices_inside_blocks():
@@ -396,6 +396,14 @@ def test_tiny_diffusion_recipe_and_plain_reca():
     assert train.mix(parse("--config", "bagel-7b-mot")) == {"recon": 1.0} and parse("--config", "bagel-7b-mot").muon_lr == 0  # published recipes stay as they are
 
 
+def test_tiny_ar_recipe_and_its_control():
+    reca, sft = (train.parse_args(["--arch", "ar", "--stage", stage])[0] for stage in ("reca", "sft"))
+    assert train.mix(reca) == {"recon": 0.5, "t2i": 0.5} and train.mix(sft) == {"t2i": 1.0} and reca.t2i_weight == sft.t2i_weight == 1.0
+    assert all(getattr(reca, k) == getattr(sft, k) for k in ("steps", "batch", "lr", "schedule", "warmup", "weight_decay")) and reca.steps == 1200
+    published = train.parse_args(["--arch", "ar", "--steps", "300", "--i2t-weight", "1", "--t2i-weight", "0", "--mix", "recon=1", "i2t=1"])[0]
+    assert train.mix(published) == {"recon": 1.0, "i2t": 1.0}
+
+
 def test_features_are_dropped_only_without_captions_beside_them():
     args, _ = train.parse_args(["--arch", "diffusion", "--drop", "1"])
     for parts, drop in (({"recon": 1.0}, True), ({"recon": 0.5, "t2i": 0.5}, False)):
@@ -404,16 +412,17 @@ def test_features_are_dropped_only_without_captions_beside_them():
 
 
 def test_tables_and_figures_over_seeds(tmp_path, capsys):
-    def result(score, curve, seed=0):
+    def result(score, curve, seed=0, stage="reca"):
         row = lambda s: {"generation": {"score": s, "seen": s, "held_out": s / 2, "objects": 2.0, "interval": (s - 0.1, s + 0.1), "tasks": {t: {"score": s} for t in evaluate.data.TASKS}},
                          "questions": {"accuracy": 0.9, "interval": (0.8, 0.95)}}
-        return json.dumps({"arch": "ar", "seed": seed, "args": {"steps": 20}, "scores": row(score), "curve": [(i * 10, row(s)) for i, s in enumerate(curve)]})
-    for name, score, curve in (("ar_reca_seed0", 0.5, (0.2, 0.3)), ("ar_reca_seed1", 0.7, (0.2, 0.5)), ("ar_base_seed0", 0.2, ()), ("ar_base_seed1", 0.3, ())):
-        (tmp_path / f"{name}.json").write_text(result(score, curve, int(name[-1])))
+        return json.dumps({"arch": "ar", "stage": stage, "seed": seed, "args": {"steps": 20, "i2t_weight": 0.0}, "scores": row(score), "curve": [(i * 10, row(s)) for i, s in enumerate(curve)]})
+    for name, score, curve in (("ar_reca_seed0", 0.5, (0.2, 0.3)), ("ar_reca_seed1", 0.7, (0.2, 0.5)), ("ar_base_seed0", 0.2, ()), ("ar_base_seed1", 0.3, ()), ("ar_sft_seed1", 0.6, ())):
+        (tmp_path / f"{name}.json").write_text(result(score, curve, int(name[-1]), name.split("_")[1]))
     evaluate.main(["--table", str(tmp_path), "--figure", str(tmp_path / "f.png")])
     out = capsys.readouterr().out
     assert "| ar | reca | 2 | 0.60 0.60 0.60 0.60 0.60 0.60 | 0.600 ± 0.141 |" in out and "| +0.350 ± 0.071 | +0.175 ± 0.035 |" in out
-    assert "| ar | base | 2 |" in out and out.count("| +0.") == 2
+    assert "| ar | base | 2 |" in out and "| +0.350 ± 0.071 | +0.175 ± 0.035 | +0.100 | +0.050 |" in out  # captions alone: seed 1
+    assert "| +0.300 | +0.150 |  |  |" in out and out.count("| +0.") == 6
     assert Image.open(tmp_path / "f.png").size == (720, 400)
     os.remove(tmp_path / "ar_base_seed1.json")  # one base for both seeds
     evaluate.print_table(tmp_path)

@@ -1,0 +1,47 @@
+"""results/: every stored run is what its command would be today, and every table and figure can be made again."""
+import glob
+import json
+import os
+import shlex
+import types
+
+import pytest
+
+import evaluate
+import train
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+FILES = sorted(glob.glob(os.path.join(ROOT, "results", "**", "*.json"), recursive=True))
+SAME = ["arch", "stage", "seed", "config", "pool", "captioned", "wrong_captions", "sparse_captions", "pool_without_held_out", "drop", "templates", "grad_scale", "understanding",
+        "steps", "batch", "lr", "muon_lr", "warmup", "weight_decay", "clip", "betas", "eps", "schedule", "accum", "ema", "eval_n", "eval_split"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=[os.path.relpath(p, os.path.join(ROOT, "results")) for p in FILES])
+def test_a_stored_command_still_means_what_was_run(path):
+    r = json.load(open(path))
+    now, _ = train.parse_args(shlex.split(r["command"].split("train.py ")[1]))
+    stored = types.SimpleNamespace(**vars(now) | r["args"])  # some files are from before a flag existed
+    for k in SAME:
+        a, b = getattr(stored, k), getattr(now, k)
+        assert (list(a) == list(b)) if k == "betas" else (a == b), (k, a, b)
+    assert train.mix(stored) == train.mix(now) and (not stored.muon_lr or stored.muon_decay == now.muon_decay)
+    for part, weight in (("i2t", "i2t_weight"), ("t2i", "t2i_weight"), ("edit", "t2i_weight")):
+        assert part not in train.mix(now) or getattr(stored, weight) == getattr(now, weight), (part, stored, now)
+    assert os.path.basename(path) == f"{r['arch']}_{os.path.basename(path).split('_')[1]}_seed{r['seed']}.json" and r["commit"]
+
+
+def test_every_base_that_a_command_names_is_stored_too():
+    words = [shlex.split(json.load(open(p))["command"]) for p in FILES]
+    outs = [w[w.index("--out") + 1] for w in words]
+    assert len(set(outs)) == len(outs)  # no run writes into another's folder
+    for path, w in zip(FILES, words):
+        assert "--ckpt" not in w or w[w.index("--ckpt") + 1] in outs, path
+
+
+def test_tables_of_the_stored_runs(capsys):
+    for folder in ("results", "results/poor-captions"):
+        evaluate.print_table(os.path.join(ROOT, folder))
+    out = capsys.readouterr().out
+    for arch in ("mar", "ar", "diffusion"):
+        for run in ("base", "reca", "sft"):
+            assert f"| {arch} | {run} | 3 |" in out  # three seeds, each from a base of its own
