@@ -350,7 +350,8 @@ def draw_figure(folder, path, key="score"):
             lines[f"{arch} {label}"] = (steps, [float(np.mean([c[s] for c in curves])) for s in steps])
     if not lines:
         raise ValueError(f"--figure: no run in {folder} was scored on the way; train with --eval-every N")
-    sample.save_png(sample.plot(lines, "optimizer step"), path)
+    lowest = min(min(ys) for _, ys in lines.values())
+    sample.save_png(sample.plot(lines, "optimizer step", bottom=0.9 * lowest), path)
 
 
 def main(argv=None):

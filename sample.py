@@ -138,8 +138,8 @@ def git_commit():
         return "unknown"
 
 
-def plot(series, x_label, size=(720, 400)):
-    """{name: (xs, ys)} -> PIL image with one line each; the y axis starts at 0 and leaves out the highest 2 % of each line."""
+def plot(series, x_label, size=(720, 400), bottom=0.0):
+    """{name: (xs, ys)} -> PIL image with one line each; the y axis starts at `bottom` and leaves out the highest 2 % of each line."""
     from PIL import Image, ImageDraw
 
     (w, h), m = size, 48
@@ -152,10 +152,11 @@ def plot(series, x_label, size=(720, 400)):
     left, right = min(xs[0] for xs, _ in series.values()), max(xs[-1] for xs, _ in series.values())
     top = max(sorted(ys)[math.ceil(0.98 * (len(ys) - 1))] for _, ys in series.values()) * 1.05 or 1.0
     x = lambda v: m + (w - 2 * m) * (v - left) / max(1, right - left)
-    y = lambda v: h - m - (h - 2 * m) * min(1.0, max(0.0, v / top))
+    y = lambda v: h - m - (h - 2 * m) * min(1.0, max(0.0, (v - bottom) / (top - bottom)))
     for i in range(5):
-        d.line([(m, y(top * i / 4)), (w - m, y(top * i / 4))], fill=(225, 225, 225))
-        d.text((4, y(top * i / 4) - 6), f"{top * i / 4:.3g}", fill=(90, 90, 90))
+        at = bottom + (top - bottom) * i / 4
+        d.line([(m, y(at)), (w - m, y(at))], fill=(225, 225, 225))
+        d.text((4, y(at) - 6), f"{at:.3g}", fill=(90, 90, 90))
         d.text((x(left + (right - left) * i / 4) - 10, h - m + 6), f"{left + (right - left) * i / 4:.0f}", fill=(90, 90, 90))
     at = m
     for j, (name, (xs, ys)) in enumerate(series.items()):

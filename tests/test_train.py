@@ -418,6 +418,7 @@ def test_tables_and_figures_over_seeds(tmp_path, capsys):
         return json.dumps({"arch": "ar", "stage": stage, "seed": seed, "args": {"steps": 20, "i2t_weight": 0.0}, "scores": row(score), "curve": [(i * 10, row(s)) for i, s in enumerate(curve)]})
     for name, score, curve in (("ar_reca_seed0", 0.5, (0.2, 0.3)), ("ar_reca_seed1", 0.7, (0.2, 0.5)), ("ar_base_seed0", 0.2, ()), ("ar_base_seed1", 0.3, ()), ("ar_sft_seed1", 0.6, ())):
         (tmp_path / f"{name}.json").write_text(result(score, curve, int(name[-1]), name.split("_")[1]))
+    (tmp_path / "ar_sft-long_seed1.json").write_text(result(0.1, (), 1, "sft").replace('"steps": 20', '"steps": 40'))  # no control: more steps
     evaluate.main(["--table", str(tmp_path), "--figure", str(tmp_path / "f.png")])
     out = capsys.readouterr().out
     assert "| ar | reca | 2 | 0.60 0.60 0.60 0.60 0.60 0.60 | 0.600 ± 0.141 |" in out and "| +0.350 ± 0.071 | +0.175 ± 0.035 |" in out
