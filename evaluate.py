@@ -273,15 +273,16 @@ def export_geneval(model, prompts_file, out, n=4, seed=0, **sampler):
     print(f"{len(rows)} prompts x {n} pictures: {out}")
 
 
-COLUMNS = {
-    "score": ("generation", "score"),
-    "seen": ("generation", "seen"),
-    "held-out": ("generation", "held_out"),
-    "objects/picture": ("generation", "objects"),
-    "questions": ("questions", "accuracy"),
-    "reconstruction": ("reconstruction", "objects"),
-    "edits: asked": ("editing", "asked"),
-    "edits: kept": ("editing", "kept"),
+COLUMNS = {  # of a table: what of a run's scores; None where it was not judged
+    "score": lambda s: s["generation"]["score"],
+    "seen": lambda s: s["generation"]["seen"],
+    "held-out": lambda s: s["generation"]["held_out"],
+    "held-out colors": lambda s: s["generation"]["tasks"]["colors"].get("held_out", {}).get("score"),  # one object in a color that no caption gave its shape
+    "objects/picture": lambda s: s["generation"]["objects"],
+    "questions": lambda s: s.get("questions", {}).get("accuracy"),
+    "reconstruction": lambda s: s.get("reconstruction", {}).get("objects"),
+    "edits: asked": lambda s: s.get("editing", {}).get("asked"),
+    "edits: kept": lambda s: s.get("editing", {}).get("kept"),
 }
 
 
@@ -318,19 +319,20 @@ def print_table(folder):
     """A Markdown table of the runs in `folder`: mean over seeds +- their standard deviation; one seed: its 95 % interval. Bases differ more from seed to seed than
     fine-tuning changes them, so the changes from each seed's own base (`base_of`; * where it is another seed's) and from the same steps on captions alone (`control_of`) have columns of their own."""
     runs = read_results(folder)
-    change = [(f"{name} - {other}", key, find) for other, find in (("base", base_of), ("sft", control_of)) for name, key in (("score", "score"), ("held-out", "held_out"))]
+    change = [(f"{name} - {other}", COLUMNS[name], find) for other, find in (("base", base_of), ("sft", control_of)) for name in ("score", "held-out", "held-out colors")]
     columns = ["arch", "run", "seeds", "tasks", *COLUMNS, *(name for name, _, _ in change)]
     print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
     for (arch, label), results in runs.items():
         cells = []
-        for name, (group, key) in COLUMNS.items():
-            values = [r["scores"][group][key] for r in results if group in r["scores"]]
-            low, high = results[0]["scores"][group]["interval"] if values and name in ("score", "questions") else (0, 0)
+        for name, value in COLUMNS.items():
+            values = [v for r in results if (v := value(r["scores"])) is not None]
+            group = {"score": "generation", "questions": "questions"}.get(name)
+            low, high = results[0]["scores"][group]["interval"] if values and group else (0, 0)
             spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else f" ({low:.3f}-{high:.3f})" if high else ""
             cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
-        for _, key, find in change:
-            pairs = [(r["scores"]["generation"], other["scores"]["generation"]) for r in results if (other := find(r, runs))]
-            values = [after[key] - before[key] for after, before in pairs]
+        for _, value, find in change:
+            pairs = [(value(r["scores"]), value(other["scores"])) for r in results if (other := find(r, runs))]
+            values = [after - before for after, before in pairs if None not in (after, before)]
             cells.append(f"{np.mean(values):+.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "") if values else "")
         tasks = " ".join(f"{np.mean([r['scores']['generation']['tasks'][t]['score'] for r in results]):.2f}" for t in data.TASKS)
         borrowed = "*" * any((b := base_of(r, runs)) is not None and b["seed"] != r["seed"] for r in results)
