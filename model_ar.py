@@ -571,14 +571,14 @@ class ShowO(nn.Module):
         T = ids.shape[1]
         return self.cross_entropy(self.embed(ids), causal_layout(T, 0, ids.device), slice(0, T - 1), labels[:, 1:], count)
 
-    def align_loss(self, words, features=None, pixels=None, **_):
+    def align_loss(self, words, features=None, pixels=None, kind="contrast", **_):
         """Base training only, for a CLIP that did not come pre-trained: see word_alignment. words (B, V): 1 where the caption has the id."""
-        return word_alignment(self.project(features, pixels), words, self.showo.model.embed_tokens.weight[:words.shape[1]])
+        return word_alignment(self.project(features, pixels), words, self.showo.model.embed_tokens.weight[:words.shape[1]], kind)
 
     def forward(self, batch):
         """{part: tensors} -> {part: loss}, all parts in one forward."""
         losses = {"recon": self.reca_loss, "edit": self.edit_loss, "t2i": self.t2i_loss, "i2t": self.i2t_loss, "text": self.text_loss,
-                  "align": self.align_loss, "oracle": self.t2i_loss, "uncond": self.t2i_loss}
+                  "align": self.align_loss, "words": lambda **t: self.align_loss(kind="presence", **t), "oracle": self.t2i_loss, "uncond": self.t2i_loss}
         return {part: losses[part](**tensors) for part, tensors in batch.items()}
 
     # ---- samplers

@@ -629,13 +629,13 @@ class Bagel(nn.Module):
             weight = self.language_model.lm_head.weight
             return linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), ignore_index=IGNORE, count=count)
 
-    def align_loss(self, words, patches):
+    def align_loss(self, words, patches, kind="contrast"):
         """Base training only, for a SigLIP that did not come pre-trained: see word_alignment. words (B, V): 1 where the caption has the id."""
         side = self.config.vit_resize[0] // self.config.vit.patch
         seen = self.connector(self.features(patches / 127.5 - 1, (side, side)))
         places = self.vit_pos_embed(grid_ids(side, side, self.vit_pos_embed.side, patches.device))
         seen = seen + places.mean(0)  # what was seen, without where: the connector's bias starts at minus this mean
-        return word_alignment(seen, words, self.language_model.model.embed_tokens.weight[:words.shape[1]])
+        return word_alignment(seen, words, self.language_model.model.embed_tokens.weight[:words.shape[1]], kind)
 
     def forward(self, batch):
         """{part: tensors of precompute, collate and draw} -> {part: loss}, all parts in one forward."""
@@ -643,8 +643,8 @@ class Bagel(nn.Module):
         for part, row in batch.items():
             row, source = dict(row), "source_" if part == "edit" else ""
             cached = {k: row.pop(k) for k in list(row) if k.endswith(("moments", "posterior", "features", "patches"))}
-            if part == "align":
-                losses[part] = self.align_loss(row["words"], cached["patches"])
+            if part in ("align", "words"):
+                losses[part] = self.align_loss(row["words"], cached["patches"], "presence" if part == "words" else "contrast")
                 continue
             if part in ("recon", "edit", "i2t"):
                 row["features"] = cached.get(source + "features")

@@ -642,15 +642,15 @@ class Harmon(nn.Module):
         hidden = self.llm(self.embed(ids, images), pads, keep=labels.shape[1])[0]
         return linear_cross_entropy(hidden.flatten(0, 1), self.llm.lm_head.weight, labels.flatten(), ignore_index=IGNORE, count=count)
 
-    def align_loss(self, words, latents):
+    def align_loss(self, words, latents, kind="contrast"):
         """Base training from scratch only, see word_alignment. words (B, V): 1 where the caption has the id."""
         seen = self.visual_features(latents)[1][:, :latents.shape[1] * latents.shape[2]]  # without buffers: they are no places
-        return word_alignment(seen, words, self.llm.model.embed_tokens.weight[:words.shape[1]])
+        return word_alignment(seen, words, self.llm.model.embed_tokens.weight[:words.shape[1]], kind)
 
     def forward(self, batch):
         """{part: tensors} -> {part: loss}, all parts in one forward."""
         losses = {"recon": self.reca_loss, "edit": self.reca_loss, "t2i": self.t2i_loss, "i2t": self.i2t_loss, "text": self.i2t_loss,
-                  "align": self.align_loss, "oracle": self.t2i_loss, "uncond": self.t2i_loss}
+                  "align": self.align_loss, "words": lambda **t: self.align_loss(kind="presence", **t), "oracle": self.t2i_loss, "uncond": self.t2i_loss}
         return {part: losses[part](**tensors) for part, tensors in batch.items()}
 
     # ---- samplers

@@ -48,7 +48,7 @@ import image_tokenizer
 import sample
 
 # RecA as published, per architecture, and what the tiny models of the shape world use instead. Every key is a flag. `mix` is the share of each part in a step's batch:
-# recon = RecA, i2t = image -> text, t2i = text -> image, uncond = empty prompt -> image (which needs no caption, so any image will do), edit = image + instruction -> image, text = text only, align = captions to places of their pictures. Loss weights are 1 unless a flag says otherwise.
+# recon = RecA, i2t = image -> text, t2i = text -> image, uncond = empty prompt -> image (which needs no caption, so any image will do), edit = image + instruction -> image, text = text only, align = captions to places of their pictures; words = the same for words of dense captions, each for itself. Loss weights are 1 unless a flag says otherwise.
 # --batch is ours: the release fixes no number of GPUs. BAGEL stops at step 1000, inside its warm-up, as the release's own command does. Show-o's cosine is spread over a million steps: over these it is constant.
 PUBLISHED = {
     "mar": dict(lr=1e-5, betas=(0.9, 0.95), weight_decay=0.02, warmup=125, clip=1.0, steps=5000, batch=384, i2t_weight=1.0, drop=0.1, schedule="cosine"),
@@ -84,6 +84,7 @@ TINY_OWN = {
     ("ar", "base"): dict(muon_decay=0.02, steps=5500, mix=["t2i=1", "i2t=0.75", "edit=0.75", "text=0.25"]),
     ("ar", "reca"): dict(steps=1200, i2t_weight=0.0, t2i_weight=1.0, mix=["recon=0.5", "t2i=0.5"]),
     ("ar", "sft"): dict(steps=1200, i2t_weight=0.0),
+    ("mar", "base"): dict(steps=3500, mix=["t2i=1", "i2t=0.75", "edit=0.5", "text=0.25", "words=0.5"]),
     ("mar", "reca"): dict(t2i_weight=1.0, mix=["recon=0.5", "t2i=0.5", "i2t=1"]),
     ("diffusion", "base"): dict(drop=0.0, steps=3500, mix=["t2i=1", "uncond=0.25", "i2t=1", "edit=0.5", "text=0.25", "align=1"]),
     ("diffusion", "reca"): dict(muon_lr=0.005, steps=400, t2i_weight=1.0, mix=["recon=0.5", "t2i=0.5", "edit=0.25"], understanding="shuffled", **POOR_CAPTIONS),
@@ -230,8 +231,8 @@ def mix(args):
             parts = {part: float(share) for part, share in (item.split("=") for item in args.mix)}
         except ValueError:
             raise ValueError(f"--mix {' '.join(args.mix)}: expected PART=SHARE ..., e.g. t2i=1 i2t=0.5") from None
-        if not set(parts) <= {"recon", "t2i", "uncond", "i2t", "edit", "text", "align"}:
-            raise ValueError(f"--mix {' '.join(args.mix)}: the parts are recon, t2i, uncond, i2t, edit, text, align")
+        if not set(parts) <= {"recon", "t2i", "uncond", "i2t", "edit", "text", "align", "words"}:
+            raise ValueError(f"--mix {' '.join(args.mix)}: the parts are recon, t2i, uncond, i2t, edit, text, align, words")
     if args.stage == "reca" and args.t2i_weight > 0:
         if not args.mix:  # a typed mix is taken as it stands
             parts.setdefault("t2i", 1.0)
@@ -297,7 +298,7 @@ class Pools:
         sparse = args.sparse_captions
         bias = dict(data.CAPTION_BIAS, wrong=args.wrong_captions, drop_object=sparse, drop_color=sparse, drop_rare_color=1 - (1 - sparse) / 3)
         self.templates = data.RECA_TEMPLATES[: args.templates or None]
-        self.pool_of = {"recon": "broad", "i2t": "broad", "t2i": "captioned", "align": "captioned", "uncond": "broad", "oracle": "broad", "edit": "edits", "images": "crowded"}
+        self.pool_of = {"recon": "broad", "i2t": "broad", "t2i": "captioned", "align": "captioned", "words": "broad", "uncond": "broad", "oracle": "broad", "edit": "edits", "images": "crowded"}
         images, self.text, self.scenes = {}, {}, {}
         need = {self.pool_of[p] for p in self.parts if p in self.pool_of}
         if args.data:
@@ -305,7 +306,7 @@ class Pools:
             name = "captioned" if stage in ("sft", "base") else "real"
             self.pool_of["t2i" if name == "captioned" else "recon"] = self.pool_of["images"] = name
             if name == "captioned":
-                self.pool_of["align"] = self.pool_of["uncond"] = name
+                self.pool_of["align"] = self.pool_of["words"] = self.pool_of["uncond"] = name
             images[name], self.text[name], self.real_images = listed, [s.caption for s in listed.samples], listed
             need = {self.pool_of[p] for p in self.parts if p in self.pool_of}
         if args.i2t_data:
@@ -444,14 +445,16 @@ class Pools:
     def sample(self, part, i, rng):
         """The text of sample i of a part: a dict for model.collate."""
         pool = self.pool_of.get(part)
-        if part in ("t2i", "align", "i2t") and pool in self.listed:
+        if part in ("t2i", "align", "words", "i2t") and pool in self.listed:
             i = self.listed[pool].row(i)
         if part == "recon":
             # with captions beside it, RecA leaves the unconditional half of guidance to them: it should know the captioned distribution, not the pool's
             return {"prompt": rng.choice(self.templates), "drop": rng.random() < self.args.drop * ("t2i" not in self.parts)}
         if part == "t2i":
             return {"caption": self.text[pool][i], "drop": rng.random() < self.args.drop}
-        if part == "align":
+        if part == "words" and pool in self.scenes:  # everything there is to say: what is not in it is not in the picture
+            return {"caption": data.dense_caption(self.scenes[pool].scene(i), rng)}
+        if part in ("align", "words"):
             return {"caption": self.text[pool][i]}
         if part == "uncond":
             return {"caption": "", "drop": True}
@@ -490,7 +493,7 @@ class Pools:
             rows = [self.sample(part, int(i), data.text_rng(seed, step, part, place)) for i, place in zip(index, places)]
             kind = KIND.get(part, part)
             rate = [data.sample_generator(seed, step, micro, f"rate-{part}") for _ in places]  # the same numbers for the whole micro-batch, on every process
-            if part == "align":
+            if part in ("align", "words"):
                 words = torch.zeros(per, model.tokenizer.vocab_size)
                 for k, row in enumerate(rows):
                     words[k, model.tokenizer.encode_ordinary(row["caption"])] = 1
@@ -600,8 +603,43 @@ def read_checkpoint(folder):
         raise ValueError(f"{path}: cannot be read ({str(e).splitlines()[0][:120]}): it is truncated or not a checkpoint of train.py") from None
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal by five Newton-Schulz steps (Jordan et al. 2024); coefficients, Nesterov momentum, decay and scale as in torch.optim.Muon, which
+    always iterates in bf16: on a processor without bf16 products that is two thirds of a tiny model's step. Here the products are fp32 on CPUs, bf16 on GPUs, and matrices of one shape go
+    together. params: 2-D tensors; all of them need a gradient in every step or in none."""
+
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), same in shapes.items():
+                grads, buffers = [p.grad for p in same], [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in same]
+                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+                x = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # (matrices, rows, columns)
+                x = orthogonalize(x if x.device.type == "cpu" else x.bfloat16()).to(same[0].dtype)
+                torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(same, list(x.unbind()), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+
+
+def orthogonalize(x):
+    """(n, rows, columns) -> the same singular vectors with singular values of about 1 (0.7 to 1.2), in the dtype of x."""
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
+
+
 def make_optimizers(args, model, named):
-    """[AdamW], or with --muon-lr [AdamW, Muon]: Muon (torch.optim.Muon, momentum orthogonalised by Newton-Schulz) takes the 2-D weights of numbered modules (blocks, projectors),
+    """[AdamW], or with --muon-lr [AdamW, Muon]: Muon takes the 2-D weights of numbered modules (blocks, projectors),
     AdamW keeps embeddings, heads, norms and biases. At these sizes a base model needs about half the samples with it."""
     hidden = [(n, p) for n, p in named if args.muon_lr and p.ndim == 2 and any(k.isdigit() for k in n.split(".")) and not model.no_decay(n, p)]
     taken = {n for n, _ in hidden}
@@ -610,7 +648,7 @@ def make_optimizers(args, model, named):
     groups = [g for g in (dict(params=decay, weight_decay=args.weight_decay), dict(params=rest, weight_decay=0.0)) if g["params"]]
     optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, eps=args.eps, fused=args.device != "cpu" or None)]
     if hidden:
-        optimizers.append(torch.optim.Muon([p for _, p in hidden], lr=args.muon_lr, weight_decay=args.muon_decay))
+        optimizers.append(Muon([p for _, p in hidden], lr=args.muon_lr, weight_decay=args.muon_decay))
     return optimizers
 
 
@@ -794,7 +832,7 @@ def main(argv=None):
         handlers[sig] = signal.signal(sig, lambda number, frame: stopped.append(number))
     get, stop_thread = prefetch(lambda s: [pools.batch(model, s, m, rank, world) for m in range(args.accum)], range(start, args.steps))
     model.train()
-    flops = sum(model.flops_per_sample(KIND.get(p, p)) * round(args.batch * s) for p, s in pools.parts.items() if p != "align")
+    flops = sum(model.flops_per_sample(KIND.get(p, p)) * round(args.batch * s) for p, s in pools.parts.items() if p not in ("align", "words"))
     peak = next((v for k, v in PEAK_TFLOPS.items() if device.type == "cuda" and k in torch.cuda.get_device_name(device)), 0) * 1e12 * world
     bar = data.Progress(None, f"{args.arch} {args.stage}", main_process, total=args.steps, initial=start)
     clock, since, step = time.time(), start, start
@@ -810,7 +848,7 @@ def main(argv=None):
             batch = {p: {k: v.to(device, non_blocking=True) for k, v in t.items()} for p, t in batch.items()}
             batch = {p: pools.complete(model, t, args.stage) for p, t in batch.items()}
             for p, t in batch.items() if world > 1 else ():  # means over tokens are means over the GLOBAL micro-batch, whatever process holds how many
-                count = None if p == "align" else model.target_count(KIND.get(p, p), t)  # align gathers the global batch itself
+                count = None if p in ("align", "words") else model.target_count(KIND.get(p, p), t)  # these gather the global batch themselves
                 if count is not None:
                     dist.all_reduce(count)
                     t["count"] = count.clamp(min=1) / world

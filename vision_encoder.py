@@ -136,19 +136,30 @@ class CLIPVision(nn.Module):
         return self
 
 
-def word_alignment(seen, words, embeddings, scale=10.0):
-    """What CLIP and SigLIP bring from their pre-training, for encoders that start from nothing: each word of a caption should find a place in
-    its own picture that looks like it, rather than in the other pictures (FILIP's late interaction, arXiv 2111.07783). As the words are the
-    language model's own embeddings, pictures and text come to be read alike.
+def word_alignment(seen, words, embeddings, kind="contrast", scale=None, margin=0.3):
+    """What CLIP and SigLIP bring from their pre-training, for encoders that start from nothing: the words of a picture's caption should find a place
+    in it that looks like them. As the words are the language model's own embeddings, pictures and text come to be read alike.
 
-    seen (B, A, D): picture tokens as the language model gets them. words (B, V): 1 where the caption has the word. embeddings (V, D). Words
-    of more than half of the captions say nothing, nor do pictures without a caption. -> mean cross entropy over the words, 0-dim."""
-    if dist.is_initialized() and dist.get_world_size() > 1:  # the other processes' pictures are in the contrast too
-        seen, words = gather(seen), gather(words.contiguous(), gradient=False)
+    seen (B, A, D): picture tokens as the language model gets them. words (B, V): 1 where the caption has the word. embeddings (V, D). A word is as
+    like a picture as it is (cosine) to the place that fits it best. -> a mean, 0-dim.
+    "presence": is the word in this picture's caption or not, each for itself (SigLIP's sigmoid loss, arXiv 2303.15343, a word at a time; `scale`, 20, and
+    `margin` are fixed). For captions that say everything. Words of all or none of the captions are not asked for.
+    "contrast": cross entropy of a word over the pictures of the batch (FILIP's late interaction, arXiv 2111.07783; scale 10). For captions that leave
+    things out. Words of more than half of the captions say nothing, nor do pictures without a caption."""
+    everybody = words
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        everybody = gather(words.contiguous(), gradient=False)
+        if kind == "contrast":  # the other processes' pictures are in it too
+            seen, words = gather(seen), everybody
     seen, embeddings = F.normalize(seen.float(), dim=-1), F.normalize(embeddings.float(), dim=-1)
     with torch.autocast(seen.device.type, enabled=False):  # these products stay float32
-        likeness = scale * torch.stack([x @ embeddings.T for x in seen.unbind(1)]).amax(0)  # (B, V): at the place that fits best
-    words = words * (words.mean(0) < 0.5)
+        likeness = torch.stack([x @ embeddings.T for x in seen.unbind(1)]).amax(0)  # (B, V): at the place that fits best
+    share = everybody.mean(0)
+    if kind == "presence":
+        asked = ((share > 0) & (share < 1)).float().expand_as(words)
+        loss = F.binary_cross_entropy_with_logits((scale or 20.0) * (likeness - margin), words, weight=asked, reduction="sum")
+        return loss / asked.sum().clamp(min=1)
+    words, likeness = words * (share < 0.5), (scale or 10.0) * likeness
     likeness = likeness.masked_fill(words.sum(1, keepdim=True) == 0, -1e4)
     return -(words * likeness.log_softmax(0)).sum() / words.sum().clamp(min=1)
 
