@@ -84,7 +84,6 @@ TINY_OWN = {
     ("ar", "base"): dict(muon_decay=0.02, steps=5500, mix=["t2i=1", "i2t=0.75", "edit=0.75", "text=0.25"]),
     ("ar", "reca"): dict(steps=1200, i2t_weight=0.0, t2i_weight=1.0, mix=["recon=0.5", "t2i=0.5"]),
     ("ar", "sft"): dict(steps=1200, i2t_weight=0.0),
-    ("mar", "base"): dict(steps=3000, mix=["t2i=1", "i2t=0.75", "edit=0.5", "text=0.25", "words=0.5"]),
     ("mar", "reca"): dict(t2i_weight=1.0, mix=["recon=0.5", "t2i=0.5", "i2t=1"]),
     ("diffusion", "base"): dict(drop=0.0, steps=3500, mix=["t2i=1", "uncond=0.25", "i2t=1", "edit=0.5", "text=0.25", "align=1"]),
     ("diffusion", "reca"): dict(muon_lr=0.005, steps=400, t2i_weight=1.0, mix=["recon=0.5", "t2i=0.5", "edit=0.25"], understanding="shuffled", **POOR_CAPTIONS),

@@ -374,6 +374,25 @@ def test_own_images_get_plain_reca():
         assert set(train.mix(plain)) == ({"recon"} if arch == "diffusion" else {"recon", "i2t"}) and plain.understanding == "full" and plain.t2i_weight == 0 and "t2i" in train.mix(own)
 
 
+def test_muon_is_torchs_muon_in_full_precision():
+    g = torch.Generator().manual_seed(0)
+    shapes = [(24, 16), (16, 40), (24, 16), (16, 16)]  # tall, wide, two of one shape, square
+    ours = [torch.nn.Parameter(torch.randn(s, generator=g)) for s in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    a, b = train.Muon(ours, lr=0.1, weight_decay=0.3), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.3)
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape, generator=g)
+            q.grad = p.grad.clone()
+        a.step(), b.step()
+    for p, q in zip(ours, theirs):
+        assert (p - q).norm() < 0.01 * q.norm()  # bf16 keeps three digits
+    values = torch.linalg.svdvals(train.orthogonalize(torch.randn(3, 24, 16, generator=g)))
+    assert values.min() > 0.3 and values.max() < 1.3
+    a.load_state_dict(a.state_dict())  # momentum goes into checkpoints
+    assert all("momentum_buffer" in a.state[p] for p in ours)
+
+
 def test_muon_takes_the_matrices_inside_blocks():
     args, _ = train.parse_args(["--arch", "ar", "--stage", "base", *SMALL])
     model = train.build(args, "cpu")

@@ -290,3 +290,19 @@ def test_word_alignment_finds_words_at_their_places():
     torch.testing.assert_close(word_alignment(seen, words, embeddings), want)
     # a picture without a caption is neither asked for nor in the contrast
     torch.testing.assert_close(word_alignment(torch.cat([seen, told[:1]]), torch.cat([words, torch.zeros(1, 20)]), embeddings), want)
+
+
+def test_words_of_dense_captions_each_for_itself():
+    g = torch.Generator().manual_seed(0)
+    embeddings, seen = torch.randn(20, 8, generator=g), torch.randn(4, 3, 8, generator=g)
+    words = torch.zeros(4, 20)
+    words[:, 0] = 1  # in all captions, and words 9 to 19 in none: not asked for
+    for i in range(4):
+        words[i, [1 + i, 5 + i]] = 1
+    like = 20 * (F.cosine_similarity(seen[:, :, None], embeddings[None, None], dim=-1).amax(1) - 0.3)[:, 1:9]
+    want = -(words[:, 1:9] * F.logsigmoid(like) + (1 - words[:, 1:9]) * F.logsigmoid(-like)).mean()
+    torch.testing.assert_close(word_alignment(seen, words, embeddings, "presence"), want)
+    told = torch.zeros(4, 3, 20)  # pictures that hold, each word at a place of its own, what their captions say
+    for i in range(4):
+        told[i, 0, 1 + i] = told[i, 1, 5 + i] = told[i, 2, 0] = 1
+    assert word_alignment(told, words, torch.eye(20), "presence") < 0.01 < word_alignment(told[[1, 2, 3, 0]], words, torch.eye(20), "presence")
