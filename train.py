@@ -605,7 +605,7 @@ def read_checkpoint(folder):
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrices are made orthogonal by five Newton-Schulz steps (Jordan et al. 2024); coefficients, Nesterov momentum, decay and scale as in torch.optim.Muon, which
     always iterates in bf16: on a processor without bf16 products that is two thirds of a tiny model's step. Here the products are fp32 on CPUs, bf16 on GPUs, and matrices of one shape go
-    together. params: 2-D tensors; all of them need a gradient in every step or in none."""
+    together. params: 2-D tensors."""
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -618,7 +618,10 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for (rows, columns), same in shapes.items():
-                grads, buffers = [p.grad for p in same], [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in same]
+                for p in same:
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                grads, buffers = [p.grad for p in same], [self.state[p]["momentum_buffer"] for p in same]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 x = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # (matrices, rows, columns)
                 x = orthogonalize(x if x.device.type == "cpu" else x.bfloat16()).to(same[0].dtype)
@@ -627,7 +630,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x):
-    """(n, rows, columns) -> the same singular vectors with singular values of about 1 (0.7 to 1.2), in the dtype of x."""
+    """(n, rows, columns) -> the same singular vectors with singular values of roughly 1, in the dtype of x."""
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
