@@ -82,7 +82,7 @@ CONFIGS = {
     "tiny": BagelConfig(vocab_size=1024, hidden_size=128, intermediate_size=224, num_layers=4, num_heads=4, num_kv_heads=4, rope_theta=1e4,
                         special=(1019, 1020, 1021, 1022), vit=VISION_ENCODERS["tiny-siglip"], vae=TOKENIZERS["tiny-kl"],
                         latent_patch_size=1, max_latent_size=6, image_size=48, vae_resize=(48, 48), vit_resize=(48, 48),
-                        reca_resize=(48, 48), max_prompt=32, max_request=16, max_dialogue=48, steps=25,
+                        reca_resize=(48, 48), max_prompt=32, max_request=16, max_dialogue=64, steps=25,
                         interval=(0.0, 1.0)),
     "bagel-7b-mot": BagelConfig(),
 }
@@ -528,9 +528,14 @@ class Bagel(nn.Module):
         rows = []
         for s in samples:
             if part in ("i2t", "text"):
-                question = self.encode(s["question"], limit - 2)
-                answer = self.encode(s["answer"], limit - 2 - len(question))
-                rows.append([vit] * (part == "i2t") + [("text", question), ("answer", answer)])
+                row, room = [vit] * (part == "i2t"), limit - 2
+                for question, answer in s.get("turns") or [(s["question"], s["answer"])]:
+                    question = self.encode(question, room)
+                    answer = self.encode(answer, room - len(question))
+                    row, room = [*row, ("text", question), ("answer", answer)], room - len(question) - len(answer) - 4
+                    if room < 16:  # what is left would not hold another turn
+                        break
+                rows.append(row)
                 continue
             key = {"t2i": "caption", "recon": "prompt", "edit": "instruction"}[part]
             text = [] if s.get("drop") else [("text", self.encode(s[key], limit))]
@@ -540,7 +545,8 @@ class Bagel(nn.Module):
         fixed = (vit[1][0] * vit[1][1] + 2) * (part in ("recon", "edit", "i2t")) + {"t2i": 2, "recon": 2, "edit": 4}.get(part, 0)
         out = layout(c, rows, pad_to=0 if pad_to == 0 else fixed + limit)
         if "labels" in out:
-            out["labels"] = out["labels"][:, -(-(-max(len(r[-1][1]) + 2 for r in rows) // 8) * 8):]  # few different shapes
+            tail = max(sum(len(text) + 2 for _, text in r[1 + (part == "i2t"):]) for r in rows)  # from the first answer on
+            out["labels"] = out["labels"][:, -(-(-tail // 8) * 8):]  # few different shapes
         return {k: v for k, v in out.items() if k not in ("start", "rope")}
 
     def draw(self, part, generator, rate_generator=None):

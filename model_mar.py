@@ -433,6 +433,11 @@ def insert_image(tokenizer, ids):
     return ids[:at] + [IMAGE] + ids[at:]
 
 
+def first_answer(labels):
+    """Where the first answer of a row's labels begins."""
+    return next(i for i, label in enumerate(labels) if label != IGNORE)
+
+
 def left_pad(rows, width, fill=0):
     """Lists of ids -> (B, width) int64 and the number of pads per row (B,). Longer rows lose their end."""
     rows = [row[:width] for row in rows]
@@ -531,38 +536,41 @@ class Harmon(nn.Module):
         return self.vae.decode(F.pixel_shuffle(latents, self.config.patch_size)).float()
 
     def prompt_ids(self, part, sample):
-        """One sample -> ids of its row, and how many of them at the end are the answer (in the loss) and the newline after it (not in the
-        loss)."""
+        """One sample -> ids and labels of its row (IGNORE but for answers with their <|im_end|>; the newline after them is not in the loss), or ids
+        and None. Several turns come as sample["turns"] = [(question, answer), ...]."""
         encode = self.tokenizer.encode
         if part in ("recon", "edit"):  # the image stays when the request is dropped
             text = UNCONDITIONAL if sample.get("drop") else "\n" + sample["prompt" if part == "recon" else "instruction"]
-            return insert_image(self.tokenizer, encode(TEMPLATE.format(text))), 0
+            return insert_image(self.tokenizer, encode(TEMPLATE.format(text))), None
         if part == "t2i":
-            return encode(TEMPLATE.format(UNCONDITIONAL if sample.get("drop") else "Generate an image: " + sample["caption"].strip())), 0
-        if part == "i2t":  # the two sides of the image are tokenised apart
-            ids = encode(USER) + [IMAGE] + encode(TEMPLATE.format("\n" + sample["question"])[len(USER):])
-        elif part == "text":
-            ids = encode(TEMPLATE.format(sample["question"]))
-        else:
+            return encode(TEMPLATE.format(UNCONDITIONAL if sample.get("drop") else "Generate an image: " + sample["caption"].strip())), None
+        if part not in ("i2t", "text"):
             raise ValueError(f"part {part!r}: expected recon, edit, t2i, i2t or text")
-        answer = encode(sample["answer"] + "<|im_end|>")
-        return ids + answer + encode("\n"), len(answer) + 1
+        ids, labels = [], []
+        for question, answer in sample.get("turns") or [(sample["question"], sample["answer"])]:
+            if part == "i2t" and not ids:  # the two sides of the image are tokenised apart
+                ask = encode(USER) + [IMAGE] + encode(TEMPLATE.format("\n" + question)[len(USER):])
+            else:
+                ask = encode(TEMPLATE.format(question))
+            reply, newline = encode(answer + "<|im_end|>"), encode("\n")
+            ids, labels = ids + ask + reply + newline, labels + [IGNORE] * len(ask) + reply + [IGNORE] * len(newline)
+        return ids, labels
 
     def collate(self, part, samples, pad_to=None):
         """Samples (dicts) -> ids (B, W) and pads (B,), left-padded to W = pad_to, or to the longest row, rounded up to pad_multiple and at
         most the config's maximum; what is longer is cut at its end. i2t and text also get labels (B, A): the next token for each of the
         last A positions, IGNORE where none is trained."""
         c, dialogue = self.config, part in ("i2t", "text")
-        rows, tails = zip(*[self.prompt_ids(part, s) for s in samples])
+        rows, labels = zip(*[self.prompt_ids(part, s) for s in samples])
         longest, up = max(map(len, rows)), lambda n: -(-n // c.pad_multiple) * c.pad_multiple
         width = pad_to or min(up(longest), c.max_dialogue if dialogue else c.max_prompt)
         ids, pads = left_pad(rows, width)
         if not dialogue:
             return {"ids": ids, "pads": pads}
-        # a label at every token of the answer, shifted to the position that predicts it
-        labels = [([IGNORE] * (len(row) - tail) + row[-tail:-1] + [IGNORE])[1:width] + [IGNORE] for row, tail in zip(rows, tails)]
-        labels = left_pad(labels, width, IGNORE)[0]
-        return {"ids": ids, "pads": pads, "labels": labels[:, -min(width, up(max(tails) + 1)):] if longest <= width else labels}
+        # a label at every token of an answer, shifted to the position that predicts it
+        tail = max(len(row) - first_answer(row) for row in labels)
+        labels = left_pad([row[1:width] + [IGNORE] for row in labels], width, IGNORE)[0]
+        return {"ids": ids, "pads": pads, "labels": labels[:, -min(width, up(tail + 1)):] if longest <= width else labels}
 
     def draw(self, part, generator, rate_generator):
         """Randomness of one sample, on the CPU: order (L,), t (M, k), noise (M, k, C). The mask rate, from `rate_generator`, is a
@@ -762,9 +770,9 @@ class Harmon(nn.Module):
     @torch.no_grad()
     def answer(self, images, questions, max_new_tokens=32, temperature=0.0, generator=None):
         """images (B, 3, H, W) in [-1, 1], or None, and a question for each row -> list of answers."""
-        rows, tails = zip(*[self.prompt_ids("text" if images is None else "i2t", {"question": q, "answer": ""}) for q in questions])
+        rows = [self.prompt_ids("text" if images is None else "i2t", {"question": q, "answer": ""}) for q in questions]
         latents = None if images is None else self.precompute(images.to(self.device))["latents"]
-        context, pads = self.context([row[:-tail] for row, tail in zip(rows, tails)], latents)
+        context, pads = self.context([ids[:first_answer(labels)] for ids, labels in rows], latents)
         end = self.tokenizer.special["<|im_end|>"]
         tokens = self.generate_tokens(context, pads, max_new_tokens, temperature, generator, end).tolist()
         return [self.tokenizer.decode(row[:row.index(end)] if end in row else row) for row in tokens]

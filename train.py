@@ -122,6 +122,7 @@ def parse_args(argv=None):
     g.add_argument("--i2t-weight", type=float, help="weight of the image-to-text loss; 0 leaves the part out")
     g.add_argument("--t2i-weight", type=float, help="weight of text-to-image and editing; in RecA the paper's lambda (published: 0, the part is left out)")
     g.add_argument("--drop", type=float, help="conditioning dropout: share of samples that get the empty prompt")
+    g.add_argument("--questions", type=int, default=1, help="questions about a picture in one image-to-text row, each a turn of its own (shape world)")
     g.add_argument("--templates", type=int, default=0, help="how many template requests to sample from; 0 = all")
     g.add_argument("--grad-scale", type=float, help="gradient scale on the clean features (MAR: 0.1)")
     g.add_argument("--understanding", choices=UNDERSTANDING, help="what of the picture reaches RecA's context (shape world)")
@@ -200,7 +201,7 @@ def parse_args(argv=None):
 
 
 def check_args(args, world):
-    for name in ("steps", "batch", "accum", "pool", "captioned", "log_every"):
+    for name in ("steps", "batch", "accum", "pool", "captioned", "questions", "log_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if not mix(args):
@@ -474,8 +475,7 @@ class Pools:
             scene = self.scenes[pool].scene(i)
             if len(scene[1]) <= 2 and rng.random() < 0.4:  # the same holds for dense captions
                 return {"question": rng.choice(self.templates), "answer": data.dense_caption(scene, rng)}
-            q, answer, _ = data.question(scene, rng)
-            return {"question": q, "answer": answer}
+            return {"turns": [data.question(scene, rng)[:2] for _ in range(self.args.questions)]}
         return {}
 
     def batch(self, model, step, micro, rank, world):

@@ -19,7 +19,7 @@ import train
 from custom_kernels import add_noise
 from data import load_tokenizer
 from image_tokenizer import AutoencoderConfig, load_strict
-from model_mar import CONFIGS, IGNORE, IMAGE, Harmon, HarmonConfig, Qwen2, kept_steps, noise_process, tables_on
+from model_mar import CONFIGS, IGNORE, IMAGE, Harmon, HarmonConfig, Qwen2, first_answer, kept_steps, noise_process, tables_on
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.path.join(os.environ.get("PARITY_DIR", os.path.join(HERE, "golden")), "harmon")
@@ -588,8 +588,12 @@ def test_prompts_have_the_published_shape():
     assert ids("recon", prompt="ab", drop=True) == [start, user, newline, IMAGE, *tok.encode("Generate an image."), *tail]
     assert ids("t2i", caption=" ab ") == [start, user, newline, *tok.encode("Generate an image: ab"), *tail]
     assert ids("t2i", caption="ab", drop=True) == [start, user, newline, *tok.encode("Generate an image."), *tail]
-    row, answer = model.prompt_ids("i2t", {"question": "ab?", "answer": "cd"})
-    assert row == [start, user, newline, IMAGE, newline, *tok.encode("ab?"), *tail, *tok.encode("cd"), end, newline] and answer == 4
+    row, labels = model.prompt_ids("i2t", {"question": "ab?", "answer": "cd"})
+    assert row == [start, user, newline, IMAGE, newline, *tok.encode("ab?"), *tail, *tok.encode("cd"), end, newline]
+    assert labels == [IGNORE] * (len(row) - 4) + [*tok.encode("cd"), end, IGNORE]
+    turns = model.prompt_ids("i2t", {"turns": [("ab?", "cd"), ("ef?", "gh")]})
+    assert turns[0] == row + ids("text", question="ef?", answer="gh")  # one picture, in the first turn
+    assert turns[1] == labels + model.prompt_ids("text", {"question": "ef?", "answer": "gh"})[1]
     assert ids("text", question="ab?", answer="cd") == [i for i in ids("i2t", question="ab?", answer="cd")[:3]] + row[5:]
     with pytest.raises(ValueError, match="'video'"):
         ids("video")
@@ -750,8 +754,8 @@ def test_answers_with_a_cache_equal_those_without():
     for pictures in (images, None):
         answers = model.answer(pictures, questions, max_new_tokens=6)
         for i, question in enumerate(questions):
-            ids, tail = model.prompt_ids("text" if pictures is None else "i2t", {"question": question, "answer": ""})
-            ids, written = ids[:-tail], []
+            ids, labels = model.prompt_ids("text" if pictures is None else "i2t", {"question": question, "answer": ""})
+            ids, written = ids[:first_answer(labels)], []
             with torch.no_grad():
                 clean = None if pictures is None else model.visual_features(model.precompute(images[i:i + 1])["latents"])[1]
                 while len(written) < 6:

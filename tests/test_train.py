@@ -220,6 +220,26 @@ def test_a_step_is_one_graph(arch):
     assert (found.graph_count, found.graph_break_count) == (1, 0), [r.reason for r in found.break_reasons]
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_several_questions_about_a_picture_share_its_row(arch):
+    """--questions: turns of one dialogue; every answer with its end is in the loss, at the place that predicts it, and nothing else is."""
+    args, _ = train.parse_args(["--arch", arch, "--stage", "base", *SMALL, "--questions", "3"])
+    model = train.build(args, "cpu")
+    pools = train.Pools(args, model, "base", "cpu")
+    rows = [pools.sample("i2t", i, random.Random(i)) for i in range(8)]
+    rows = [r for r in rows if "turns" in r]
+    assert rows and all(len(r["turns"]) == 3 for r in rows)
+    tensors = model.collate("i2t", rows, 0 if arch == "diffusion" else None)
+    encode = model.tokenizer.encode_ordinary
+    for ids, labels, row in zip(tensors["ids"], tensors["labels"], rows):
+        end = model.config.eos if arch == "ar" else model.config.special[1] if arch == "diffusion" else model.tokenizer.special["<|im_end|>"]
+        want = [i for _, answer in row["turns"] for i in [*encode(" " * (arch == "ar") + answer), end]]
+        at = (labels != -100).nonzero().flatten()
+        assert labels[at].tolist() == want
+        where = at + len(ids) - len(labels) + (arch != "ar")  # Show-o's labels are shifted in the loss
+        assert ids[where].tolist() == want
+
+
 def test_learning_rate_schedule():
     args, _ = train.parse_args(["--steps", "110", "--warmup", "10", "--lr", "1"])
     assert train.learning_rate(args, 0, 1.0) == pytest.approx(0.1) and train.learning_rate(args, 9, 1.0) == 1.0
