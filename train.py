@@ -91,7 +91,7 @@ TINY_OWN = {
 }
 KIND = {"oracle": "t2i", "uncond": "t2i"}  # parts that are another part's rows with other data
 TOKENIZERS = {"mar": ("tiny-kl", "vae"), "ar": ("tiny-lfq", "vq"), "diffusion": ("tiny-kl", "vae")}  # name of the tiny one, attribute of the model
-UNDERSTANDING = ("full", "shrunk", "shuffled", "pooled", "random")  # a quarter of the size; tokens in random order; their mean; an untrained encoder
+UNDERSTANDING = ("full", "shrunk", "scrambled", "shuffled", "pooled", "random")  # a quarter of the size; the board's cells, or the features, in random order; their mean; an untrained encoder
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40": 181, "4090": 165, "3090": 71}  # dense bf16, for MFU
 
 
@@ -325,8 +325,8 @@ class Pools:
         if "crowded" in need:
             images["crowded"] = data.crowded_pictures(args.pool, seed=args.seed)
         if args.understanding != "full" and "recon" in self.parts:
-            if args.data or (args.arch == "mar" and args.understanding != "shrunk"):
-                raise ValueError(f"--understanding {args.understanding}: an ablation of the shape world; --arch mar, whose encoder trains along, has only shrunk")
+            if args.data or (args.arch == "mar" and args.understanding not in ("shrunk", "scrambled")):
+                raise ValueError(f"--understanding {args.understanding}: an ablation of the shape world; --arch mar, whose encoder trains along, has only shrunk and scrambled")
             self.pool_of["recon"] = "altered"  # apart from "broad", whose encodings image-to-text keeps as they are
             need.add("altered")
         if {"broad", "altered"} & need or "text" in self.parts:
@@ -396,14 +396,20 @@ class Pools:
     def alter(self, model, pixels, seen, stage, rows):
         """What stands in RecA's context instead of the picture's full understanding (--understanding): {key: tensor} to overwrite in `seen`."""
         kind, key = self.args.understanding, "features" if "features" in seen else "latents"
-        if kind == "shrunk":
-            small = F.interpolate(F.avg_pool2d(pixels, 4), scale_factor=4, mode="bilinear")
-            return {("source_" if key == "latents" else "") + key: model.precompute(small, stage)[key]}
+        if kind in ("scrambled", "shuffled") and not hasattr(self, "orders"):  # all of them at once, so that row i has the same one on whatever process it is
+            generator = data.sample_generator(self.args.seed, 0, 0, "altered")
+            places = 9 if kind == "scrambled" else seen[key].shape[1]
+            self.orders = torch.stack([torch.randperm(places, generator=generator) for _ in range(self.size["altered"])])
+        if kind in ("shrunk", "scrambled"):  # another picture, before the encoder
+            if kind == "shrunk":
+                other = F.interpolate(F.avg_pool2d(pixels, 4), scale_factor=4, mode="bilinear")
+            else:
+                cells = F.unfold(pixels, pixels.shape[-1] // 3, stride=pixels.shape[-1] // 3)  # (n, 3 s s, 9)
+                order = self.orders[torch.as_tensor(rows)].to(pixels.device)
+                other = F.fold(cells.gather(2, order[:, None].expand_as(cells)), pixels.shape[-2:], pixels.shape[-1] // 3, stride=pixels.shape[-1] // 3)
+            return {("source_" if key == "latents" else "") + key: model.precompute(other, stage)[key]}
         x = seen[key]  # (n, A, width)
         if kind == "shuffled":
-            if not hasattr(self, "orders"):  # all of them at once, so that row i has the same one on whatever process it is
-                generator = data.sample_generator(self.args.seed, 0, 0, "altered")
-                self.orders = torch.stack([torch.randperm(x.shape[1], generator=generator) for _ in range(self.size["altered"])])
             order = self.orders[torch.as_tensor(rows)].to(x.device)
             return {key: x.gather(1, order[..., None].expand_as(x))}
         if kind == "pooled":

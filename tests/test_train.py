@@ -367,6 +367,19 @@ def test_shuffled_features_do_not_depend_on_the_process(tmp_path):
         train.Pools(args, model, "reca", "cpu")
 
 
+def test_scrambled_boards_hold_the_same_cells_elsewhere(tmp_path):
+    args, _ = train.parse_args(["--arch", "mar", *SMALL, "--understanding", "scrambled"])
+    model = train.build(args, "cpu")
+    pools = train.Pools(args, model, "reca", "cpu")
+    seen = pools.cache["altered"]
+    full, other = (torch.nn.functional.unfold(model.decode_latents(seen[k]), 16, stride=16).transpose(1, 2) for k in ("latents", "source_latents"))  # (32, 9 cells, D)
+    assert (other - torch.stack([cells[order] for cells, order in zip(full, pools.orders)])).abs().mean() < 0.02
+    assert ((other - full).abs().mean((1, 2)) > 0.02).sum() > 24  # an order may leave the few objects where they are
+    half = pools.encode(model, pools.scenes["altered"], "altered", "reca", "cpu", list(range(16, 32)))["source_latents"]
+    assert torch.equal(half, seen["source_latents"][16:])  # the same orders on whatever process
+    assert run("--arch", "mar", *SMALL, "--understanding", "scrambled", "--stop-after", "1", out=tmp_path / "r") == 0
+
+
 def test_resume_takes_what_is_typed_now(tmp_path, monkeypatch):
     run("--arch", "mar", "--stage", "base", *SMALL, "--stop-after", "2", out=tmp_path / "r")
     seen, adamw = [], torch.optim.AdamW.step
@@ -384,7 +397,7 @@ def test_machines_that_do_not_tell_their_free_memory(monkeypatch):
 
 def test_understanding_ablation_needs_frozen_features():
     args, _ = train.parse_args(["--arch", "mar", *SMALL, "--understanding", "pooled"])
-    with pytest.raises(ValueError, match="--understanding pooled: .* has only shrunk"):
+    with pytest.raises(ValueError, match="--understanding pooled: .* has only shrunk and scrambled"):
         train.Pools(args, train.build(args, "cpu"), "reca", "cpu")
 
 
