@@ -13,14 +13,15 @@ import train
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FILES = sorted(glob.glob(os.path.join(ROOT, "results", "**", "*.json"), recursive=True))
 SAME = ["arch", "stage", "seed", "config", "pool", "captioned", "wrong_captions", "sparse_captions", "pool_without_held_out", "drop", "templates", "grad_scale", "understanding",
-        "steps", "batch", "lr", "muon_lr", "warmup", "weight_decay", "clip", "betas", "eps", "schedule", "accum", "ema", "eval_n", "eval_split"]
+        "steps", "batch", "lr", "muon_lr", "warmup", "weight_decay", "clip", "betas", "eps", "schedule", "accum", "ema", "eval_n", "eval_split", "questions"]
+BEFORE = dict(questions=1, sparse_captions=0.25, understanding="full")  # what runs did that are older than these flags
 
 
 @pytest.mark.parametrize("path", FILES, ids=[os.path.relpath(p, os.path.join(ROOT, "results")) for p in FILES])
 def test_a_stored_command_still_means_what_was_run(path):
     r = json.load(open(path))
     now, _ = train.parse_args(shlex.split(r["command"].split("train.py ")[1]))
-    stored = types.SimpleNamespace(**vars(now) | r["args"])  # some files are from before a flag existed
+    stored = types.SimpleNamespace(**vars(now) | BEFORE | r["args"])
     for k in SAME:
         a, b = getattr(stored, k), getattr(now, k)
         assert (list(a) == list(b)) if k == "betas" else (a == b), (k, a, b)

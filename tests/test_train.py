@@ -436,7 +436,7 @@ def test_muon_takes_the_matrices_inside_blocks():
     assert not ids(adam) & ids(muon) and ids(adam) | ids(muon) == set(name)
     assert ids(muon) >= {id(p) for n, p in named if ".layers." in n and p.ndim == 2 and "embedding" not in n} and {"showo.lm_head.weight", "showo.model.embed_tokens.weight"} <= {name[i] for i in ids(adam)}
     assert args.muon_lr == 0.02 and train.parse_args(["--arch", "ar", *SMALL])[0].muon_lr == 0  # RecA itself is AdamW, as published
-    assert muon.param_groups[0]["weight_decay"] == 0.02 and train.parse_args(["--arch", "mar", "--stage", "base"])[0].muon_decay == 0.3 and train.parse_args(["--arch", "ar", "--stage", "sft", *SMALL, "--muon-decay", "0.1"])[0].muon_decay == 0.1
+    assert muon.param_groups[0]["weight_decay"] == 0.02 and train.parse_args(["--arch", "diffusion", "--stage", "base"])[0].muon_decay == 0.3 and train.parse_args(["--arch", "ar", "--stage", "sft", *SMALL, "--muon-decay", "0.1"])[0].muon_decay == 0.1
 
 
 def test_tiny_diffusion_recipe_and_plain_reca():
