@@ -202,7 +202,7 @@ def test_accumulation_is_the_mean_of_micro_batches(tmp_path):
     total = 0.0
     for m in range(2):
         out = model(pools.batch(model, 0, m, 0, 1))
-        weights = {"t2i": args.t2i_weight, "edit": args.t2i_weight, "i2t": args.i2t_weight, "text": 1.0, "align": train.ALIGN_WEIGHT}
+        weights = {"t2i": args.t2i_weight, "edit": args.t2i_weight, "i2t": args.i2t_weight, "text": 1.0, "words": 1.0}
         total += sum(weights[p] * v.item() for p, v in out.items()) / sum(weights.values()) / 2
     assert abs(total - losses(tmp_path / "a")[1]["loss"]) < 1e-4
 
@@ -320,7 +320,7 @@ def test_understanding_ablations_alter_recas_context_alone(kind, tmp_path):
 
 def test_caption_flags_change_the_captions(tmp_path):
     def captions(*flags):
-        args, _ = train.parse_args(["--arch", "mar", *SMALL, "--out", str(tmp_path), "--captioned", "300", *flags])
+        args, _ = train.parse_args(["--arch", "ar", *SMALL, "--out", str(tmp_path), "--captioned", "300", *flags])
         return train.Pools(args, train.build(args, "cpu"), args.stage, "cpu").text["captioned"]
 
     sft = ["--stage", "sft"]
