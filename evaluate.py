@@ -6,8 +6,8 @@
     python evaluate.py --arch mar --ckpt C --geneval evaluation_metadata.jsonl --out DIR    # pictures in GenEval's folder layout
 
 The six tasks are GenEval's (arXiv 2310.11513): single object, two objects, counting, colours, position, colour attribution. A third of the prompts with
-two objects, colours, positions and attributes ask for combinations that no training caption ever named together ("held out"); they are scored apart (attributes: held-out shape-colour combinations; which shapes stand
-together is free there, so of its "seen" prompts one in five names a held-out pair of shapes). Intervals are 95 % Wilson.
+two objects, colours, positions and attributes ask for combinations that no training caption ever named together ("held out"); they are scored apart (attributes: held-out
+shape-colour combinations; which shapes stand together is free there, so of its "seen" prompts one in five names a held-out pair of shapes). Intervals are 95 % Wilson.
 """
 
 import argparse
@@ -232,7 +232,8 @@ def report(scores, title=""):
     """The lines that a person reads."""
     g = scores["generation"]
     lines = [
-        f"{title}score {g['score']:.3f}  (95 % {g['interval'][0]:.3f}-{g['interval'][1]:.3f}, {g['n']} pictures)  seen {g['seen']:.3f}  held-out {g['held_out']:.3f}  objects/picture {g['objects']:.2f}"
+        f"{title}score {g['score']:.3f}  (95 % {g['interval'][0]:.3f}-{g['interval'][1]:.3f}, {g['n']} pictures)  "
+        f"seen {g['seen']:.3f}  held-out {g['held_out']:.3f}  objects/picture {g['objects']:.2f}"
     ]
     lines.append("  " + "  ".join(f"{t} {g['tasks'][t]['score']:.2f}" for t in data.TASKS))
     tail = []
@@ -295,7 +296,10 @@ def read_results(folder):
         if name.endswith(".json"):
             r = data.read_json(os.path.join(folder, name))
             if not isinstance(r, dict) or not {"arch", "seed"} <= set(r) or "generation" not in (r.get("scores") or {}):
-                raise ValueError(f"{os.path.join(folder, name)}: no judged drawings of a model in it; --table reads the result.json of runs that were scored (--eval-n), from a folder with nothing else in it")
+                raise ValueError(
+                    f"{os.path.join(folder, name)}: no judged drawings of a model in it; --table reads the result.json of runs that were scored (--eval-n), "
+                    f"from a folder with nothing else in it"
+                )
             label = name[:-5].removeprefix(r["arch"] + "_").rsplit("_seed", 1)[0]
             runs.setdefault((r["arch"], label), []).append(r)
     return runs
@@ -309,7 +313,8 @@ def base_of(run, runs):
 
 
 def control_of(run, runs):
-    """The control of a RecA run: the run on captions alone (stage sft) of the same seed, steps and judged pictures, with or without image-to-text as it; None where there is none."""
+    """The control of a RecA run: the run on captions alone (stage sft) of the same seed, steps and judged pictures, with or without image-to-text as it; None where
+    there is none."""
     same = lambda r: (r["arch"], r["seed"], r["args"]["steps"], r["args"].get("i2t_weight", 0) > 0, r["scores"]["generation"].get("n"))
     if run.get("stage") == "reca":
         return next((r for rows in runs.values() for r in rows if r.get("stage") == "sft" and same(r) == same(run)), None)
@@ -317,7 +322,8 @@ def control_of(run, runs):
 
 def print_table(folder):
     """A Markdown table of the runs in `folder`: mean over seeds +- their standard deviation; one seed: its 95 % interval. Bases differ more from seed to seed than
-    fine-tuning changes them, so the changes from each seed's own base (`base_of`; * where it is another seed's) and from the same steps on captions alone (`control_of`) have columns of their own."""
+    fine-tuning changes them, so the changes from each seed's own base (`base_of`; * where it is another seed's) and from the same steps on captions alone
+    (`control_of`) have columns of their own."""
     runs = read_results(folder)
     change = [(f"{name} - {other}", COLUMNS[name], find) for other, find in (("base", base_of), ("sft", control_of)) for name in ("score", "held-out", "held-out colors")]
     columns = ["arch", "run", "seeds", "tasks", *COLUMNS, *(name for name, _, _ in change)]
@@ -337,7 +343,10 @@ def print_table(folder):
         tasks = " ".join(f"{np.mean([r['scores']['generation']['tasks'][t]['score'] for r in results]):.2f}" for t in data.TASKS)
         borrowed = "*" * any((b := base_of(r, runs)) is not None and b["seed"] != r["seed"] for r in results)
         print(f"| {arch} | {label} | {len(results)}{borrowed} | {tasks} | " + " | ".join(cells) + " |")
-    print(f"\ntasks: {', '.join(data.TASKS)}. Spread: standard deviation over seeds; of a single run, its 95 % interval. '- base', '- sft': the change from the base, and from the run on captions alone, of the same seed (*: from the only base there is).")
+    print(
+        f"\ntasks: {', '.join(data.TASKS)}. Spread: standard deviation over seeds; of a single run, its 95 % interval. '- base', '- sft': the change from the base, "
+        f"and from the run on captions alone, of the same seed (*: from the only base there is)."
+    )
 
 
 def draw_figure(folder, path, key="score"):
@@ -346,7 +355,8 @@ def draw_figure(folder, path, key="score"):
 
     lines = {}
     for (arch, label), results in read_results(folder).items():
-        curves = [dict((step, s["generation"][key]) for step, s in r["curve"]) | {r["args"]["steps"]: r["scores"]["generation"][key]} for r in results if len(r.get("curve", ())) > 1]
+        runs = [r for r in results if len(r.get("curve", ())) > 1]
+        curves = [dict((step, s["generation"][key]) for step, s in r["curve"]) | {r["args"]["steps"]: r["scores"]["generation"][key]} for r in runs]
         steps = sorted(set.intersection(*map(set, curves))) if curves else []
         if len(steps) > 2:
             lines[f"{arch} {label}"] = (steps, [float(np.mean([c[s] for c in curves])) for s in steps])

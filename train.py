@@ -13,9 +13,11 @@ What RecA does: encode an image with the model's own UNDERSTANDING side, put tho
 draw the image again with its ordinary loss (`reca_loss` in each model file). Where understanding shares parameters, image-to-text loss keeps it alive (--i2t-weight).
 
 --batch counts samples per optimizer step and part over all processes; one step is --accum micro-batches, gradients are exchanged in the last one only. Every random
-number is a function of (--seed, step, place in the global batch), never of the number of processes or workers, so N processes compute what one would (but for dropout and the tokenizer
-stage's posterior noise, which are drawn per process), and a resumed run what an uninterrupted one would. The run folder (--out) gets model.safetensors + config.json (for sample.py), checkpoint.pt (for --resume), result.json (command,
-commit, scores), log.jsonl, loss.png, before_after.png. Ctrl-C and SIGTERM save a checkpoint first.
+number is a function of (--seed, step, place in the global batch), never of the number of processes or workers, so N processes compute what one would (but for dropout and
+the tokenizer stage's posterior noise, which are drawn per process), and a resumed run what an uninterrupted one would.
+
+The run folder (--out) gets model.safetensors + config.json (for sample.py), checkpoint.pt (for --resume), result.json (command, commit, scores), log.jsonl, loss.png,
+before_after.png. Ctrl-C and SIGTERM save a checkpoint first.
 """
 
 import argparse
@@ -47,9 +49,9 @@ import evaluate
 import image_tokenizer
 import sample
 
-# RecA as published, per architecture, and what the tiny models of the shape world use instead. Every key is a flag. `mix` is the share of each part in a step's batch:
-# recon = RecA, i2t = image -> text, t2i = text -> image, uncond = empty prompt -> image (which needs no caption, so any image will do), edit = image + instruction -> image, text = text only, align = captions to places of their pictures; words = the same for words of dense captions, each for itself. Loss weights are 1 unless a flag says otherwise.
-# --batch is ours: the release fixes no number of GPUs. BAGEL stops at step 1000, inside its warm-up, as the release's own command does. Show-o's cosine is spread over a million steps: over these it is constant.
+# RecA as published, per architecture, and what the tiny models of the shape world use instead. Every key is a flag.
+# --batch is ours: the release fixes no number of GPUs. BAGEL stops at step 1000, inside its warm-up, as the release's own command does. Show-o's cosine is spread over
+# a million steps: over these it is constant.
 PUBLISHED = {
     "mar": dict(lr=1e-5, betas=(0.9, 0.95), weight_decay=0.02, warmup=125, clip=1.0, steps=5000, batch=384, i2t_weight=1.0, drop=0.1, schedule="cosine"),
     "ar": dict(lr=5e-7, betas=(0.9, 0.999), weight_decay=0.01, warmup=1000, clip=0.0, steps=5000, batch=16, i2t_weight=1.0, drop=0.0, schedule="constant"),
@@ -67,6 +69,11 @@ TINY = {
 # drawing has an expert of its own; there the weight only says who shapes the understanding expert (with 8, half the questions stayed at chance).
 DRAWING_WEIGHT = {"mar": 8.0, "ar": 1.0, "diffusion": 1.0}
 ALIGN_WEIGHT = 0.25  # a contrast over a batch of 48: it starts at log 48 = 3.9, several times the other losses, and never comes near zero
+# The parts of a step, and their share of --batch. Loss weights are 1 unless a flag says otherwise.
+#   recon   RecA: a picture's own features -> the picture      t2i     caption -> picture
+#   i2t     picture -> answer or description                   uncond  empty prompt -> picture, which needs no caption, so any picture will do
+#   edit    picture and instruction -> edited picture          text    text alone
+#   align   captions to the places of their pictures           words   the same for the words of dense captions, each for itself
 MIX = {
     "tokenizer": {"images": 1.0},
     "base": {"t2i": 1.0, "i2t": 1.0, "edit": 0.5, "text": 0.25, "align": 1.0},
@@ -86,7 +93,9 @@ TINY_OWN = {
     ("ar", "base"): dict(muon_decay=0.02, steps=5500, mix=["t2i=1", "i2t=0.75", "edit=0.75", "text=0.25"]),
     ("ar", "reca"): dict(steps=1200, i2t_weight=0.0, t2i_weight=1.0, mix=["recon=0.5", "t2i=0.5"]),
     ("ar", "sft"): dict(steps=1200, i2t_weight=0.0),
-    ("mar", "base"): dict(lr=2e-3, muon_lr=0.005, muon_decay=0.1, questions=4, steps=4000, mix=["t2i=1", "i2t=0.75", "edit=0.5", "text=0.25", "words=0.5"], **POOR_CAPTIONS),
+    ("mar", "base"): dict(
+        lr=2e-3, muon_lr=0.005, muon_decay=0.1, questions=4, steps=4000, mix=["t2i=1", "i2t=0.75", "edit=0.5", "text=0.25", "words=0.5"], **POOR_CAPTIONS
+    ),
     ("mar", "reca"): dict(t2i_weight=1.0, mix=["recon=0.5", "t2i=0.5", "i2t=1"], understanding="scrambled", **POOR_CAPTIONS),
     ("mar", "sft"): dict(**POOR_CAPTIONS),
     ("diffusion", "base"): dict(drop=0.0, steps=3500, mix=["t2i=1", "uncond=0.25", "i2t=1", "edit=0.5", "text=0.25", "align=1"]),
@@ -95,7 +104,8 @@ TINY_OWN = {
 }
 KIND = {"oracle": "t2i", "uncond": "t2i"}  # parts that are another part's rows with other data
 TOKENIZERS = {"mar": ("tiny-kl", "vae"), "ar": ("tiny-lfq", "vq"), "diffusion": ("tiny-kl", "vae")}  # name of the tiny one, attribute of the model
-UNDERSTANDING = ("full", "shrunk", "scrambled", "shuffled", "pooled", "random")  # a quarter of the size; the board's cells, or the features, in random order; their mean; an untrained encoder
+# What reaches RecA's context: all of it; the picture at a quarter of its size; the board's cells, or the features, in random order; their mean; an untrained encoder's
+UNDERSTANDING = ("full", "shrunk", "scrambled", "shuffled", "pooled", "random")
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40": 181, "4090": 165, "3090": 71}  # dense bf16, for MFU
 
 
@@ -131,7 +141,8 @@ def parse_args(argv=None):
     g.add_argument("--grad-scale", type=float, help="gradient scale on the clean features (MAR: 0.1)")
     g.add_argument("--understanding", choices=UNDERSTANDING, help="what of the picture reaches RecA's context (shape world)")
     g.add_argument("--oracle-captions", nargs="?", const="dense", choices=("dense", "clean"),
-                   help="ablation: RecA's pictures come with a true caption as a t2i prompt instead of features: dense (everything there is to say) or clean (worded like the judged prompts)")
+                   help="ablation: RecA's pictures come with a true caption as a t2i prompt instead of features: dense (all there is to say) or "
+                        "clean (worded like the judged prompts)")
     g = p.add_argument_group("optimisation")
     for name, kind, text in (
         ("steps", int, "optimizer steps"),
@@ -181,7 +192,9 @@ def parse_args(argv=None):
         args.out = out or args.resume
         for name in ("arch", "config", "stage"):
             if getattr(args, name) != state["args"][name]:
-                raise ValueError(f"--resume {args.resume}: that is a run of --{name} {state['args'][name]}, not {getattr(args, name)}; give it to a new run as --ckpt {args.resume}")
+                raise ValueError(
+                    f"--resume {args.resume}: that is a run of --{name} {state['args'][name]}, not {getattr(args, name)}; give it to a new run as --ckpt {args.resume}"
+                )
         return args, state
     recipe = dict(TINY[args.stage] if args.config == "tiny" else PUBLISHED[args.arch], t2i_weight=float(args.stage != "reca"))
     bias = data.CAPTION_BIAS
@@ -302,7 +315,8 @@ class Pools:
         sparse = args.sparse_captions
         bias = dict(data.CAPTION_BIAS, wrong=args.wrong_captions, drop_object=sparse, drop_color=sparse, drop_rare_color=1 - (1 - sparse) / 3)
         self.templates = data.RECA_TEMPLATES[: args.templates or None]
-        self.pool_of = {"recon": "broad", "i2t": "broad", "t2i": "captioned", "align": "captioned", "words": "broad", "uncond": "broad", "oracle": "broad", "edit": "edits", "images": "crowded"}
+        self.pool_of = dict.fromkeys(("recon", "i2t", "words", "uncond", "oracle"), "broad") | dict.fromkeys(("t2i", "align"), "captioned")
+        self.pool_of |= {"edit": "edits", "images": "crowded"}
         images, self.text, self.scenes = {}, {}, {}
         need = {self.pool_of[p] for p in self.parts if p in self.pool_of}
         if args.data:
@@ -324,13 +338,16 @@ class Pools:
             )
         if args.config != "tiny" and (need - set(images) or not args.data):
             raise ValueError(
-                f"--config {args.config} draws {getattr(model.config, 'image_size', 512)}-pixel pictures: give --data PATH (folders, tars) and only the parts it has data for (--mix; here {', '.join(self.parts)}); the shape world is for tiny"
+                f"--config {args.config} draws {getattr(model.config, 'image_size', 512)}-pixel pictures: give --data PATH (folders, tars) and only the parts "
+                f"it has data for (--mix; here {', '.join(self.parts)}); the shape world is for tiny"
             )
         if "crowded" in need:
             images["crowded"] = data.crowded_pictures(args.pool, seed=args.seed)
         if args.understanding != "full" and "recon" in self.parts:
             if args.data or (args.arch == "mar" and args.understanding not in ("shrunk", "scrambled")):
-                raise ValueError(f"--understanding {args.understanding}: an ablation of the shape world; --arch mar, whose encoder trains along, has only shrunk and scrambled")
+                raise ValueError(
+                    f"--understanding {args.understanding}: an ablation of the shape world; --arch mar, whose encoder trains along, has only shrunk and scrambled"
+                )
             self.pool_of["recon"] = "altered"  # apart from "broad", whose encodings image-to-text keeps as they are
             need.add("altered")
         if {"broad", "altered"} & need or "text" in self.parts:
@@ -358,12 +375,15 @@ class Pools:
             if need_bytes <= args.cache_gb * 1e9:
                 self.cache[name] = self.encode_all(model, source, name, stage, device, rank, world)
             elif name == "altered":
-                raise ValueError(f"--understanding {args.understanding}: its pool must be cached ({need_bytes / 1e9:.1f} GB): raise --cache-gb ({args.cache_gb:g}) or lower --pool")
+                raise ValueError(
+                    f"--understanding {args.understanding}: its pool must be cached ({need_bytes / 1e9:.1f} GB): raise --cache-gb ({args.cache_gb:g}) or lower --pool"
+                )
             else:
                 self.sources[name] = source
                 if rank == 0:
                     print(
-                        f"pool {name}: encodings of {len(source):,} images would take {need_bytes / 1e9:.1f} GB (--cache-gb {args.cache_gb:g}), so each step encodes its own"
+                        f"pool {name}: encodings of {len(source):,} images would take {need_bytes / 1e9:.1f} GB (--cache-gb {args.cache_gb:g}), "
+                        f"so each step encodes its own"
                     )
         self.size["text"] = args.pool
         if rank == 0:
@@ -378,7 +398,8 @@ class Pools:
             return evaluate.to_float(source[rows].render())
         if isinstance(source, np.ndarray):
             return evaluate.to_float(source[rows])
-        purpose = {"understanding": "understand" if self.args.arch != "diffusion" else "recon", "captioned": "generate"}.get(name, "recon")  # BAGEL's "understand" keeps proportions
+        answers = "understand" if self.args.arch != "diffusion" else "recon"  # BAGEL's "understand" keeps proportions
+        purpose = {"understanding": answers, "captioned": "generate"}.get(name, "recon")
         return torch.stack([model.preprocess(source[int(j)][1], purpose) for j in rows])
 
     @torch.no_grad()
@@ -584,7 +605,8 @@ def save_weights(args, model, **extra):
 
 
 def save_checkpoint(args, step, model, optimizers, ema, history):
-    """checkpoint.pt for --resume: weights, optimizers, position (each step seeds itself from it). Written under a temporary name, synced, renamed: a crash leaves the old one."""
+    """checkpoint.pt for --resume: weights, optimizers, position (each step seeds itself from it). Written under a temporary name, synced, renamed: a crash leaves
+    the old one."""
     state = dict(
         step=step,
         args=vars(args),
@@ -598,7 +620,8 @@ def save_checkpoint(args, step, model, optimizers, ema, history):
     free = shutil.disk_usage(args.out).free
     if need > free:
         raise ValueError(
-            f"{path}: the checkpoint needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: make room or give --out on another disk (the last checkpoint is untouched)"
+            f"{path}: the checkpoint needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: make room or give --out on another disk "
+            f"(the last checkpoint is untouched)"
         )
     data.atomic(path, lambda f: torch.save(state, f))
 
@@ -614,9 +637,9 @@ def read_checkpoint(folder):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are made orthogonal by five Newton-Schulz steps (Jordan et al. 2024); coefficients, Nesterov momentum, decay and scale as in torch.optim.Muon, which
-    always iterates in bf16: on a processor without bf16 products that is two thirds of a tiny model's step. Here the products are fp32 on CPUs, bf16 on GPUs, and matrices of one shape go
-    together. params: 2-D tensors."""
+    """Momentum whose matrices are made orthogonal by five Newton-Schulz steps (Jordan et al. 2024); coefficients, Nesterov momentum, decay and scale as in
+    torch.optim.Muon, which always iterates in bf16: on a processor without bf16 products that is two thirds of a tiny model's step. Here the products are fp32 on
+    CPUs, bf16 on GPUs, and matrices of one shape go together. params: 2-D tensors."""
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -810,7 +833,8 @@ def main(argv=None):
     os.makedirs(args.out, exist_ok=True)
     trained, total = sum(p.numel() for _, p in named), sum(p.numel() for p in model.parameters())
     say(
-        f"{args.arch} {args.config}, stage {args.stage}: {total:,} parameters, {trained:,} train; {world} process{'es' * (world > 1)} on {device.type} ({'bf16' if bf16 else 'fp32'}), "
+        f"{args.arch} {args.config}, stage {args.stage}: {total:,} parameters, {trained:,} train; {world} process{'es' * (world > 1)} on {device.type} "
+        f"({'bf16' if bf16 else 'fp32'}), "
         f"{args.steps} steps of " + " + ".join(f"{round(args.batch * s)} {p}" for p, s in pools.parts.items())
     )
     real = None
@@ -894,7 +918,8 @@ def main(argv=None):
                 r["mfu"] = flops / seconds / peak
             if not math.isfinite(r["loss"]):
                 raise ValueError(
-                    f"step {done}: the loss is {r['loss']} ({', '.join(f'{p} {r[p]:.3g}' for p in parts)}): lower --lr ({args.lr:g}); the last checkpoint is untouched"
+                    f"step {done}: the loss is {r['loss']} ({', '.join(f'{p} {r[p]:.3g}' for p in parts)}): lower --lr ({args.lr:g}); "
+                    f"the last checkpoint is untouched"
                 )
             history.append(r)
             eta = seconds * (args.steps - done)
