@@ -140,6 +140,7 @@ def parse_args(argv=None):
     g.add_argument("--templates", type=int, default=0, help="how many template requests to sample from; 0 = all")
     g.add_argument("--grad-scale", type=float, help="gradient scale on the clean features (MAR: 0.1)")
     g.add_argument("--understanding", choices=UNDERSTANDING, help="what of the picture reaches RecA's context (shape world)")
+    g.add_argument("--altered-share", type=float, default=1.0, help="for which share of RecA's pictures --understanding holds; the rest are seen in full")
     g.add_argument("--oracle-captions", nargs="?", const="dense", choices=("dense", "clean"),
                    help="ablation: RecA's pictures come with a true caption as a t2i prompt instead of features: dense (all there is to say) or "
                         "clean (worded like the judged prompts)")
@@ -233,7 +234,7 @@ def check_args(args, world):
                 f"take a multiple of {math.lcm(*[fractions.Fraction(s).limit_denominator(100).denominator for s in mix(args).values()]) * world * args.accum}"
             )
     data.check_device(args.device)
-    for name in ("drop", "wrong_captions", "sparse_captions"):
+    for name in ("drop", "wrong_captions", "sparse_captions", "altered_share"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name):g}: a share, from 0 to 1")
     if args.templates < 0 or args.templates > len(data.RECA_TEMPLATES):
@@ -413,7 +414,11 @@ class Pools:
             pixels = self.pixels(model, source, name, rows[i : i + chunk]).to(device)
             out = model.precompute(pixels, stage)
             if name == "altered":
-                out.update(self.alter(model, pixels, out, stage, rows[i : i + chunk]))
+                index = rows[i : i + chunk]
+                full = torch.as_tensor(index) >= round(self.args.altered_share * self.size[name])  # the pool is in no order
+                for k, v in self.alter(model, pixels, out, stage, index).items():
+                    v[full] = out[k.removeprefix("source_")][full]
+                    out[k] = v
             chunks.append({k: v.cpu() for k, v in out.items()})
         model.train(was)
         return {k: torch.cat([c[k] for c in chunks]) for k in chunks[0]}

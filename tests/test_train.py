@@ -377,6 +377,9 @@ def test_scrambled_boards_hold_the_same_cells_elsewhere(tmp_path):
     assert ((other - full).abs().mean((1, 2)) > 0.02).sum() > 24  # an order may leave the few objects where they are
     half = pools.encode(model, pools.scenes["altered"], "altered", "reca", "cpu", list(range(16, 32)))["source_latents"]
     assert torch.equal(half, seen["source_latents"][16:])  # the same orders on whatever process
+    args.altered_share = 0.25
+    some = train.Pools(args, model, "reca", "cpu").cache["altered"]
+    assert torch.equal(some["source_latents"][:8], seen["source_latents"][:8]) and torch.equal(some["source_latents"][8:], some["latents"][8:])
     assert run("--arch", "mar", *SMALL, "--understanding", "scrambled", "--stop-after", "1", out=tmp_path / "r") == 0
 
 
