@@ -46,3 +46,7 @@ def test_tables_of_the_stored_runs(capsys):
     for arch in ("mar", "ar", "diffusion"):
         for run in ("base", "reca", "sft"):
             assert f"| {arch} | {run} | 3 |" in out  # three seeds, each from a base of its own
+    for folder, arch in (("scrambled", "mar"), ("scrambled-ar", "ar")):
+        evaluate.print_table(os.path.join(ROOT, "results", folder))
+        out = capsys.readouterr().out
+        assert all(f"| {arch} | {run} | 3 |" in out for run in ("base", "reca", "reca-full", "sft"))
