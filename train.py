@@ -21,6 +21,7 @@ before_after.png. Ctrl-C and SIGTERM save a checkpoint first.
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import fractions
@@ -545,7 +546,8 @@ class Pools:
 
 
 def prefetch(make, steps, depth=2):
-    """Runs make(step) for each step in a thread, `depth` ahead. Order and content depend on the step alone, so nothing is lost or repeated on resume."""
+    """Runs make(step) for each step in a thread, `depth` ahead. Order and content depend on the step alone, so nothing is lost or repeated on resume.
+    Returns get() -> the next item, and close(), which ends the thread: one that is still inside torch while Python shuts down aborts the whole process."""
     q, stop = queue.Queue(depth), threading.Event()
 
     def work():
@@ -563,7 +565,15 @@ def prefetch(make, steps, depth=2):
             if stop.is_set() or isinstance(item, BaseException):
                 return
 
-    threading.Thread(target=work, daemon=True).start()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+
+    def close():
+        stop.set()
+        thread.join()
+        atexit.unregister(close)
+
+    atexit.register(close)  # for a run that ends with an error
 
     def get():
         item = q.get()
@@ -571,7 +581,7 @@ def prefetch(make, steps, depth=2):
             raise item
         return item
 
-    return get, stop
+    return get, close
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -872,7 +882,7 @@ def main(argv=None):
     stopped, handlers = [], {}
     for sig in (signal.SIGINT, signal.SIGTERM):
         handlers[sig] = signal.signal(sig, lambda number, frame: stopped.append(number))
-    get, stop_thread = prefetch(lambda s: [pools.batch(model, s, m, rank, world) for m in range(args.accum)], range(start, args.steps))
+    get, end_prefetch = prefetch(lambda s: [pools.batch(model, s, m, rank, world) for m in range(args.accum)], range(start, args.steps))
     model.train()
     flops = sum(model.flops_per_sample(KIND.get(p, p)) * round(args.batch * s) for p, s in pools.parts.items() if p not in ("align", "words"))
     peak = next((v for k, v in PEAK_TFLOPS.items() if device.type == "cuda" and k in torch.cuda.get_device_name(device)), 0) * 1e12 * world
@@ -957,7 +967,7 @@ def main(argv=None):
                 plot_curves(os.path.join(args.out, "loss.png"), history, parts)
         if halt:
             bar.close()
-            stop_thread.set()
+            end_prefetch()
             why = signal.Signals(stopped[0]).name if stopped else "--stop-after" if done == args.stop_after else "another process"
             say(
                 f"stopped by {why} after step {done}: checkpoint saved, continue with --resume {args.out}"
@@ -967,7 +977,7 @@ def main(argv=None):
                 dist.destroy_process_group()
             return 0 if done == args.stop_after else 128 + (stopped[0] if stopped else signal.SIGTERM)
     bar.close()
-    stop_thread.set()
+    end_prefetch()
     for sig, handler in handlers.items():  # the last checkpoint is written: from here on a signal simply ends the program
         signal.signal(sig, handler)
 
