@@ -315,18 +315,16 @@ def base_of(run, runs):
 def control_of(run, runs):
     """The control of a RecA run: the run on captions alone (stage sft) of the same seed, steps and judged pictures, with or without image-to-text as it; None where
     there is none."""
-    same = lambda r: (r["arch"], r["seed"], r["args"]["steps"], r["args"].get("i2t_weight", 0) > 0, r["scores"]["generation"].get("n"))
+    i2t = lambda a: a.get("i2t_weight", 0) > 0 and any(part.startswith("i2t=") for part in a.get("mix") or ["i2t="])
+    same = lambda r: (r["arch"], r["seed"], r["args"]["steps"], i2t(r["args"]), r["scores"]["generation"].get("n"))
     if run.get("stage") == "reca":
-        return next((r for rows in runs.values() for r in rows if r.get("stage") == "sft" and same(r) == same(run)), None)
+        return next((r for rows in runs.values() for r in rows if r.get("stage") == "sft" and same(r) == same(run) and base_of(r, runs)), None)
 
 
 def print_table(folder):
-    """A Markdown table of the runs in `folder`: mean over seeds +- their standard deviation; one seed: its 95 % interval. Bases differ more from seed to seed than
-    fine-tuning changes them, so the changes from each seed's own base (`base_of`; * where it is another seed's) and from the same steps on captions alone
-    (`control_of`) have columns of their own."""
+    """Two Markdown tables of the runs in `folder`: every run with all its columns; and every RecA run against its seed's own base and against captions alone."""
     runs = read_results(folder)
-    change = [(f"{name} - {other}", COLUMNS[name], find) for other, find in (("base", base_of), ("sft", control_of)) for name in ("score", "held-out", "held-out colors")]
-    columns = ["arch", "run", "seeds", "tasks", *COLUMNS, *(name for name, _, _ in change)]
+    columns = ["arch", "run", "seeds", "tasks", *COLUMNS]
     print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
     for (arch, label), results in runs.items():
         cells = []
@@ -334,19 +332,44 @@ def print_table(folder):
             values = [v for r in results if (v := value(r["scores"])) is not None]
             group = {"score": "generation", "questions": "questions"}.get(name)
             low, high = results[0]["scores"][group]["interval"] if values and group else (0, 0)
-            spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else f" ({low:.3f}-{high:.3f})" if high else ""
-            cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
-        for _, value, find in change:
-            pairs = [(value(r["scores"]), value(other["scores"])) for r in results if (other := find(r, runs))]
-            values = [after - before for after, before in pairs if None not in (after, before)]
-            cells.append(f"{np.mean(values):+.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "") if values else "")
+            cells.append(spread(values) + (f" ({low:.3f}-{high:.3f})" if high and len(values) == 1 else ""))
         tasks = " ".join(f"{np.mean([r['scores']['generation']['tasks'][t]['score'] for r in results]):.2f}" for t in data.TASKS)
-        borrowed = "*" * any((b := base_of(r, runs)) is not None and b["seed"] != r["seed"] for r in results)
-        print(f"| {arch} | {label} | {len(results)}{borrowed} | {tasks} | " + " | ".join(cells) + " |")
-    print(
-        f"\ntasks: {', '.join(data.TASKS)}. Spread: standard deviation over seeds; of a single run, its 95 % interval. '- base', '- sft': the change from the base, "
-        f"and from the run on captions alone, of the same seed (*: from the only base there is)."
-    )
+        print(f"| {arch} | {label} | {len(results)} | {tasks} | " + " | ".join(cells) + " |")
+    print(f"\ntasks: {', '.join(data.TASKS)}. ±: standard deviation over seeds; of a single run, its 95 % interval in brackets.\n")
+    print_changes(runs)
+
+
+def print_changes(runs):
+    """A row for each RecA run and number: base, the run, the same steps on captions alone (means over seeds), and the changes. Bases differ more from seed to seed than
+    fine-tuning changes them, so changes are taken within each seed; bold: the mean is more than twice their standard deviation over seeds. Also for captions alone."""
+    columns = ["arch", "run", "", "base", "run", "captions alone", "run - base", "run - captions alone", "objects/picture", "questions", "reconstruction"]
+    print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
+    for (arch, label), results in runs.items():
+        bases, controls = [base_of(r, runs) for r in results], [control_of(r, runs) for r in results]
+        if results[0].get("stage") not in ("reca", "sft") or None in bases:
+            continue
+        borrowed = "*" * any(b["seed"] != r["seed"] for b, r in zip(bases, results))
+        before_after = []
+        for name, digits in (("objects/picture", 2), ("questions", 3), ("reconstruction", 2)):
+            values = [[COLUMNS[name](r["scores"]) for r in rows] for rows in (bases, results)]
+            before_after.append("" if None in sum(values, []) else " → ".join(f"{np.mean(v):.{digits}f}" for v in values))
+        for i, name in enumerate(("score", "held-out", "held-out colors")):
+            base, run, control = ([COLUMNS[name](r["scores"]) for r in rows if r is not None] for rows in (bases, results, controls))
+            if None in base + run + control:
+                continue
+            control = control if len(control) == len(run) else []
+            cells = [spread(base), spread(run), spread(control)] + [spread([b - a for a, b in zip(other, run)], "+", bold=True) for other in (base, control)]
+            print(f"| {arch} | {label}{borrowed} | {name} | " + " | ".join(cells + (before_after if i == 0 else [""] * 3)) + " |")
+    print("\nbold: more than twice the standard deviation over seeds. *: from the only base there is.")
+
+
+def spread(values, sign="", bold=False):
+    """Mean ± standard deviation of some values, as text; of one its own; nothing of none."""
+    if len(values) < 2:
+        return "".join(f"{v:{sign}.3f}" for v in values)
+    mean, deviation = np.mean(values), np.std(values, ddof=1)
+    text = f"{mean.round(3) + 0.0:{sign}.3f} ± {deviation:.3f}"  # + 0.0: no "-0.000"
+    return f"**{text}**" if bold and len(values) > 2 and abs(mean) > 2 * deviation else text
 
 
 def draw_figure(folder, path, key="score"):

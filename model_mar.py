@@ -15,8 +15,9 @@ target.
 Conventions. B rows, (m, n) latent grid, L = m*n tokens, S buffers, V visible and k masked tokens (V + k = L, equal in a batch), D / E
 widths of encoder / decoder, h of the LLM, C numbers per latent token. Images are (B, 3, H, W) in [-1, 1]. Text rows are left-padded:
 `pads` (B,) counts the slots before the first token, so query i of row b sees the keys [pads[b], i], and its rotary position is i -
-pads[b]. Everything random is an argument: `order` (B, L) is a permutation per row whose first k entries are the masked positions, t (B, M,
-k) and noise (B, M, k, C) belong to M diffusion draws of each masked token, in the order of `order`; so k is known from shapes alone.
+pads[b]. Everything random is an argument: `masked` (B, k) and `visible` (B, V) are positions in the grid, t (B, M, k) and noise (B, M, k, C)
+belong to M diffusion draws of each masked token, in the order of `masked`. (Two tensors, not one cut at k: a length like L - k, a difference of
+two that vary, is what torch.compile's dynamic shapes stumble over.)
 """
 import math
 from dataclasses import dataclass, field
@@ -573,7 +574,7 @@ class Harmon(nn.Module):
         return {"ids": ids, "pads": pads, "labels": labels[:, -min(width, up(tail + 1)):] if longest <= width else labels}
 
     def draw(self, part, generator, rate_generator):
-        """Randomness of one sample, on the CPU: order (L,), t (M, k), noise (M, k, C). The mask rate, from `rate_generator`, is a
+        """Randomness of one sample, on the CPU: masked (k,), visible (V,), t (M, k), noise (M, k, C). The mask rate, from `rate_generator`, is a
         truncated normal on [mask_ratio_min, 1] with mode 1 and scale 0.25; all samples of a batch must share it."""
         if part in ("i2t", "text"):
             return {}
@@ -583,8 +584,9 @@ class Harmon(nn.Module):
         low = normal.cdf(c.mask_ratio_min)
         rate = normal.inv_cdf(low + u * (0.5 - low))
         k = min(L, max(1, round(math.ceil(L * rate) / c.mask_bucket)) * c.mask_bucket)
-        return {"order": torch.randperm(L, generator=generator), "t": torch.randint(0, T, (M, k), generator=generator),
-                "noise": torch.randn(M, k, latent_channels(c), generator=generator)}
+        order = torch.randperm(L, generator=generator)
+        return {"masked": order[:k], "visible": order[k:].sort().values,  # visible tokens enter in raster order
+                "t": torch.randint(0, T, (M, k), generator=generator), "noise": torch.randn(M, k, latent_channels(c), generator=generator)}
 
     # ---- losses
 
@@ -615,32 +617,30 @@ class Harmon(nn.Module):
         hidden = torch.cat([hidden[:, -S:], hidden[:, :-S]], 1)
         return x + self.proj_out(hidden)
 
-    def generation_loss(self, context, pads, latents, order, t, noise, count=None):
+    def generation_loss(self, context, pads, latents, masked, visible, t, noise, count=None):
         """Masked autoregression: DiffLoss of the k masked tokens, given the context and the visible tokens. count: masked tokens to divide
         by."""
-        k = t.shape[-1]
-        masked, visible = order[:, :k], order[:, k:].sort(1).values  # visible tokens enter in raster order
         x = self.fuse(latents, visible, pads, context)
-        z = self.mar.decode(x, visible, masked, latents.shape[1:3])[:, -k:]  # (B, k, E)
+        z = self.mar.decode(x, visible, masked, latents.shape[1:3])[:, -masked.shape[1]:]  # (B, k, E)
         mse, vb = self.mar.diffloss.loss_rows(z, pick(latents.flatten(1, 2), masked), t, noise)
         total = (mse + vb).sum() / t.shape[1]
         return total / (masked.numel() if count is None else count)
 
-    def t2i_loss(self, latents, ids, pads, order, t, noise, count=None):
+    def t2i_loss(self, latents, ids, pads, masked, visible, t, noise, count=None):
         """Text-to-image: the context is the text."""
-        return self.generation_loss(self.embed(ids), pads, latents, order, t, noise, count)
+        return self.generation_loss(self.embed(ids), pads, latents, masked, visible, t, noise, count)
 
-    def reca_loss(self, latents, ids, pads, order, t, noise, source_latents=None, grad_scale=None, count=None):
+    def reca_loss(self, latents, ids, pads, masked, visible, t, noise, source_latents=None, grad_scale=None, count=None):
         """Reconstruction alignment: the image's own clean features, seen by the understanding branch, are the prompt for its generation.
 
         latents (B, m, n, C): what is generated. ids (B, W), pads (B,): the request with an image slot. source_latents: what is understood,
-        the same image where absent (RecA), another one for editing. order, t, noise: see the top of the file. grad_scale: factor on the
-        gradient that reaches the clean branch (None: self.grad_scale). LLM sequence: [pads | prefix | L + S clean | request | V visible +
+        the same image where absent (RecA), another one for editing. masked, visible, t, noise: see the top of the file. grad_scale: factor
+        on the gradient that reaches the clean branch (None: self.grad_scale). LLM sequence: [pads | prefix | L + S clean | request | V visible +
         S]."""
         scale = self.grad_scale if grad_scale is None else grad_scale
         clean = self.visual_features(latents if source_latents is None else source_latents)[1]  # (B, L + S, h): all tokens, buffers last
         context = self.embed(ids, scale_gradient(clean, scale))
-        return self.generation_loss(context, pads, latents, order, t, noise, count)
+        return self.generation_loss(context, pads, latents, masked, visible, t, noise, count)
 
     def i2t_loss(self, ids, pads, labels, latents=None, grad_scale=None, count=None):
         """Next-token cross entropy on the answers (labels (B, A): of the last A positions), with the image in the context; without it text

@@ -127,7 +127,7 @@ def check_gradients(report, name, grads, out):
 
 
 def generation_inputs(model, given):
-    """The golden randomness covers all tokens in raster order; ours only the masked ones, in the order of `order`."""
+    """The golden randomness covers all tokens in raster order; ours only the masked ones, in the order of `masked`."""
     latents = model.precompute(given["image"])["latents"]
     b, L = given["orders"].shape
     M = model.config.diffusion_batch_mul
@@ -137,7 +137,8 @@ def generation_inputs(model, given):
     noise = given["noise"].view(M, b, L, -1).transpose(0, 1)
     noise = noise.gather(2, masked[:, None, :, None].expand(-1, M, -1, noise.shape[-1]))
     ids, pads = left(given["attention_mask"], given["input_ids"])
-    return dict(latents=latents, ids=ids, pads=pads, order=given["orders"], t=t, noise=noise), masked
+    visible = given["orders"][:, k:].sort(1).values
+    return dict(latents=latents, ids=ids, pads=pads, masked=masked, visible=visible, t=t, noise=noise), masked
 
 
 def record(monkeypatch, target, name):
@@ -632,7 +633,8 @@ def test_draw():
     k = draws[0]["t"].shape[1]
     assert [d["t"].shape for d in draws] == [(c.diffusion_batch_mul, k)] * 3
     assert draws[0]["noise"].shape == (c.diffusion_batch_mul, k, c.vae.z_channels)
-    assert not torch.equal(draws[0]["noise"], draws[1]["noise"]) and sorted(draws[0]["order"].tolist()) == list(range(9))
+    assert not torch.equal(draws[0]["noise"], draws[1]["noise"]) and sorted(draws[0]["masked"].tolist() + draws[0]["visible"].tolist()) == list(range(9))
+    assert draws[0]["masked"].shape == (k,) and draws[0]["visible"].tolist() == sorted(draws[0]["visible"].tolist())
     again = model.draw("recon", make(1), make(7))
     assert all(torch.equal(again[n], draws[1][n]) for n in again)
     assert model.draw("i2t", make(0), make(0)) == {}

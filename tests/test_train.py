@@ -185,10 +185,10 @@ def test_batches_do_not_depend_on_the_split(tmp_path):
     whole = pools.batch(model, 3, 0, 0, 1)
     halves = [pools.batch(model, 3, 0, r, 2) for r in range(2)]
     for part in whole:
-        for k in ("latents", "order", "t", "noise"):
+        for k in ("latents", "masked", "visible", "t", "noise"):
             if k in whole[part]:
                 assert torch.equal(whole[part][k], torch.cat([h[part][k] for h in halves])), (part, k)
-    assert not torch.equal(pools.batch(model, 4, 0, 0, 1)["t2i"]["order"], whole["t2i"]["order"])
+    assert not torch.equal(pools.batch(model, 4, 0, 0, 1)["t2i"]["noise"], whole["t2i"]["noise"])
 
 
 def test_accumulation_is_the_mean_of_micro_batches(tmp_path):
@@ -471,19 +471,26 @@ def test_tables_and_figures_over_seeds(tmp_path, capsys):
         row = lambda s: {"generation": {"score": s, "seen": s, "held_out": s / 2, "objects": 2.0, "interval": (s - 0.1, s + 0.1), "tasks": {t: {"score": s, "held_out": {"score": s / 4}} for t in evaluate.data.TASKS}},
                          "questions": {"accuracy": 0.9, "interval": (0.8, 0.95)}}
         return json.dumps({"arch": "ar", "stage": stage, "seed": seed, "args": {"steps": 20, "i2t_weight": 0.0}, "scores": row(score), "curve": [(i * 10, row(s)) for i, s in enumerate(curve)]})
-    for name, score, curve in (("ar_reca_seed0", 0.5, (0.2, 0.3)), ("ar_reca_seed1", 0.7, (0.2, 0.5)), ("ar_base_seed0", 0.2, ()), ("ar_base_seed1", 0.3, ()), ("ar_sft_seed1", 0.6, ())):
+    runs = [("ar_reca_seed0", 0.5, (0.2, 0.3)), ("ar_reca_seed1", 0.7, (0.2, 0.5)), ("ar_reca_seed2", 0.6, ()), ("ar_base_seed0", 0.2, ()), ("ar_base_seed1", 0.3, ()), ("ar_base_seed2", 0.25, ()),
+            ("ar_sft_seed1", 0.6, ()), ("ar_sft_seed2", 0.5, ())]
+    for name, score, curve in runs:
         (tmp_path / f"{name}.json").write_text(result(score, curve, int(name[-1]), name.split("_")[1]))
-    (tmp_path / "ar_sft-long_seed1.json").write_text(result(0.1, (), 1, "sft").replace('"steps": 20', '"steps": 40'))  # no control: more steps
+    (tmp_path / "ar_sft-long_seed0.json").write_text(result(0.1, (), 0, "sft").replace('"steps": 20', '"steps": 40'))  # no control: more steps
     evaluate.main(["--table", str(tmp_path), "--figure", str(tmp_path / "f.png")])
     out = capsys.readouterr().out
-    assert "| ar | reca | 2 | 0.60 0.60 0.60 0.60 0.60 0.60 | 0.600 ± 0.141 |" in out and "| +0.350 ± 0.071 | +0.175 ± 0.035 |" in out
-    assert "| ar | base | 2 |" in out and "| +0.350 ± 0.071 | +0.175 ± 0.035 | +0.087 ± 0.018 | +0.100 | +0.050 | +0.025 |" in out  # captions alone: seed 1
-    assert "| +0.300 | +0.150 | +0.075 |  |  |  |" in out
-    assert Image.open(tmp_path / "f.png").size == (720, 400)
-    os.remove(tmp_path / "ar_base_seed1.json")  # one base for both seeds
+    assert "| ar | reca | 3 | 0.60 0.60 0.60 0.60 0.60 0.60 | 0.600 ± 0.100 |" in out and "| ar | base | 3 |" in out
+    assert "| ar | reca | score | 0.250 ± 0.050 | 0.600 ± 0.100 |  | **+0.350 ± 0.050** |  | 2.00 → 2.00 | 0.900 → 0.900 |  |" in out  # captions alone: not of every seed
+    assert "| ar | sft-long | held-out | 0.100 | 0.050 |  | -0.050 |" in out
+    (tmp_path / "ar_sft_seed0.json").write_text(result(0.5, (), 0, "sft"))
     evaluate.print_table(tmp_path)
     out = capsys.readouterr().out
-    assert "| +0.400 ± 0.141 |" in out and "| ar | reca | 2* |" in out and "| ar | base | 1 |" in out
+    assert "| ar | reca | score | 0.250 ± 0.050 | 0.600 ± 0.100 | 0.533 ± 0.058 | **+0.350 ± 0.050** | +0.067 ± 0.058 |" in out  # 0, .1, .1 over captions alone: less than twice their spread
+    assert Image.open(tmp_path / "f.png").size == (720, 400)
+    for seed in (1, 2):
+        os.remove(tmp_path / f"ar_base_seed{seed}.json")  # one base for all seeds
+    evaluate.print_table(tmp_path)
+    out = capsys.readouterr().out
+    assert "| ar | reca* | score | 0.200 ± 0.000 | 0.600 ± 0.100 | 0.533 ± 0.058 | **+0.400 ± 0.100** |" in out
     (tmp_path / "ar_zero_seed0.json").write_text('{"arch": "ar", "seed": 0, "scores": null}')  # a run with --eval-n 0
     with pytest.raises(ValueError, match="ar_zero_seed0.json: no judged drawings"):
         evaluate.print_table(tmp_path)
