@@ -172,7 +172,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     g.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="compute type; weights stay fp32. auto: bf16 on GPUs that have it")
-    g.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile; auto: on GPUs")
+    g.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile; auto: on GPUs, eager where the compiler fails")
     g.add_argument("--checkpoint", choices=("none", "full"), default="none", help="full: recompute activations in backward, a third slower, far less memory")
     g.add_argument(
         "--cache-gb", type=float, default=8.0, help="host memory for the frozen encodings of one pool of images; a larger pool is encoded step by step"
@@ -314,63 +314,44 @@ class Pools:
 
     def __init__(self, args, model, stage, device, rank=0, world=1):
         self.args, self.parts = args, mix(args)
-        sparse = args.sparse_captions
-        bias = dict(data.CAPTION_BIAS, wrong=args.wrong_captions, drop_object=sparse, drop_color=sparse, drop_rare_color=1 - (1 - sparse) / 3)
         self.templates = data.RECA_TEMPLATES[: args.templates or None]
+        own = ("captioned" if stage in ("sft", "base") else "real") if args.data else None
         self.pool_of = dict.fromkeys(("recon", "i2t", "words", "uncond", "oracle"), "broad") | dict.fromkeys(("t2i", "align"), "captioned")
-        self.pool_of |= {"edit": "edits", "images": "crowded"}
-        images, self.text, self.scenes = {}, {}, {}
-        need = {self.pool_of[p] for p in self.parts if p in self.pool_of}
-        if args.data:
-            listed = data.Images(args.data, captions=stage in ("sft", "base"))
-            name = "captioned" if stage in ("sft", "base") else "real"
-            self.pool_of["t2i" if name == "captioned" else "recon"] = self.pool_of["images"] = name
-            if name == "captioned":
-                self.pool_of["align"] = self.pool_of["words"] = self.pool_of["uncond"] = name
-            images[name], self.text[name], self.real_images = listed, [s.caption for s in listed.samples], listed
-            need = {self.pool_of[p] for p in self.parts if p in self.pool_of}
+        self.pool_of |= {"edit": "edits", "images": own or "crowded"}
+        if own:
+            self.pool_of |= dict.fromkeys(("t2i", "align", "words", "uncond") if own == "captioned" else ("recon",), own)
         if args.i2t_data:
-            listed = data.Images(args.i2t_data, captions=True, image_root=args.image_root)
-            images["understanding"], self.text["understanding"] = listed, [s.turns or ((self.templates[0], s.caption),) for s in listed.samples]
             self.pool_of["i2t"] = "understanding"
-            need = {self.pool_of[p] for p in self.parts if p in self.pool_of}
         elif args.config != "tiny" and "i2t" in self.parts:
             raise ValueError(
                 f"--config {args.config}: RecA keeps understanding by image-to-text data, so give --i2t-data JSON (or --i2t-weight 0 to go without)"
             )
-        if args.config != "tiny" and (need - set(images) or not args.data):
-            raise ValueError(
-                f"--config {args.config} draws {getattr(model.config, 'image_size', 512)}-pixel pictures: give --data PATH (folders, tars) and only the parts "
-                f"it has data for (--mix; here {', '.join(self.parts)}); the shape world is for tiny"
-            )
-        if "crowded" in need:
-            images["crowded"] = data.crowded_pictures(args.pool, seed=args.seed)
         if args.understanding != "full" and "recon" in self.parts:
             if args.data or (args.arch == "mar" and args.understanding not in ("shrunk", "scrambled")):
                 raise ValueError(
                     f"--understanding {args.understanding}: an ablation of the shape world; --arch mar, whose encoder trains along, has only shrunk and scrambled"
                 )
             self.pool_of["recon"] = "altered"  # apart from "broad", whose encodings image-to-text keeps as they are
-            need.add("altered")
-        if {"broad", "altered"} & need or "text" in self.parts:
-            self.scenes["broad"] = self.scenes["altered"] = data.Scenes(args.pool, seed=10 + args.seed, captioned=args.pool_without_held_out)
-        if "captioned" in need and "captioned" not in images:
-            scenes = self.scenes["captioned"] = data.Scenes(args.captioned, seed=20 + args.seed, captioned=True)
-            n = len(scenes)
-            self.text["captioned"] = [
-                data.sparse_caption(scenes.scene(i), data.text_rng(args.seed, i, "caption"), bias, scenes.scene((i + 1) % n)) for i in range(n)
-            ]
-        if "edits" in need:
-            source = data.Scenes(args.pool, seed=30 + args.seed, captioned=True)
-            edits = [data.clean_edit(source.scene(i), data.text_rng(args.seed, i, "edit")) for i in range(len(source))]
-            self.text["edits"] = [e[0] for e in edits]
-            self.scenes["edit_sources"], self.scenes["edits"] = source, data.Scenes.of([e[1] for e in edits])
-            need.add("edit_sources")
-        self.listed = {name: source for name, source in images.items() if isinstance(source, data.Images)}
+        need = {self.pool_of[p] for p in self.parts if p in self.pool_of}
+        if args.config != "tiny" and (need - {own, "understanding"} or not own):
+            raise ValueError(
+                f"--config {args.config} draws {getattr(model.config, 'image_size', 512)}-pixel pictures: give --data PATH (folders, tars) and only the parts "
+                f"it has data for (--mix; here {', '.join(self.parts)}); the shape world is for tiny"
+            )
+        sources, self.text = self.shape_world(need - {own})
+        if own:
+            sources[own] = self.real_images = data.Images(args.data, captions=own == "captioned")
+            self.text[own] = [s.caption for s in self.real_images.samples]
+        if args.i2t_data:
+            sources["understanding"] = listed = data.Images(args.i2t_data, captions=True, image_root=args.image_root)
+            self.text["understanding"] = [s.turns or ((self.templates[0], s.caption),) for s in listed.samples]
+        self.listed = {name: source for name, source in sources.items() if isinstance(source, data.Images)}
+        self.scenes = {name: source for name, source in sources.items() if isinstance(source, data.Scenes)}
         self.cache, self.size, self.sources = {}, {}, {}
         start = time.time()
+        need |= {"edit_sources"} & set(sources)
         for name in sorted(need):
-            source = images[name] if name in images else self.scenes[name]
+            source = sources[name]
             self.size[name] = len(source)
             one = self.encode(model, source, name, stage, device, [0])
             need_bytes = len(source) * sum(v.numel() * v.element_size() for v in one.values())
@@ -393,6 +374,26 @@ class Pools:
                 "pools: " + ", ".join(f"{k} {self.size[k]:,}" for k in sorted(need)) + f" images, frozen encodings computed in {time.time() - start:.1f} s",
                 flush=True,
             )
+
+    def shape_world(self, need):
+        """-> {pool: its scenes (or pictures)} and {pool: its texts} of the shape world."""
+        args, sources, text = self.args, {}, {}
+        if "crowded" in need:
+            sources["crowded"] = data.crowded_pictures(args.pool, seed=args.seed)
+        if {"broad", "altered"} & need or "text" in self.parts:
+            sources["broad"] = sources["altered"] = data.Scenes(args.pool, seed=10 + args.seed, captioned=args.pool_without_held_out)
+        if "captioned" in need:
+            scenes = sources["captioned"] = data.Scenes(args.captioned, seed=20 + args.seed, captioned=True)
+            sparse, n = args.sparse_captions, len(scenes)
+            bias = dict(data.CAPTION_BIAS, wrong=args.wrong_captions, drop_object=sparse, drop_color=sparse, drop_rare_color=1 - (1 - sparse) / 3)
+            text["captioned"] = [
+                data.sparse_caption(scenes.scene(i), data.text_rng(args.seed, i, "caption"), bias, scenes.scene((i + 1) % n)) for i in range(n)
+            ]
+        if "edits" in need:
+            scenes = sources["edit_sources"] = data.Scenes(args.pool, seed=30 + args.seed, captioned=True)
+            edits = [data.clean_edit(scenes.scene(i), data.text_rng(args.seed, i, "edit")) for i in range(len(scenes))]
+            text["edits"], sources["edits"] = [e[0] for e in edits], data.Scenes.of([e[1] for e in edits])
+        return sources, text
 
     def pixels(self, model, source, name, rows):
         """Images (n, 3, H, W) in [-1, 1] of some rows of a source, preprocessed as the model was trained to see them."""
@@ -840,6 +841,7 @@ def main(argv=None):
     precision = (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else contextlib.nullcontext
     run = DDP(model, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=True) if world > 1 else model
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
+        torch._dynamo.config.suppress_errors = args.compile == "auto"  # where nobody asked for it, a compiler that fails costs a warning and speed, not the run
         run = torch.compile(run)
     weights = {"i2t": args.i2t_weight, "t2i": args.t2i_weight, "uncond": args.t2i_weight, "edit": args.t2i_weight, "align": ALIGN_WEIGHT}
     parts = list(pools.parts)
@@ -861,7 +863,8 @@ def main(argv=None):
         log = open(os.path.join(args.out, "log.jsonl"), "a" if state is not None else "w")
         if state is None:
             data.write_text(os.path.join(args.out, "run.json"), json.dumps(meta(args, world), indent=1, default=str))
-            before, text = scores(args, model)
+            untrained = args.stage in ("base", "tokenizer") and not args.ckpt  # nothing to judge yet
+            before, text = (None, None) if untrained else scores(args, model)
             if before:
                 say("before: " + text)
                 log.write(json.dumps(dict(step=0, scores=before)) + "\n")
