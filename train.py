@@ -172,7 +172,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     g.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="compute type; weights stay fp32. auto: bf16 on GPUs that have it")
-    g.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile; auto: on GPUs, eager where the compiler fails")
+    g.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile; auto: published sizes on GPUs, eager where the compiler fails")
     g.add_argument("--checkpoint", choices=("none", "full"), default="none", help="full: recompute activations in backward, a third slower, far less memory")
     g.add_argument(
         "--cache-gb", type=float, default=8.0, help="host memory for the frozen encodings of one pool of images; a larger pool is encoded step by step"
@@ -840,7 +840,7 @@ def main(argv=None):
     bf16 = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
     precision = (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else contextlib.nullcontext
     run = DDP(model, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=True) if world > 1 else model
-    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
+    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda" and args.config != "tiny"):  # a tiny run is over before its shapes are compiled
         torch._dynamo.config.suppress_errors = args.compile == "auto"  # where nobody asked for it, a compiler that fails costs a warning and speed, not the run
         run = torch.compile(run)
     weights = {"i2t": args.i2t_weight, "t2i": args.t2i_weight, "uncond": args.t2i_weight, "edit": args.t2i_weight, "align": ALIGN_WEIGHT}

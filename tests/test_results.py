@@ -2,6 +2,7 @@
 import glob
 import json
 import os
+import re
 import shlex
 import types
 
@@ -50,3 +51,20 @@ def test_tables_of_the_stored_runs(capsys):
         evaluate.print_table(os.path.join(ROOT, "results", folder))
         out = capsys.readouterr().out
         assert all(f"| {arch} | {run} | 3 |" in out for run in ("base", "reca", "reca-full", "sft"))
+
+
+def test_the_tables_of_both_readmes_are_what_the_stored_runs_give(capsys):
+    """Every row with three or more ± in README.md and results/README.md: its numbers stand side by side in what `evaluate.py --table` prints, bold where that is."""
+    for folder in (os.path.join(ROOT, "results"), *(f.path for f in os.scandir(os.path.join(ROOT, "results")) if f.is_dir())):
+        evaluate.print_table(folder)
+    printed = re.sub(r"(?<!\d)0\.", ".", capsys.readouterr().out)
+    rows = []
+    for name in ("README.md", os.path.join("results", "README.md")):
+        with open(os.path.join(ROOT, name), encoding="utf-8") as f:
+            rows += [line for line in f if line.startswith("|") and line.count("±") > 2]
+    assert len(rows) > 30
+    for row in rows:
+        numbers = [cell.strip() for cell in row.split("|") if "±" in cell]
+        assert " | ".join(numbers) in printed, row
+        if "→" in row:  # questions and so on beside them
+            assert any(" | ".join(numbers) in line and all(cell.strip() in line for cell in row.split("|") if "→" in cell) for line in printed.splitlines()), row
