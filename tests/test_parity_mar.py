@@ -819,3 +819,25 @@ def test_preprocess():
     for purpose in ("understand", "recon", "edit"):
         x = model.preprocess(image, purpose)
         assert x.shape == (3, 48, 48) and ((x[0] > 0.99).float().mean() < 0.6) == (purpose == "understand")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dynamic_lengths_are_sums():
+    """Masked tokens and text lengths vary from step to step, so a compiler gets symbols for them. No length in the graph may be a difference of two: inductor
+    (torch 2.13) fails on the strides that follow from it."""
+    model, batch, lengths = tiny(), tiny_batch(parts=("recon",)), set()
+
+    def backend(graph, inputs):
+        values = [node.meta.get("example_value") for node in graph.graph.nodes]
+        lengths.update(s.node.expr for v in values if isinstance(v, torch.Tensor) for s in v.shape if isinstance(s, torch.SymInt))
+        return graph.forward
+
+    compiled, order = torch.compile(model, backend=backend), torch.randperm(9).repeat(6, 1)
+    for k in (5, 7):
+        for t in batch.values():
+            t |= {"masked": order[:, :k], "visible": order[:, k:].sort(1).values, "t": torch.randint(0, 1000, (6, 4, k)), "noise": torch.randn(6, 4, k, 16),
+                  "ids": torch.cat([t["ids"][:, :1], t["ids"]], 1)}
+        compiled(batch)
+    assert len(lengths) > 5
+    minus = [e for e in lengths if any(factor < 0 for symbol, factor in e.expand().as_coefficients_dict().items() if symbol.free_symbols)]
+    assert not minus, minus
