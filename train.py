@@ -85,8 +85,9 @@ MIX = {
 # Captions stand beside RecA in all three, because features teach that a place is empty unless something is said of that place, and prompts name no places.
 # AR base: with align and strong decay together it scored .40 instead of .55 (one seed; which of them does it was not separated).
 # AR after it: no i2t, which costs half the compute, changes nothing in drawing and keeps .006 of the questions. 1,200 steps, since RecA and its control still gain after 300.
-# MAR: a base of this recipe answers .92-.99 of the questions (at Muon .02, one question a row and `align`: .81-.86) and reconstructs, it seems by copying place by place,
-# which teaches its drawing little; so RecA sees the board's cells in random order: what is there, not where.
+# MAR: a base of this recipe answers .97-.99 of the questions (at Muon .02, one question a row and `align`: .81-.86) and reconstructs, it seems by copying place by place,
+# which teaches its drawing little; so RecA sees the board's cells in random order (what is there, not where) in half of its pictures, and the others as they are, so that
+# it need not forget how to reconstruct.
 # BAGEL, for the same reason: the features in random order. Its drawing expert was last trained on captions as poor as these; with Muon; edits so that editing stays.
 # Poor captions in both, since there RecA helps most.
 POOR_CAPTIONS = dict(sparse_captions=0.6, wrong_captions=0.4)
@@ -95,9 +96,9 @@ TINY_OWN = {
     ("ar", "reca"): dict(steps=1200, i2t_weight=0.0, t2i_weight=1.0, mix=["recon=0.5", "t2i=0.5"]),
     ("ar", "sft"): dict(steps=1200, i2t_weight=0.0),
     ("mar", "base"): dict(
-        lr=2e-3, muon_lr=0.005, muon_decay=0.1, questions=4, steps=4000, mix=["t2i=1", "i2t=0.75", "edit=0.5", "text=0.25", "words=0.5"], **POOR_CAPTIONS
+        lr=2e-3, muon_lr=0.005, muon_decay=0.1, questions=4, steps=6000, mix=["t2i=1", "i2t=0.75", "edit=0.5", "text=0.25", "words=0.5"], **POOR_CAPTIONS
     ),
-    ("mar", "reca"): dict(t2i_weight=1.0, mix=["recon=0.5", "t2i=0.5", "i2t=1"], understanding="scrambled", **POOR_CAPTIONS),
+    ("mar", "reca"): dict(t2i_weight=1.0, mix=["recon=0.5", "t2i=0.5", "i2t=1"], understanding="scrambled", altered_share=0.5, **POOR_CAPTIONS),
     ("mar", "sft"): dict(**POOR_CAPTIONS),
     ("diffusion", "base"): dict(drop=0.0, steps=3500, mix=["t2i=1", "uncond=0.25", "i2t=1", "edit=0.5", "text=0.25", "align=1"]),
     ("diffusion", "reca"): dict(muon_lr=0.005, steps=400, t2i_weight=1.0, mix=["recon=0.5", "t2i=0.5", "edit=0.25"], understanding="shuffled", **POOR_CAPTIONS),
@@ -141,7 +142,7 @@ def parse_args(argv=None):
     g.add_argument("--templates", type=int, default=0, help="how many template requests to sample from; 0 = all")
     g.add_argument("--grad-scale", type=float, help="gradient scale on the clean features (MAR: 0.1)")
     g.add_argument("--understanding", choices=UNDERSTANDING, help="what of the picture reaches RecA's context (shape world)")
-    g.add_argument("--altered-share", type=float, default=1.0, help="for which share of RecA's pictures --understanding holds; the rest are seen in full")
+    g.add_argument("--altered-share", type=float, help="for which share of RecA's pictures --understanding holds; the rest are seen in full (default 1; tiny mar, where no --understanding is typed, 0.5)")
     g.add_argument("--oracle-captions", nargs="?", const="dense", choices=("dense", "clean"),
                    help="ablation: RecA's pictures come with a true caption as a t2i prompt instead of features: dense (all there is to say) or "
                         "clean (worded like the judged prompts)")
@@ -189,7 +190,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.resume:  # the stored arguments become the defaults; what is typed now wins
         state, out = read_checkpoint(args.resume), args.out
-        p.set_defaults(**{"questions": 1} | state["args"])
+        p.set_defaults(**{"questions": 1, "altered_share": 1.0} | state["args"])  # what older runs did
         args = p.parse_args(argv)
         args.out = out or args.resume
         for name in ("arch", "config", "stage"):
@@ -200,7 +201,7 @@ def parse_args(argv=None):
         return args, state
     recipe = dict(TINY[args.stage] if args.config == "tiny" else PUBLISHED[args.arch], t2i_weight=float(args.stage != "reca"))
     bias = data.CAPTION_BIAS
-    recipe = dict(eps=1e-8, questions=1, muon_lr=0.0, muon_decay=0.02, understanding="full", wrong_captions=bias["wrong"], sparse_captions=bias["drop_object"]) | recipe
+    recipe = dict(eps=1e-8, questions=1, muon_lr=0.0, muon_decay=0.02, understanding="full", altered_share=1.0, wrong_captions=bias["wrong"], sparse_captions=bias["drop_object"]) | recipe
     if args.config == "tiny":
         recipe["t2i_weight"] *= DRAWING_WEIGHT[args.arch]
         recipe["i2t_weight"] /= DRAWING_WEIGHT[args.arch] if args.stage == "reca" else 1.0
@@ -208,6 +209,8 @@ def parse_args(argv=None):
             recipe["i2t_weight"] = 0.0  # the understanding expert is frozen
         if not (args.data and args.stage == "reca"):  # your own images: plain RecA, without the shape world's captions beside it
             recipe |= TINY_OWN.get((args.arch, args.stage), {})
+    if args.understanding:  # typed: for all pictures, unless --altered-share says otherwise
+        recipe["altered_share"] = 1.0
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -797,6 +800,7 @@ def main(argv=None):
     args, state = parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check_args(args, world)
+    about = meta(args, world)  # now: the commit may be another one when the run ends
     if args.device == "cuda" or (world > 1 and args.device.startswith("cuda")):
         args.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
     if args.device.startswith("cuda"):
@@ -862,7 +866,7 @@ def main(argv=None):
     if main_process:
         log = open(os.path.join(args.out, "log.jsonl"), "a" if state is not None else "w")
         if state is None:
-            data.write_text(os.path.join(args.out, "run.json"), json.dumps(meta(args, world), indent=1, default=str))
+            data.write_text(os.path.join(args.out, "run.json"), json.dumps(about, indent=1, default=str))
             untrained = args.stage in ("base", "tokenizer") and not args.ckpt  # nothing to judge yet
             before, text = (None, None) if untrained else scores(args, model)
             if before:
@@ -994,7 +998,7 @@ def main(argv=None):
         after, text = scores(args, model)
         before = before or next((r["scores"] for r in history if r.get("step") == 0 and "scores" in r), None)
         save_weights(args, model, step=args.steps, scores_before=before, scores_after=after)
-        result = dict(meta(args, world), seconds=time.time() - started, curve=[(r["step"], r["scores"]) for r in history if "scores" in r], scores=after)
+        result = dict(about, seconds=time.time() - started, curve=[(r["step"], r["scores"]) for r in history if "scores" in r], scores=after)
         data.write_text(os.path.join(args.out, "result.json"), json.dumps(result, indent=1, default=str))
         if after:
             log.write(json.dumps(dict(step=args.steps, scores=after)) + "\n")

@@ -459,6 +459,15 @@ def test_tiny_ar_recipe_and_its_control():
     assert train.mix(published) == {"recon": 1.0, "i2t": 1.0}
 
 
+def test_tiny_mar_sees_half_of_its_pictures_scrambled():
+    parse = lambda *a: train.parse_args(["--arch", "mar", *a])[0]
+    args = parse()
+    assert (args.understanding, args.altered_share) == ("scrambled", 0.5) and train.mix(args) == {"recon": 0.5, "t2i": 0.5, "i2t": 1.0}
+    assert parse("--understanding", "shrunk").altered_share == 1.0  # an ablation that is typed holds for all pictures
+    assert parse("--understanding", "scrambled", "--altered-share", "0.25").altered_share == 0.25
+    assert parse("--data", "photos").understanding == "full"  # your own images: RecA as published
+
+
 def test_features_are_dropped_only_without_captions_beside_them():
     args, _ = train.parse_args(["--arch", "diffusion", "--drop", "1"])
     for parts, drop in (({"recon": 1.0}, True), ({"recon": 0.5, "t2i": 0.5}, False)):
