@@ -340,7 +340,7 @@ def print_table(folder):
 
 
 def print_changes(runs):
-    """A row for each RecA run and number: base, the run, the same steps on captions alone (means over seeds), and the changes. Bases differ more from seed to seed than
+    """A row for each RecA run whose seeds all have a base, and for each number: base, the run, the same steps on captions alone (means over seeds), and the changes. Bases differ more from seed to seed than
     fine-tuning changes them, so changes are taken within each seed; bold: the mean is more than twice their standard deviation over seeds. Also for captions alone."""
     columns = ["arch", "run", "", "base", "run", "captions alone", "run - base", "run - captions alone", "objects/picture", "questions", "reconstruction"]
     print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
