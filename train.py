@@ -82,7 +82,8 @@ MIX = {
     "reca": {"recon": 1.0, "i2t": 1.0},
 }
 # Where a tiny model's recipe is its own, as its seeds in results/ were run; the numbers are in results/LOG.md.
-# Captions stand beside RecA in all three, because features teach that a place is empty unless something is said of that place, and prompts name no places.
+# Captions stand beside RecA in all three, because features teach that a place is empty unless something is said of that place, and prompts name no places. (Not the whole
+# reason: RecA alone also loses where features tell no places.)
 # AR base: with align and strong decay together it scored .40 instead of .55 (one seed; which of them does it was not separated).
 # AR after it: no i2t, which costs half the compute, changes nothing in drawing and keeps .006 of the questions. 1,200 steps, since RecA and its control still gain after 300.
 # MAR: a base of this recipe answers .97-.99 of the questions (at Muon .02, one question a row and `align`: .81-.86) and reconstructs, it seems by copying place by place,
