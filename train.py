@@ -184,6 +184,7 @@ def parse_args(argv=None):
     g.add_argument("--eval-n", type=int, default=300, help="judged pictures before and after (shape world); 0 = no scores")
     g.add_argument("--eval-every", type=int, default=0, help="also every so many steps")
     g.add_argument("--eval-split", choices=("dev", "test"), default="test", help="dev: prompts for choosing settings")
+    g.add_argument("--cfg", type=float, help="guidance the model is scored at and saved with (default: the checkpoint's)")
     g.add_argument("--save-every", type=int, default=500)
     g.add_argument("--log-every", type=int, default=10)
     g.add_argument("--stop-after", type=int, default=0, help="save a checkpoint and stop after this step, as a signal would (0 = run to the end)")
@@ -239,6 +240,8 @@ def check_args(args, world):
                 f"take a multiple of {math.lcm(*[fractions.Fraction(s).limit_denominator(100).denominator for s in mix(args).values()]) * world * args.accum}"
             )
     data.check_device(args.device)
+    if args.cfg is not None and args.cfg < 1:
+        raise ValueError(f"--cfg {args.cfg:g}: guidance starts at 1, which is none")
     for name in ("drop", "wrong_captions", "sparse_captions", "altered_share"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name):g}: a share, from 0 to 1")
@@ -822,6 +825,8 @@ def main(argv=None):
         model.load_state_dict(state["model"])
     if args.grad_scale is not None and hasattr(model.config, "grad_scale"):
         model.config.grad_scale = args.grad_scale
+    if args.cfg is not None and args.stage != "tokenizer":
+        model.config.cfg = args.cfg
     model.to(device)
     named = model.trainable_parameters(args.stage)
     check_memory(args, named, model)

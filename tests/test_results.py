@@ -14,7 +14,7 @@ import train
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FILES = sorted(glob.glob(os.path.join(ROOT, "results", "**", "*.json"), recursive=True))
 SAME = ["arch", "stage", "seed", "config", "pool", "captioned", "wrong_captions", "sparse_captions", "pool_without_held_out", "drop", "templates", "grad_scale", "understanding",
-        "steps", "batch", "lr", "muon_lr", "warmup", "weight_decay", "clip", "betas", "eps", "schedule", "accum", "ema", "eval_n", "eval_split", "questions", "altered_share"]
+        "steps", "batch", "lr", "muon_lr", "warmup", "weight_decay", "clip", "betas", "eps", "schedule", "accum", "ema", "eval_n", "eval_split", "cfg", "questions", "altered_share"]
 BEFORE = dict(questions=1, sparse_captions=0.25, understanding="full", altered_share=1.0)  # what runs did that are older than these flags
 
 

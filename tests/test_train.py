@@ -91,13 +91,13 @@ def test_two_processes_equal_one_and_resume(arch, tmp_path):
 def test_reca_run_leaves_everything_and_learns(tmp_path):
     if not os.path.isdir(sample.default_weights("mar", "base")):
         pytest.skip("weights/mar-base is not there")
-    assert run("--arch", "mar", *SMALL, "--eval-n", "6", "--ema", "0.9", out=tmp_path / "r") == 0
+    assert run("--arch", "mar", *SMALL, "--eval-n", "6", "--ema", "0.9", "--cfg", "2.5", out=tmp_path / "r") == 0
     files = set(os.listdir(tmp_path / "r"))
     assert {"model.safetensors", "config.json", "checkpoint.pt", "log.jsonl", "loss.png", "before_after.png", "run.json", "result.json"} <= files
     meta = json.load(open(tmp_path / "r" / "config.json"))
     assert 0 <= meta["scores_before"]["generation"]["score"] <= 1 and meta["scores_after"]["generation"]["n"] == 6
     model = sample.load_model("mar", str(tmp_path / "r"))
-    assert not model.training
+    assert not model.training and model.config.cfg == 2.5  # --cfg stays with the weights
     base = sample.load_model("mar", sample.default_weights("mar", "base"))
     changed = [k for k, v in model.state_dict().items() if not torch.equal(v, base.state_dict()[k])]
     assert changed and not any(k.startswith("vae.") for k in changed)  # the frozen autoencoder stays to the bit
