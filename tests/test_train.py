@@ -133,6 +133,7 @@ ERRORS = [
     (["--stage", "base", "--mix", "t2i=0.75", "--accum", "8"], r"take a multiple of 32"),
     (["--log-every", "0"], r"--log-every 0: must be at least 1"),
     (["--device", "tpu9"], r"--device tpu9: no such device"),
+    (["--cfg", "0.5"], r"--cfg 0.5: guidance starts at 1"),
 ]
 
 
