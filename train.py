@@ -242,6 +242,8 @@ def check_args(args, world):
     data.check_device(args.device)
     if args.cfg is not None and args.cfg < 1:
         raise ValueError(f"--cfg {args.cfg:g}: guidance starts at 1, which is none")
+    if args.cfg is not None and args.stage == "tokenizer":
+        raise ValueError(f"--cfg {args.cfg:g}: a tokenizer has no guidance; it is for the stages base, sft and reca")
     for name in ("drop", "wrong_captions", "sparse_captions", "altered_share"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name):g}: a share, from 0 to 1")
@@ -825,7 +827,7 @@ def main(argv=None):
         model.load_state_dict(state["model"])
     if args.grad_scale is not None and hasattr(model.config, "grad_scale"):
         model.config.grad_scale = args.grad_scale
-    if args.cfg is not None and args.stage != "tokenizer":
+    if args.cfg is not None:
         model.config.cfg = args.cfg
     model.to(device)
     named = model.trainable_parameters(args.stage)

@@ -134,6 +134,7 @@ ERRORS = [
     (["--log-every", "0"], r"--log-every 0: must be at least 1"),
     (["--device", "tpu9"], r"--device tpu9: no such device"),
     (["--cfg", "0.5"], r"--cfg 0.5: guidance starts at 1"),
+    (["--stage", "tokenizer", "--cfg", "2"], r"--cfg 2: a tokenizer has no guidance"),
 ]
 
 
