@@ -85,7 +85,8 @@ MIX = {
 # Captions stand beside RecA in all three, because features teach that a place is empty unless something is said of that place, and prompts name no places. (Not the whole
 # reason: RecA alone also loses where features tell no places.)
 # AR base: with align and strong decay together it scored .40 instead of .55 (one seed; which of them does it was not separated).
-# AR after it: no i2t, which costs half the compute, changes nothing in drawing and keeps .006 of the questions. 1,200 steps, since RecA and its control still gain after 300.
+# AR after it: no i2t, which costs half the compute, changes nothing in drawing and keeps .006 of the questions. 1,200 steps, since RecA and its control still gained after 300
+# from the first bases; from bases trained for twice as long neither gains.
 # MAR: a base of this recipe answers .97-.99 of the questions (at Muon .02, one question a row and `align`: .81-.86) and reconstructs, it seems by copying place by place,
 # which teaches its drawing little; so RecA sees the board's cells in random order (what is there, not where) in half of its pictures, and the others as they are, so that
 # it need not forget how to reconstruct.

@@ -42,7 +42,7 @@ def test_every_base_that_a_command_names_is_stored_too():
 
 
 def test_tables_of_the_stored_runs(capsys):
-    for folder in ("results", "results/poor-captions", "results/older-ar"):
+    for folder in ("results", "results/poor-captions"):
         evaluate.print_table(os.path.join(ROOT, folder))
     out = capsys.readouterr().out
     for arch in ("mar", "ar", "diffusion"):
