@@ -4,70 +4,33 @@
     python data.py --build-tokenizer     train the tiny vocabulary again (weights/tokenizer.tiktoken; takes a second)
 """
 import argparse
-import base64
+import atexit
 import hashlib
 import io
 import json
 import os
+import queue
 import random
-import re
 import sys
 import tarfile
-import unicodedata
+import threading
+import time
 import warnings
-from collections import Counter
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import tiktoken
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
+import shape_world
+from checkpoint import one_line_errors, read_json
+
 WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
 
-
-def atomic(path, write):
-    """Call write(binary file) on a temporary name beside `path`, sync it to disk and rename: a crash or a full disk leaves what was there before."""
-    tmp = f"{path}.tmp{os.getpid()}"
-    try:
-        with open(tmp, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except OSError as e:
-        raise OSError(f"{path}: cannot be written ({e.strerror or e}); what was there before is untouched") from None
-    finally:
-        if os.path.exists(tmp):
-            os.remove(tmp)
-
-
-def write_text(path, text):
-    atomic(path, lambda f: f.write(text.encode()))
-
-
-def check_device(name):
-    """Raises ValueError for a --device that this machine or this torch does not have."""
-    try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        raise ValueError(f"--device {name}: no such device; cpu, cuda, cuda:1 ...") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: this torch ({torch.__version__}) sees no GPU; give --device cpu, or install a CUDA build")
-
-
-def one_line_errors(main):
-    """Run main() and exit with what it returns; what the user can put right (a missing file, a wrong value, too little memory) ends with its message alone
-    and exit code 2. NANORECA_TRACEBACK=1 shows where it came from."""
-    try:
-        sys.exit(main() or 0)
-    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as e:
-        if os.environ.get("NANORECA_TRACEBACK"):
-            raise
-        print(f"error: {e}" if str(e) else f"error: {type(e).__name__}", file=sys.stderr, flush=True)
-        sys.exit(2)
 
 
 class Progress:
@@ -96,188 +59,6 @@ class Progress:
             self.bar.close()
 
 
-def read_json(path):
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except ValueError as e:
-        raise ValueError(f"{path}: not valid JSON ({e}); the file may be incomplete, fetch it again") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text tokenizers. All are byte-level BPE run by tiktoken from ranks in a local file; nothing is ever downloaded.
-# The two ways published models cut a text into pieces before BPE.
-QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-TINY_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
-# What Qwen2.5 adds after its 151,643 BPE ids, in order of id.
-QWEN_SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|>
-<|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|>
-<|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>""".split()
-# phi-1.5 adds runs of 31..2 spaces, then of 9..2 tabs, after GPT-2's 50,257 ids.
-PHI_WHITESPACE = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]
-
-
-class Tokenizer:
-    """Text <-> ids: BPE ranks, a split pattern, special strings, and plain added strings (phi's runs of whitespace).
-
-    `special` (dict string -> id) is recognised by `encode` only, `added` by both. They are cut out longest first BEFORE tiktoken sees
-    the text: given overlapping special tokens, tiktoken does not take the longest one, and four spaces must be one id, not two.
-    """
-
-    def __init__(self, ranks, split, special, added=None, nfc=False):
-        self.special, self.added, self.nfc = dict(special), dict(added or {}), nfc
-        self.fixed = {**self.special, **self.added}
-        self.bpe = tiktoken.Encoding("local", pat_str=split, mergeable_ranks=ranks, special_tokens=self.fixed)
-        self.known = {*ranks.values(), *self.fixed.values()}
-        self.vocab_size = max(self.known) + 1                                    # number of ids, special ones included
-        self.eos = self.special["<|endoftext|>"]                                 # ends a document; a chat turn ends with <|im_end|>
-
-        def longest_first(strings):
-            return re.compile("(" + "|".join(map(re.escape, sorted(strings, key=len, reverse=True))) + ")") if strings else None
-        self.cut_all, self.cut_added = longest_first(self.fixed), longest_first(self.added)
-
-    def _encode(self, text, cut):
-        ids = []
-        for i, piece in enumerate(cut.split(text) if cut else [text]):           # odd pieces are the strings that were cut out
-            if i % 2:
-                ids.append(self.fixed[piece])
-            elif piece:
-                ids.extend(self.bpe.encode_ordinary(unicodedata.normalize("NFC", piece) if self.nfc else piece))
-        return ids
-
-    def encode(self, text):
-        """Text -> list of ids; special strings such as <|im_start|> become their one id."""
-        return self._encode(text, self.cut_all)
-
-    def encode_ordinary(self, text):
-        """Text -> list of ids; special strings are spelt out like any other text (for text that users or files bring)."""
-        return self._encode(text, self.cut_added)
-
-    def decode(self, ids, skip_special=False):
-        """Ids -> text. Ids outside the vocabulary (embedding tables are padded beyond it) and broken UTF-8 become U+FFFD."""
-        drop = set(self.special.values()) if skip_special else ()
-        parts = [self.bpe.decode_single_token_bytes(i) if i in self.known else b"\xef\xbf\xbd" for i in map(int, ids) if i not in drop]
-        return b"".join(parts).decode("utf-8", "replace")
-
-
-def _read_ranks(path):
-    """tiktoken's file format: one `base64-of-the-bytes rank` per line."""
-    ranks = {}
-    with open(path, "rb") as f:
-        for n, line in enumerate(f, 1):
-            try:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-            except ValueError:
-                raise ValueError(f"{path}: line {n} is {line[:40]!r}, expected a base64 token and its rank; fetch the file again") from None
-    if len(ranks) < 256 or sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError(f"{path}: {len(ranks)} tokens, ranks are not 0..{len(ranks) - 1}; the file is incomplete, fetch it again")
-    return ranks
-
-
-def _vocab_to_ranks(path, vocab, merges, skip):
-    """vocab.json (string -> id) and merges ([left, right], ...) -> {bytes: id}. tiktoken merges the pair of the lowest id first, so ids
-    must rise with the merges (true for Qwen2 and GPT-2; checked). Bytes without a printable character stand as U+0100 onwards."""
-    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    byte_of = {**{chr(b): b for b in own}, **{chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(own)))}}
-    try:
-        ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token not in skip}
-        order = [ranks[bytes(byte_of[c] for c in left + right)] for left, right in merges]
-    except (KeyError, ValueError) as e:
-        raise ValueError(f"{path}: {e} is in no byte-level BPE; vocabulary and merges must be of one Qwen2 or phi-1.5 model") from None
-    if order != sorted(order) or len(ranks) != len(set(order)) + 256:
-        raise ValueError(f"{path}: {len(ranks)} tokens against 256 bytes + {len(order)} merges, or ids that do not rise with the merges; "
-                         "vocabulary and merges must be of one Qwen2 or phi-1.5 model")
-    return ranks
-
-
-@lru_cache(None)
-def load_tokenizer(name_or_path="tiny"):
-    """"tiny" (ours, 1,024 ids), or a file or folder of Qwen2/2.5 or GPT-2/phi-1.5: tokenizer.json, vocab.json + merges.txt, *.tiktoken.
-
-    The kind is read from the files. GPT-2's vocabulary gets phi-1.5's 38 runs of whitespace, since phi is what uses it here.
-    Raises FileNotFoundError (nothing there; says what was looked for) or ValueError (another kind of tokenizer, files that disagree).
-    """
-    path = os.path.join(WEIGHTS, "tokenizer.tiktoken") if name_or_path == "tiny" else os.fspath(name_or_path)
-    partner = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
-    if os.path.isdir(path):
-        names = ("tokenizer.json", "vocab.json", "encoder.json", "qwen.tiktoken", "tokenizer.tiktoken")
-        found = [n for n in names if os.path.isfile(os.path.join(path, n))]
-        if not found:
-            raise FileNotFoundError(f"{path}: no text tokenizer in this folder; looked for {', '.join(names)}")
-        path = os.path.join(path, found[0])
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f'{path}: no such text tokenizer; give "tiny", or a folder or file of a Qwen2/2.5 or phi-1.5 tokenizer')
-    folder, name = os.path.split(path)
-    added, gpt2 = {}, False
-    if name.endswith(".tiktoken"):
-        ranks = _read_ranks(path)
-    elif name in partner:
-        merges_path = os.path.join(folder, partner[name])
-        if not os.path.isfile(merges_path):
-            raise FileNotFoundError(f"{merges_path}: missing; {name} needs {partner[name]} beside it")
-        vocab = read_json(path)
-        with open(merges_path, encoding="utf-8") as f:
-            merges = [line.rstrip("\n").split(" ") for i, line in enumerate(f) if line.strip() and (i or not line.startswith("#version"))]
-        gpt2 = "<|endoftext|>" in vocab                                           # Qwen2 keeps its special tokens out of vocab.json
-        added = {s: vocab[s] for s in ("<|endoftext|>",) if gpt2}
-        ranks = _vocab_to_ranks(path, vocab, merges, skip=added)
-    elif name.endswith(".json"):
-        file = read_json(path)
-        if not isinstance(file, dict) or not {"vocab", "merges"} <= set(file.get("model") or ()):
-            raise ValueError(f"{path}: no BPE model with vocab and merges in it; expected the one of a Qwen2/2.5 or phi-1.5 model")
-        added = {t["content"]: t["id"] for t in file.get("added_tokens") or ()}
-        merges = [m.split(" ") if isinstance(m, str) else m for m in file["model"]["merges"]]
-        ranks = _vocab_to_ranks(path, file["model"]["vocab"], merges, skip=added)
-        split = json.dumps(file.get("pre_tokenizer"))
-        gpt2 = '"ByteLevel"' in split and "Regex" not in split
-        if not gpt2 and json.dumps(QWEN_SPLIT) not in split:
-            raise ValueError(f"{path}: splits text by {split[:90]}..., which is neither Qwen2's nor GPT-2's way; only these two are read")
-    else:
-        raise ValueError(f"{path}: unknown kind of text tokenizer; expected tokenizer.json, vocab.json (+ merges.txt) or a .tiktoken file")
-    if gpt2:
-        special = {s: i for s, i in added.items() if s.strip()}
-        runs = {s: i for s, i in added.items() if not s.strip()} or {s: len(ranks) + len(special) + i for i, s in enumerate(PHI_WHITESPACE)}
-    else:
-        names = TINY_SPECIAL if name.endswith(".tiktoken") and len(ranks) != 151643 else QWEN_SPECIAL
-        special, runs = added or {s: len(ranks) + i for i, s in enumerate(names)}, {}
-    if missing := [s for s in TINY_SPECIAL[:1 if gpt2 else 3] if s not in special]:
-        raise ValueError(f"{path}: special tokens {missing} are missing; expected the tokenizer of a Qwen2/2.5 or phi-1.5 model")
-    return Tokenizer(ranks, GPT2_SPLIT if gpt2 else QWEN_SPLIT, special, runs, nfc=not gpt2)
-
-
-def train_bpe(texts, vocab_size):
-    """Byte-pair encoding from weighted texts [(text, weight)] -> {token bytes: rank}, vocab_size ranks (the first 256 are the bytes).
-
-    Counts every neighbouring pair by the BYTES it would make and merges the commonest everywhere (Sennrich et al. 2016): tiktoken looks
-    pairs up by their bytes as well, so training and encoding agree. Ties go to the smaller bytes: the same texts give the same file.
-    """
-    import regex                                                                  # comes with tiktoken
-    words = Counter()
-    for text, weight in texts:
-        for piece in regex.findall(QWEN_SPLIT, unicodedata.normalize("NFC", text)):
-            words[piece.encode()] += weight
-    words = [([bytes([b]) for b in word], n) for word, n in sorted(words.items())]
-    ranks = {bytes([b]): b for b in range(256)}
-    while len(ranks) < vocab_size:
-        pairs = Counter()
-        for parts, n in words:
-            for a, b in zip(parts, parts[1:]):
-                pairs[a + b] += n
-        if not pairs:
-            raise ValueError(f"the texts give only {len(ranks)} tokens, {vocab_size} wanted; give more text or a smaller vocabulary")
-        new = min(pairs, key=lambda p: (-pairs[p], p))
-        ranks[new] = len(ranks)
-        for parts, n in words:
-            i = 0
-            while i < len(parts) - 1:
-                if parts[i] + parts[i + 1] == new:
-                    parts[i:i + 2] = [new]
-                i += 1
-    return ranks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,34 +100,6 @@ I want to know what is in this image. | I would like a description of this pictu
 Read the image and describe it. | Detail the picture for me. | Here is a picture. Describe it. | Here is an image. What do you see?
 Draw it again in words. | Note every detail of this image.
 """.replace("\n", "|").split("|") if t.strip()]
-
-# What the tiny vocabulary is trained on. Every word of the shape world becomes one token, with a leading space and (at the beginning of an
-# answer or an instruction) without; the words of LEADING may start a sentence. weights/tokenizer_english.txt is a page of plain English.
-WORLD_WORDS = """circle circles square squares triangle triangles star stars cross crosses shape shapes object objects thing things all only
-red green blue yellow purple orange cyan pink white black gray brown color colors small large big medium tiny size bright pale striped
-left right above below top bottom middle center corner side between near under over next inside upper lower row column up down
-zero one two three four five six none no yes what how many which where is are there does do it its and or of with to at in on into by from
-a an the this that not than same other different instead another both empty plain dark light make remove add move change replace turn swap
-put delete draw keep image picture photo background ground scene place grid cell everything nothing else first second last""".split()
-LEADING = """A An The There This It In On One Two Three Four Five What How Where Which Is Are Make Remove Add Replace Move Does Do
-Change Turn Swap Put Delete Draw Yes No Describe Generate Edit Keep Answer Question Red Green Blue Yellow Purple Orange Cyan Pink White
-Black Gray Small Large Medium""".split()
-
-
-def tokenizer_corpus():
-    """Weighted texts [(text, weight)] for the tiny vocabulary: the shape world's words first, then the templates, then plain English."""
-    texts = [(f" {w}", 400) for w in WORLD_WORDS] + [(w, 200) for w in WORLD_WORDS + LEADING] + [(f" {w}", 100) for w in LEADING[:23]]
-    texts += [(s, 200) for s in ("Generate an image:", "Generate an image.", "user", "assistant", "\n\n", "? ", ". ", ", ", "\n", ": ")]
-    with open(os.path.join(WEIGHTS, "tokenizer_english.txt"), encoding="utf-8") as f:
-        return texts + [(t, 20) for t in RECA_TEMPLATES] + [(f" {f.read()}".replace("\n", " "), 2)]
-
-
-def build_tokenizer(path=os.path.join(WEIGHTS, "tokenizer.tiktoken"), vocab_size=1024):
-    """Train the tiny vocabulary and write it as base64 rank lines (tiktoken's own file format); the special tokens follow the ranks."""
-    ranks = train_bpe(tokenizer_corpus(), vocab_size - len(TINY_SPECIAL))
-    with open(path, "w", encoding="ascii") as f:
-        f.writelines(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Real images: folders, tar shards, LLaVA JSON. One pass builds an index; pictures are then read at random, shards stay packed.
@@ -538,25 +291,13 @@ class Images:
         return self.stands_for[i]
 
 
-def read_images(paths, **options):
-    """(Sample, RGB PIL image) of every good picture once, in order; options and errors as for Images."""
-    images = Images(paths, **options)
-    for i in range(len(images)):
-        if (image := images.read(i)) is not None:
-            yield images.samples[i], image
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Preprocessing as Harmon was trained with it: RGB PIL image -> float32 (3, size, size) in [-1, 1]. Pillow's bicubic (which anti-aliases)
 # and its rounding to 8 bits after every step are part of the recipe. Show-o's and BAGEL's stand in vision_encoder.py.
-def to_tensor(image):
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div(255).mul(2).sub(1).contiguous()  # (3, H, W)
-
-
 def preprocess_stretch(image, size):
     """Reconstruction data: stretched (no crop, no pad) to a square of the longer side, then resized."""
     square = image.convert("RGB").resize((max(image.size), max(image.size)), Image.Resampling.BICUBIC)
-    return to_tensor(square.resize((size, size), Image.Resampling.BICUBIC))
+    return to_pixels(square.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def preprocess_pad(image, size):
@@ -564,7 +305,7 @@ def preprocess_pad(image, size):
     side = max(image.size)
     square = Image.new("RGB", (side, side), (127, 127, 127))
     square.paste(image.convert("RGB"), ((side - image.width) // 2, (side - image.height) // 2))
-    return to_tensor(square.resize((size, size), Image.Resampling.BICUBIC))
+    return to_pixels(square.resize((size, size), Image.Resampling.BICUBIC))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -604,320 +345,357 @@ def text_rng(*parts):
     return random.Random(_mix(*parts))
 
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# preprocessing: PIL image -> normalised tensor, exactly as the published weights were trained
+
+
+def to_pixels(image, mean=0.5, std=0.5):
+    """PIL image -> float32 (3, H, W), x/255 normalised with mean and std (numbers, or one per channel). The defaults give [-1, 1]."""
+    x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    return ((x - torch.as_tensor(mean).view(-1, 1, 1)) / torch.as_tensor(std).view(-1, 1, 1)).contiguous()
+
+
+def _resize_shorter(image, size):
+    w, h = image.size
+    w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
+    return image.resize((w, h), Image.Resampling.BICUBIC)
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def clip_pixels(image, size=336):
+    """CLIP: shorter side to `size` (bicubic), centre crop (odd margins: the smaller one left and above), CLIP's mean and deviation."""
+    image = _resize_shorter(image.convert("RGB"), size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    image = image.crop((left, top, left + size, top + size))
+    return to_pixels(image, mean=CLIP_MEAN, std=CLIP_STD)
+
+
+def magvit_pixels(image, size):
+    """Show-o's image tokenizer: as above into [-1, 1]; here an odd margin is halved with rounding to even."""
+    image = _resize_shorter(image.convert("RGB"), size)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return to_pixels(image.crop((left, top, left + size, top + size)))
+
+
+def square_pixels(image, size):
+    """Show-o's RecA data: resized to a square without cropping (bicubic; the aspect ratio is not kept), [-1, 1]."""
+    return to_pixels(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+
+
+def bagel_size(w, h, max_size, min_size, stride, max_pixels=14 * 14 * 9 * 1024, num_images=1):
+    """BAGEL's rule for the size of a picture -> (w, h), multiples of `stride`: long side at most max_size, short side at least min_size if
+    that is possible, at most max_pixels / num_images pixels (scaled by the ratio, not by its root: so the weights were trained)."""
+    def scaled(s):
+        return tuple(max(stride, round(round(v * s) / stride) * stride) for v in (w, h))
+
+    w, h = scaled(max(min(max_size / max(w, h), 1.0), min_size / min(w, h)))
+    if w * h > max_pixels / num_images:
+        w, h = scaled(max_pixels / num_images / (w * h))
+    if max(w, h) > max_size:
+        w, h = scaled(max_size / max(w, h))
+    return w, h
+
+
+def bagel_resize(image, max_size, min_size, stride, max_pixels=14 * 14 * 9 * 1024, num_images=1):
+    """PIL image -> RGB PIL image of BAGEL's size (bicubic); transparent pictures are put on white. to_pixels() of it feeds both towers.
+    Settings: autoencoder (1024, 512, 16); SigLIP (980, 224, 14), in the editing benchmarks (980, 378, 14), in RecA (224, 224, 14)."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image.getchannel("A"))
+        image = white
+    size = bagel_size(*image.size, max_size, min_size, stride, max_pixels, num_images)
+    return image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+
+
+def to_uint8(images):
+    """Pictures in [-1, 1] (n, 3, h, w) -> uint8 (n, h, w, 3)."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_float(pictures, device="cpu"):
+    return torch.from_numpy(np.ascontiguousarray(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# The shape world: an endless supply of pictures whose content is known exactly. 48x48 pixels, a 3x3 board of 16-pixel
-# cells, 1-4 objects (shape, colour, size, cell, brightness) on a plain ground. Rendering pastes
-# pre-drawn sprites (0.1-0.2 ms a picture), so no file is ever downloaded.
-CELL, SIDE, MAX_OBJECTS = 16, 3, 4
-IMAGE_SIZE = CELL * SIDE
-SHAPES = ("circle", "square", "triangle", "star", "cross")
-COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
-SIZES = ("small", "large")
-GROUNDS = ("white", "gray", "black", "pink")
-PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
-NUMBERS = ("zero", "one", "two", "three", "four")
-RELATIONS = ("left of", "right of", "above", "below")
-COLOR_RGB = np.array([(220, 40, 40), (40, 165, 70), (40, 80, 225), (240, 220, 40), (140, 55, 180), (250, 140, 25)], np.float32)
-GROUND_RGB = np.array([(245, 245, 245), (175, 175, 175), (25, 25, 25), (250, 190, 205)], np.float32)
-# Never drawn in captioned (text-to-image) pictures, so that a prompt that asks for them tests composition. The unlabelled
-# pool and the understanding data hold everything: an understanding encoder has always seen more than captions name.
-HELD_OUT_COMBOS = {("circle", "purple"), ("square", "orange"), ("triangle", "blue"), ("star", "green"), ("cross", "red"), ("circle", "yellow")}
-HELD_OUT_PAIRS = {frozenset(("circle", "cross")), frozenset(("square", "star"))}
-# Web captions name some things rarely and are sometimes wrong. These numbers are that bias, written down once.
-CAPTION_BIAS = dict(drop_object=0.25, drop_color=0.25, rare_colors=("purple", "orange"), drop_rare_color=0.75, say_size=0.1,
-                    say_ground=0.05, say_relation=0.25, say_count=0.5, wrong=0.15)
-CLEAN_CAPTIONS = dict(CAPTION_BIAS, drop_object=0.0, drop_color=0.0, drop_rare_color=0.0, wrong=0.0)  # what could be said, were captions true and complete
+# Data: pools of images whose frozen encodings are computed once, and batches that depend on (seed, step, place) alone
+class Pools:
+    """The images behind each part, and a text for each sample. `pool_of[part]` names the pool; `cache[pool]` holds the model's frozen encodings of it."""
 
-
-def _sprites():
-    """Alpha masks (shape, size, CELL, CELL), drawn at 8x and averaged, so that edges are anti-aliased."""
-    s = 8
-    v, u = np.meshgrid(*[(np.arange(CELL * s) + 0.5) / s - CELL / 2] * 2, indexing="ij")
-    angle, radius = np.arctan2(u, -v), np.hypot(u, v)
-    spoke = np.abs((angle / (2 * np.pi / 5) + 0.5) % 1 - 0.5) * 2 * np.pi / 5  # angle to the nearest of five tips
-    out = np.zeros((len(SHAPES), len(SIZES), CELL, CELL), np.float32)
-    for j, r in enumerate((4.6, 6.9)):
-        inner, tip = 0.42 * r, 1.12 * r  # a star is five wedges: straight edges from each tip to the notches beside it
-        edge = inner * tip * np.sin(np.pi / 5) / (tip * np.sin(spoke) + inner * np.sin(np.pi / 5 - spoke))
-        masks = (radius < r, np.maximum(abs(u), abs(v)) < 0.88 * r, (v < 0.8 * r) & (abs(u) * 1.75 < v + 0.98 * r),
-                 radius < edge, (np.minimum(abs(u), abs(v)) < 0.3 * r) & (np.maximum(abs(u), abs(v)) < r))
-        for i, m in enumerate(masks):
-            out[i, j] = m.reshape(CELL, s, CELL, s).mean((1, 3))
-    return out
-
-
-SPRITES = _sprites()
-
-
-class Scenes:
-    """`n` scenes as arrays: ground (n,), count (n,), objects (n, 4, 5) with columns shape, color, size, cell, shade (0-15); unused rows
-    are -1. captioned=True leaves out the held-out combinations and pairs. Same (n, seed, captioned) -> same scenes."""
-
-    def __init__(self, n=0, seed=0, captioned=False, ground=None, count=None, objects=None):
-        if objects is not None:
-            self.ground, self.count, self.objects = ground, count, objects
-            return
-        rng = np.random.default_rng([seed, int(captioned)])
-        self.ground = rng.integers(len(GROUNDS), size=n).astype(np.int8)
-        self.count = rng.choice(4, size=n, p=(0.25, 0.35, 0.25, 0.15)).astype(np.int8) + 1
-        draw = lambda k: rng.integers(k, size=(n, MAX_OBJECTS))
-        shape, color = draw(len(SHAPES)), draw(len(COLORS))
-        same_shape, same_color = rng.random(n) < 0.35, rng.random(n) < 0.2  # so that "three stars" is something to be seen
-        shape[same_shape], color[same_color] = shape[same_shape, :1], color[same_color, :1]
-        if captioned:  # redraw what the captioned set must not hold (vectorised rejection: a few rounds end it)
-            combo = np.array([[(s, c) in HELD_OUT_COMBOS for c in COLORS] for s in SHAPES])
-            pair = np.array([[frozenset((s, t)) in HELD_OUT_PAIRS for t in SHAPES] for s in SHAPES])
-            while True:
-                used = np.arange(MAX_OBJECTS) < self.count[:, None]
-                bad = combo[shape, color] & used
-                bad |= (pair[shape[:, :, None], shape[:, None, :]] & used[:, None, :]).any(2) & used
-                rows = bad.any(1)
-                if not rows.any():
-                    break
-                shape[rows], color[rows] = rng.integers(len(SHAPES), size=(rows.sum(), MAX_OBJECTS)), rng.integers(len(COLORS), size=(rows.sum(), MAX_OBJECTS))
-                again = rows & same_shape
-                shape[again] = shape[again, :1]
-        cell = rng.permuted(np.tile(np.arange(SIDE * SIDE), (n, 1)), axis=1)[:, :MAX_OBJECTS]
-        self.objects = np.stack([shape, color, draw(len(SIZES)), cell, draw(16)], 2).astype(np.int8)
-        self.objects[np.arange(MAX_OBJECTS) >= self.count[:, None]] = -1
-
-    def __len__(self):
-        return len(self.count)
-
-    def __getitem__(self, index):
-        index = np.atleast_1d(index)
-        return Scenes(ground=self.ground[index], count=self.count[index], objects=self.objects[index])
-
-    def scene(self, i):
-        """(ground, [(shape, color, size, cell, shade), ...]) of scene i as plain Python integers."""
-        return int(self.ground[i]), [tuple(o) for o in self.objects[i, :self.count[i]].tolist()]
-
-    @staticmethod
-    def of(scenes):
-        """The opposite of `scene`: a list of (ground, objects) back to arrays."""
-        objects = np.full((len(scenes), MAX_OBJECTS, 5), -1, np.int8)
-        for i, (_, obs) in enumerate(scenes):
-            if obs:
-                objects[i, :len(obs)] = obs
-        return Scenes(ground=np.array([g for g, _ in scenes], np.int8), count=np.array([len(o) for _, o in scenes], np.int8), objects=objects)
-
-    def render(self):
-        """uint8 pictures (n, 48, 48, 3)."""
-        n = len(self)
-        cells = np.broadcast_to(GROUND_RGB[self.ground][:, None, None, None], (n, SIDE * SIDE, CELL, CELL, 3)).copy()
-        for k in range(MAX_OBJECTS):
-            rows = np.flatnonzero(self.count > k)
-            shape, color, size, cell, shade = self.objects[rows, k].astype(np.int64).T
-            alpha = SPRITES[shape, size][..., None]
-            rgb = COLOR_RGB[color] * (0.8 + 0.2 * shade[:, None] / 15)
-            cells[rows, cell] = cells[rows, cell] * (1 - alpha) + rgb[:, None, None] * alpha
-        board = cells.reshape(n, SIDE, SIDE, CELL, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
-        return np.rint(board).astype(np.uint8).reshape(n, IMAGE_SIZE, IMAGE_SIZE, 3)
-
-
-def holds_held_out(objects):
-    """True if the objects hold a combination or pair that captioned pictures never show."""
-    shapes = {SHAPES[o[0]] for o in objects}
-    return any((SHAPES[o[0]], COLORS[o[1]]) in HELD_OUT_COMBOS for o in objects) or any(p <= shapes for p in HELD_OUT_PAIRS)
-
-
-def crowded_pictures(n, seed):
-    """uint8 pictures (n, 48, 48, 3) with every cell filled with probability 0.7: what the image tokenizers train on (four times the objects of a scene)."""
-    rng = np.random.default_rng([seed, 7])
-    ground = GROUND_RGB[rng.integers(len(GROUNDS), size=n)][:, None, None, None]
-    draw = lambda k: rng.integers(k, size=(n, SIDE * SIDE))
-    alpha = SPRITES[draw(len(SHAPES)), draw(len(SIZES))] * (rng.random((n, SIDE * SIDE, 1, 1)) < 0.7)
-    rgb = COLOR_RGB[draw(len(COLORS))] * (0.8 + 0.2 * draw(16)[..., None] / 15)
-    cells = ground * (1 - alpha[..., None]) + rgb[:, :, None, None] * alpha[..., None]
-    board = cells.reshape(n, SIDE, SIDE, CELL, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
-    return np.rint(board).astype(np.uint8).reshape(n, IMAGE_SIZE, IMAGE_SIZE, 3)
-
-
-def a(words):
-    return ("an " if words[0] in "aeiou" else "a ") + words
-
-
-def relation(a_cell, b_cell):
-    """The relation of cell a to cell b where one direction clearly dominates, else None."""
-    dy, dx = a_cell // SIDE - b_cell // SIDE, a_cell % SIDE - b_cell % SIDE
-    if abs(dx) == abs(dy):
-        return None
-    return RELATIONS[int(dx > 0)] if abs(dx) > abs(dy) else RELATIONS[2 + int(dy > 0)]
-
-
-def sparse_caption(scene, rng, bias=CAPTION_BIAS, other=None):
-    """A caption as the web writes them: objects, colours, sizes and grounds left out, some named rarely, and with probability bias["wrong"] false
-    (half the time an attribute is swapped, half the time it is the caption of `other`, another scene). rng: random.Random."""
-    ground, objects = scene
-    if rng.random() < bias["wrong"]:
-        if other is not None and rng.random() < 0.5:
-            ground, objects = other
-        else:
-            i, column = rng.randrange(len(objects)), rng.randrange(2)
-            o = list(objects[i])
-            o[column] = rng.randrange((len(SHAPES), len(COLORS))[column])
-            swapped = objects[:i] + [tuple(o)] + objects[i + 1:]
-            if not holds_held_out(swapped):
-                objects = swapped
-    objects = rng.sample(objects, len(objects))
-    while len(objects) > 1 and rng.random() < bias["drop_object"]:
-        objects.pop()
-
-    def noun(o, plural=False):
-        color = COLORS[o[1]]
-        drop = bias["drop_rare_color"] if color in bias["rare_colors"] else bias["drop_color"]
-        words = ([SIZES[o[2]]] if rng.random() < bias["say_size"] else []) + ([] if rng.random() < drop else [color])
-        return " ".join(words + [SHAPES[o[0]] + ("es" if plural and SHAPES[o[0]] == "cross" else "s" if plural else "")])
-
-    kinds = {o[0] for o in objects}
-    if len(objects) > 1 and len(kinds) == 1 and rng.random() < bias["say_count"]:
-        same = len({o[1] for o in objects}) == 1
-        text = NUMBERS[len(objects)] + " " + (noun(objects[0], True) if same else SHAPES[objects[0][0]] + ("es" if SHAPES[objects[0][0]] == "cross" else "s"))
-    elif len(objects) == 2 and rng.random() < bias["say_relation"] * 2 and relation(objects[0][3], objects[1][3]):
-        text = f"{a(noun(objects[0]))} {relation(objects[0][3], objects[1][3])} {a(noun(objects[1]))}"
-    else:
-        names = [a(noun(o)) for o in objects]
-        text = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
-    return text + (f" on a {GROUNDS[ground]} background" if rng.random() < bias["say_ground"] else "")
-
-
-def full_name(o):
-    return f"{SIZES[o[2]]} {COLORS[o[1]]} {SHAPES[o[0]]}"
-
-
-def dense_caption(scene, rng):
-    """Everything there is to say (except brightness), objects in random order."""
-    ground, objects = scene
-    parts = [f"{a(full_name(o))} {PLACES[o[3]]}" for o in rng.sample(objects, len(objects))]
-    return ", ".join(parts) + f", {GROUNDS[ground]} background"
-
-
-QUESTION_KINDS = ("color", "shape", "count", "position", "size", "ground", "exists", "relation")
-
-
-def question(scene, rng, kind=None):
-    """(question, answer, kind) with a one- or two-word answer that the scene determines. `kind` is tried first; where the scene has no such question, another."""
-    ground, objects = scene
-    shapes, combos = [o[0] for o in objects], [(o[0], o[1]) for o in objects]
-    unique = [o for o in objects if shapes.count(o[0]) == 1]
-    kinds = rng.sample(QUESTION_KINDS, len(QUESTION_KINDS))
-    for kind in ([kind] if kind else []) + kinds:
-        if kind == "ground":
-            return "What color is the background?", GROUNDS[ground], kind
-        if kind == "count":
-            if rng.random() < 0.4:
-                return "How many objects are there?", NUMBERS[len(objects)], kind
-            s = rng.choice(shapes) if rng.random() < 0.7 else rng.randrange(len(SHAPES))
-            return f"How many {SHAPES[s]}{'es' if SHAPES[s] == 'cross' else 's'} are there?", NUMBERS[shapes.count(s)], kind
-        if kind == "exists":
-            s, c = rng.choice(combos) if rng.random() < 0.5 else (rng.choice(shapes), rng.randrange(len(COLORS)))
-            return f"Is there {a(COLORS[c] + ' ' + SHAPES[s])}?", "yes" if (s, c) in combos else "no", kind
-        if kind == "shape":
-            single = [o for o in objects if sum(p[1] == o[1] for p in objects) == 1]
-            if single:
-                o = rng.choice(single)
-                return f"What shape is the {COLORS[o[1]]} object?", SHAPES[o[0]], kind
-        elif kind == "relation":
-            if len(unique) >= 2:
-                o, p = rng.sample(unique, 2)
-                if relation(o[3], p[3]):
-                    asked = relation(o[3], p[3]) if rng.random() < 0.5 else rng.choice(RELATIONS)
-                    return f"Is the {SHAPES[o[0]]} {asked} the {SHAPES[p[0]]}?", "yes" if asked == relation(o[3], p[3]) else "no", kind
-        elif unique:
-            o = rng.choice(unique)
-            if kind == "color":
-                return f"What color is the {SHAPES[o[0]]}?", COLORS[o[1]], kind
-            if kind == "position":
-                return f"Where is the {SHAPES[o[0]]}?", PLACES[o[3]], kind
-            return f"What size is the {SHAPES[o[0]]}?", SIZES[o[2]], kind
-
-
-def text_question(scene, rng):
-    """A question about a WRITTEN scene: what a pre-trained language model brings to a real unified model."""
-    ground, objects = scene
-    if len(objects) >= 2 and rng.random() < 0.5 and relation(objects[0][3], objects[1][3]) and objects[0][0] != objects[1][0]:
-        o, p = objects[:2]
-        text = f"{a(COLORS[o[1]] + ' ' + SHAPES[o[0]])} {relation(o[3], p[3])} {a(COLORS[p[1]] + ' ' + SHAPES[p[0]])}"
-        q, answer, _ = rng.choice([(f"What color is the {SHAPES[x[0]]}?", COLORS[x[1]], 0) for x in (o, p)]
-                                  + [(f"What is {relation(o[3], p[3])} the {SHAPES[p[0]]}?", SHAPES[o[0]], 0), ("How many objects are there?", "two", 0)])
-    else:
-        text = dense_caption(scene, rng)
-        q, answer, _ = question(scene, rng)
-    return f"{text}. {q}", answer
-
-
-def edit(scene, rng):
-    """(instruction, edited scene, kind): one change, the rest of the picture stays pixel for pixel."""
-    ground, objects = scene
-    shapes = [o[0] for o in objects]
-    unique = [i for i, o in enumerate(objects) if shapes.count(o[0]) == 1]
-    kind = rng.choice(("color", "shape", "remove", "add", "ground", "size"))
-    new = [list(o) for o in objects]
-    if kind == "ground" or (kind != "add" and not unique) or (kind == "remove" and len(objects) == 1) or (kind == "add" and len(objects) == MAX_OBJECTS):
-        g = rng.choice([k for k in range(len(GROUNDS)) if k != ground])
-        return f"Make the background {GROUNDS[g]}.", (g, list(objects)), "ground"
-    if kind == "add":
-        cell = rng.choice([c for c in range(SIDE * SIDE) if c not in [o[3] for o in objects]])
-        o = (rng.randrange(len(SHAPES)), rng.randrange(len(COLORS)), rng.randrange(2), cell, 15)
-        return f"Add {a(full_name(o))} {PLACES[cell]}.", (ground, list(objects) + [o]), kind
-    i = rng.choice(unique)
-    name = f"the {COLORS[new[i][1]]} {SHAPES[new[i][0]]}" if rng.random() < 0.5 else f"the {SHAPES[new[i][0]]}"
-    if kind == "remove":
-        del new[i]
-        return f"Remove {name}.", (ground, [tuple(o) for o in new]), kind
-    column, names = {"color": (1, COLORS), "shape": (0, SHAPES), "size": (2, SIZES)}[kind]
-    value = rng.choice([k for k in range(len(names)) if k != new[i][column]])
-    new[i][column] = value
-    text = f"Replace {name} with {a(SHAPES[value])}." if kind == "shape" else f"Make {name} {names[value]}."
-    return text, (ground, [tuple(o) for o in new]), kind
-
-
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-
-
-def task_prompts(per_task, seed, split="test"):
-    """GenEval's six tasks in the shape world: a list of dicts task, prompt, held_out (asks for something that no caption ever named together) and what the
-    judge checks. `split` "dev" is for choosing settings, "test" for reported numbers; they differ in their random stream."""
-    rng = random.Random(f"prompts-{split}-{seed}")
-    out = []
-    plural = lambda s: SHAPES[s] + ("es" if SHAPES[s] == "cross" else "s")
-    for task in TASKS:
-        for i in range(per_task):
-            s, t = rng.sample(range(len(SHAPES)), 2)
-            c, d = rng.sample(range(len(COLORS)), 2)
-            want = i % 3 == 0  # a third of the prompts ask for a held-out combination, where the task has one
-            combos = [(p, q) for p in range(len(SHAPES)) for q in range(len(COLORS)) if ((SHAPES[p], COLORS[q]) in HELD_OUT_COMBOS) == want]
-            pairs = [(p, q) for p in range(len(SHAPES)) for q in range(len(SHAPES)) if p != q and (frozenset((SHAPES[p], SHAPES[q])) in HELD_OUT_PAIRS) == want]
-            row = dict(task=task, held_out=want and task not in ("single_object", "counting"))
-            if task == "single_object":
-                row.update(prompt=a(SHAPES[s]), objects=[(s, None)])
-            elif task == "two_object":
-                s, t = rng.choice(pairs)
-                row.update(prompt=f"{a(SHAPES[s])} and {a(SHAPES[t])}", objects=[(s, None), (t, None)])
-            elif task == "counting":
-                n = rng.randint(2, 4)
-                row.update(prompt=f"{NUMBERS[n]} {plural(s)}", objects=[(s, None)], count=n)
-            elif task == "colors":
-                s, c = rng.choice(combos)
-                row.update(prompt=a(f"{COLORS[c]} {SHAPES[s]}"), objects=[(s, c)])
-            elif task == "position":
-                s, t = rng.choice(pairs)
-                r = rng.choice(RELATIONS)
-                row.update(prompt=f"{a(SHAPES[s])} {r} {a(SHAPES[t])}", objects=[(s, None), (t, None)], relation=r)
+    def __init__(self, args, model, stage, device, rank=0, world=1):
+        self.args, self.parts = args, mix(args)
+        self.templates = RECA_TEMPLATES[: args.templates or None]
+        own = ("captioned" if stage in ("sft", "base") else "real") if args.data else None
+        self.pool_of = dict.fromkeys(("recon", "i2t", "words", "uncond", "oracle"), "broad") | dict.fromkeys(("t2i", "align"), "captioned")
+        self.pool_of |= {"edit": "edits", "images": own or "crowded"}
+        if own:
+            self.pool_of |= dict.fromkeys(("t2i", "align", "words", "uncond") if own == "captioned" else ("recon",), own)
+        if args.i2t_data:
+            self.pool_of["i2t"] = "understanding"
+        elif args.config != "tiny" and "i2t" in self.parts:
+            raise ValueError(
+                f"--config {args.config}: RecA keeps understanding by image-to-text data, so give --i2t-data JSON (or --i2t-weight 0 to go without)"
+            )
+        if args.understanding != "full" and "recon" in self.parts:
+            if args.data or (args.arch == "mar" and args.understanding not in ("shrunk", "scrambled")):
+                raise ValueError(
+                    f"--understanding {args.understanding}: an ablation of the shape world; --arch mar, whose encoder trains along, has only shrunk and scrambled"
+                )
+            self.pool_of["recon"] = "altered"  # apart from "broad", whose encodings image-to-text keeps as they are
+        need = {self.pool_of[p] for p in self.parts if p in self.pool_of}
+        if args.config != "tiny" and (need - {own, "understanding"} or not own):
+            raise ValueError(
+                f"--config {args.config} draws {getattr(model.config, 'image_size', 512)}-pixel pictures: give --data PATH (folders, tars) and only the parts "
+                f"it has data for (--mix; here {', '.join(self.parts)}); the shape world is for tiny"
+            )
+        sources, self.text = self.shape_world(need - {own})
+        if own:
+            sources[own] = self.real_images = Images(args.data, captions=own == "captioned")
+            self.text[own] = [s.caption for s in self.real_images.samples]
+        if args.i2t_data:
+            sources["understanding"] = listed = Images(args.i2t_data, captions=True, image_root=args.image_root)
+            self.text["understanding"] = [s.turns or ((self.templates[0], s.caption),) for s in listed.samples]
+        self.listed = {name: source for name, source in sources.items() if isinstance(source, Images)}
+        self.scenes = {name: source for name, source in sources.items() if isinstance(source, shape_world.Scenes)}
+        self.cache, self.size, self.sources = {}, {}, {}
+        start = time.time()
+        need |= {"edit_sources"} & set(sources)
+        for name in sorted(need):
+            source = sources[name]
+            self.size[name] = len(source)
+            one = self.encode(model, source, name, stage, device, [0])
+            need_bytes = len(source) * sum(v.numel() * v.element_size() for v in one.values())
+            if need_bytes <= args.cache_gb * 1e9:
+                self.cache[name] = self.encode_all(model, source, name, stage, device, rank, world)
+            elif name == "altered":
+                raise ValueError(
+                    f"--understanding {args.understanding}: its pool must be cached ({need_bytes / 1e9:.1f} GB): raise --cache-gb ({args.cache_gb:g}) or lower --pool"
+                )
             else:
-                s, c = rng.choice(combos)
-                t, d = rng.choice([x for x in combos if x[0] != s and x[1] != c])
-                row.update(prompt=f"{a(COLORS[c] + ' ' + SHAPES[s])} and {a(COLORS[d] + ' ' + SHAPES[t])}", objects=[(s, c), (t, d)])
-            out.append(row)
-    return out
+                self.sources[name] = source
+                if rank == 0:
+                    print(
+                        f"pool {name}: encodings of {len(source):,} images would take {need_bytes / 1e9:.1f} GB (--cache-gb {args.cache_gb:g}), "
+                        f"so each step encodes its own"
+                    )
+        self.size["text"] = args.pool
+        if rank == 0:
+            print(
+                "pools: " + ", ".join(f"{k} {self.size[k]:,}" for k in sorted(need)) + f" images, frozen encodings computed in {time.time() - start:.1f} s",
+                flush=True,
+            )
+
+    def shape_world(self, need):
+        """-> {pool: its scenes (or pictures)} and {pool: its texts} of the shape world."""
+        args, sources, text = self.args, {}, {}
+        if "crowded" in need:
+            sources["crowded"] = shape_world.crowded_pictures(args.pool, seed=args.seed)
+        if {"broad", "altered"} & need or "text" in self.parts:
+            sources["broad"] = sources["altered"] = shape_world.Scenes(args.pool, seed=10 + args.seed, captioned=args.pool_without_held_out)
+        if "captioned" in need:
+            scenes = sources["captioned"] = shape_world.Scenes(args.captioned, seed=20 + args.seed, captioned=True)
+            sparse, n = args.sparse_captions, len(scenes)
+            bias = dict(shape_world.CAPTION_BIAS, wrong=args.wrong_captions, drop_object=sparse, drop_color=sparse, drop_rare_color=1 - (1 - sparse) / 3)
+            text["captioned"] = [
+                shape_world.sparse_caption(scenes.scene(i), text_rng(args.seed, i, "caption"), bias, scenes.scene((i + 1) % n)) for i in range(n)
+            ]
+        if "edits" in need:
+            scenes = sources["edit_sources"] = shape_world.Scenes(args.pool, seed=30 + args.seed, captioned=True)
+            edits = [shape_world.clean_edit(scenes.scene(i), text_rng(args.seed, i, "edit")) for i in range(len(scenes))]
+            text["edits"], sources["edits"] = [e[0] for e in edits], shape_world.Scenes.of([e[1] for e in edits])
+        return sources, text
+
+    def pixels(self, model, source, name, rows):
+        """Images (n, 3, H, W) in [-1, 1] of some rows of a source, preprocessed as the model was trained to see them."""
+        if isinstance(source, shape_world.Scenes):
+            return to_float(source[rows].render())
+        if isinstance(source, np.ndarray):
+            return to_float(source[rows])
+        answers = "understand" if self.args.arch != "diffusion" else "recon"  # BAGEL's "understand" keeps proportions
+        purpose = {"understanding": answers, "captioned": "generate"}.get(name, "recon")
+        return torch.stack([model.preprocess(source[int(j)][1], purpose) for j in rows])
+
+    @torch.no_grad()
+    def encode(self, model, source, name, stage, device, rows, show=False):
+        """The frozen encodings of some rows, on the CPU."""
+        was, chunk = model.training, 256 if getattr(model.config, "image_size", 48) <= 64 else 8
+        model.eval()
+        starts = Progress(range(0, len(rows), chunk), f"encoding {name}", show)
+        chunks = []
+        for i in starts:
+            pixels = self.pixels(model, source, name, rows[i : i + chunk]).to(device)
+            out = model.precompute(pixels, stage)
+            if name == "altered":
+                index = rows[i : i + chunk]
+                full = torch.as_tensor(index) >= round(self.args.altered_share * self.size[name])  # the pool is in no order
+                for k, v in self.alter(model, pixels, out, stage, index).items():
+                    v[full] = out[k.removeprefix("source_")][full]
+                    out[k] = v
+            chunks.append({k: v.cpu() for k, v in out.items()})
+        model.train(was)
+        return {k: torch.cat([c[k] for c in chunks]) for k in chunks[0]}
+
+    def alter(self, model, pixels, seen, stage, rows):
+        """What stands in RecA's context instead of the picture's full understanding (--understanding): {key: tensor} to overwrite in `seen`."""
+        kind, key = self.args.understanding, "features" if "features" in seen else "latents"
+        if kind in ("scrambled", "shuffled") and not hasattr(self, "orders"):  # all of them at once, so that row i has the same one on whatever process it is
+            generator = sample_generator(self.args.seed, 0, 0, "altered")
+            places = 9 if kind == "scrambled" else seen[key].shape[1]
+            self.orders = torch.stack([torch.randperm(places, generator=generator) for _ in range(self.size["altered"])])
+        if kind in ("shrunk", "scrambled"):  # another picture, before the encoder
+            if kind == "shrunk":
+                other = F.interpolate(F.avg_pool2d(pixels, 4), scale_factor=4, mode="bilinear")
+            else:
+                side = pixels.shape[-1] // 3
+                cells = F.unfold(pixels, side, stride=side)  # (n, 3 side side, 9)
+                order = self.orders[torch.as_tensor(rows)].to(pixels.device)[:, None].expand_as(cells)
+                other = F.fold(cells.gather(2, order), pixels.shape[-2:], side, stride=side)
+            return {("source_" if key == "latents" else "") + key: model.precompute(other, stage)[key]}
+        x = seen[key]  # (n, A, width)
+        if kind == "shuffled":
+            order = self.orders[torch.as_tensor(rows)].to(x.device)
+            return {key: x.gather(1, order[..., None].expand_as(x))}
+        if kind == "pooled":
+            return {key: x.mean(1, keepdim=True).expand_as(x).clone()}
+        if not hasattr(self, "untrained"):
+            with torch.random.fork_rng():
+                torch.manual_seed(self.args.seed)
+                self.untrained = type(model)(model.config, model.tokenizer).to(pixels.device).eval()
+        return {key: self.untrained.precompute(pixels, stage)[key]}
+
+    def encode_all(self, model, source, name, stage, device, rank, world):
+        """The whole pool: every process encodes its contiguous share, then all share the result."""
+        n = len(source)
+        share = -(-n // world)
+        rows = [min(i, n - 1) for i in range(rank * share, (rank + 1) * share)]  # the last share is filled up, so that all are of one size
+        out = self.encode(model, source, name, stage, device, rows, rank == 0)
+        for k, v in out.items() if world > 1 else ():
+            parts = [torch.empty_like(v, device=device) for _ in range(world)]
+            dist.all_gather(parts, v.to(device).contiguous())
+            out[k] = torch.cat(parts).cpu()[:n]
+        return out
+
+    @torch.no_grad()
+    def complete(self, model, tensors, stage):
+        """Adds the frozen encodings of images that came as pixels because their pool was too large to cache."""
+        for prefix in ("source_", ""):
+            if prefix + "pixels_in" in tensors:
+                was = model.training
+                model.eval()
+                tensors.update({prefix + k: v for k, v in model.precompute(tensors.pop(prefix + "pixels_in"), stage).items()})
+                model.train(was)
+        return tensors
+
+    def fetch(self, model, name, index, prefix=""):
+        if name in self.cache:
+            return {prefix + k: v[index] for k, v in self.cache[name].items()}
+        return {prefix + "pixels_in": self.pixels(model, self.sources[name], name, index)}
+
+    def sample(self, part, i, rng):
+        """The text of sample i of a part: a dict for model.collate."""
+        pool = self.pool_of.get(part)
+        if part in ("t2i", "align", "words", "i2t") and pool in self.listed:
+            i = self.listed[pool].row(i)
+        if part == "recon":
+            # with captions beside it, RecA leaves the unconditional half of guidance to them: it should know the captioned distribution, not the pool's
+            return {"prompt": rng.choice(self.templates), "drop": rng.random() < self.args.drop * ("t2i" not in self.parts)}
+        if part == "t2i":
+            return {"caption": self.text[pool][i], "drop": rng.random() < self.args.drop}
+        if part == "words" and pool in self.scenes:  # everything there is to say: what is not in it is not in the picture
+            return {"caption": shape_world.dense_caption(self.scenes[pool].scene(i), rng)}
+        if part in ("align", "words"):
+            return {"caption": self.text[pool][i]}
+        if part == "uncond":
+            return {"caption": "", "drop": True}
+        if part == "oracle":
+            scene = self.scenes[pool].scene(i)
+            caption = shape_world.dense_caption(scene, rng) if self.args.oracle_captions == "dense" else shape_world.sparse_caption(scene, rng, shape_world.CLEAN_CAPTIONS)
+            return {"caption": caption, "drop": rng.random() < self.args.drop}
+        if part == "edit":
+            return {"instruction": self.text[pool][i], "drop": False}
+        if part == "text":
+            ground, objects = self.scenes["broad"].scene(i)
+            q, answer = shape_world.text_question((ground, objects[:2]), rng)  # two objects: rows stay short, and short rows are what a CPU trains fast
+            return {"question": q, "answer": answer}
+        if part == "i2t" and pool == "understanding":
+            q, answer = rng.choice(self.text[pool][i])
+            return {"question": q, "answer": answer}
+        if part == "i2t":
+            scene = self.scenes[pool].scene(i)
+            if len(scene[1]) <= 2 and rng.random() < 0.4:  # the same holds for dense captions
+                return {"question": rng.choice(self.templates), "answer": shape_world.dense_caption(scene, rng)}
+            return {"turns": [shape_world.question(scene, rng)[:2] for _ in range(self.args.questions)]}
+        return {}
+
+    def batch(self, model, step, micro, rank, world):
+        """Micro-batch `micro` of optimizer step `step` for this process: {part: tensors}. A pure function of its arguments and --seed."""
+        out, seed = {}, self.args.seed
+        for part, share in self.parts.items():
+            n = round(self.args.batch * share)
+            per = n // (world * self.args.accum)
+            name = self.pool_of.get(part)
+            size = self.size[name if name else "text"]
+            places = range((micro * world + rank) * per, (micro * world + rank + 1) * per)
+            index = batch_indices(size, n, seed, step, part)[places.start : places.stop]
+            encodings = self.fetch(model, name, index) if name else {}  # before the texts: reading a listed picture tells whose text belongs to it
+            rows = [self.sample(part, int(i), text_rng(seed, step, part, place)) for i, place in zip(index, places)]
+            kind = KIND.get(part, part)
+            rate = [sample_generator(seed, step, micro, f"rate-{part}") for _ in places]  # the same numbers for the whole micro-batch, on every process
+            if part in ("align", "words"):
+                words = torch.zeros(per, model.tokenizer.vocab_size)
+                for k, row in enumerate(rows):
+                    words[k, model.tokenizer.encode_ordinary(row["caption"])] = 1
+                out[part] = {"words": words, **encodings}
+                continue
+            draws = [model.draw(kind, sample_generator(seed, step, place, part), r) for place, r in zip(places, rate)]
+            tensors = {k: torch.stack([d[k] for d in draws]) for k in draws[0]}
+            tensors.update(model.collate(kind, rows, self.args.text_length))
+            if part == "edit":
+                tensors.update(self.fetch(model, "edit_sources", index, "source_"))
+            out[part] = tensors | encodings
+        return out
 
 
-def clean_edit(scene, rng):
-    """An edit whose result holds no held-out combination: instructions are captions too."""
-    while True:
-        text, new, kind = edit(scene, rng)
-        if not holds_held_out(new[1]):
-            return text, new, kind
+def prefetch(make, steps, depth=2):
+    """Runs make(step) for each step in a thread, `depth` ahead. Order and content depend on the step alone, so nothing is lost or repeated on resume.
+    Returns get() -> the next item, and close(), which ends the thread: one that is still inside torch while Python shuts down aborts the whole process."""
+    q, stop = queue.Queue(depth), threading.Event()
+
+    def work():
+        for s in steps:
+            try:
+                item = make(s)
+            except BaseException as e:  # handed to the main thread, which raises it where the user sees it
+                item = e
+            while not stop.is_set():
+                try:
+                    q.put(item, timeout=0.2)
+                    break
+                except queue.Full:
+                    pass
+            if stop.is_set() or isinstance(item, BaseException):
+                return
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+
+    def close():
+        stop.set()
+        thread.join()
+        atexit.unregister(close)
+
+    atexit.register(close)  # for a run that ends with an error
+
+    def get():
+        item = q.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    return get, close
 
 
 # ---------------------------------------------------------------------------------------------------------------------

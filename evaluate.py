@@ -22,65 +22,11 @@ import time
 import numpy as np
 import torch
 
+import checkpoint
 import data
-from data import CELL, COLOR_RGB, COLORS, MAX_OBJECTS, SHAPES, SIDE, SIZES, SPRITES, Scenes
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The judge
-def judge(images):
-    """What is in each picture. images uint8 (n, 48, 48, 3) -> a list per picture of (shape, color, size, cell); shape or color is -1 where something is
-    there but fits no template or palette colour.
-
-    Every cell is fitted by ground + alpha * (colour - ground) for all ten sprites (shape, size) at once: with y = pixels - ground, the best colour of a
-    sprite is a least-squares projection, so the explained energy is (alpha . y)^2 / alpha . alpha, one matrix product. The ground is the picture's median colour
-    (objects cover less than half). A cell counts as filled above 14 grey levels RMS, as a known shape if its sprite explains 80 % of the energy.
-    """
-    n = len(images)
-    x = images.astype(np.float32)
-    ground = np.median(x.reshape(n, -1, 3), axis=1)  # (n, 3)
-    y = x - ground[:, None, None]
-    y = y.reshape(n, SIDE, CELL, SIDE, CELL, 3).transpose(0, 1, 3, 5, 2, 4).reshape(n * SIDE * SIDE, 3, CELL * CELL)
-    alpha = SPRITES.reshape(-1, CELL * CELL)  # (10, 256)
-    norm = (alpha**2).sum(1)
-    energy = (y**2).sum((1, 2))
-    filled = np.flatnonzero(energy / (3 * CELL * CELL) > 14.0**2)
-    dot = y[filled] @ alpha.T  # (f, 3, 10)
-    explained = (dot**2).sum(1) / norm
-    best = explained.argmax(1)
-    rows = np.arange(len(filled))
-    rgb = ground[filled // (SIDE * SIDE)] + dot[rows, :, best] / norm[best, None]
-    shade = np.clip((rgb @ COLOR_RGB.T) / (COLOR_RGB**2).sum(1), 0.75, 1.0)  # brightness that fits each palette colour best
-    distance = np.linalg.norm(rgb[:, None] - shade[..., None] * COLOR_RGB, axis=2)  # (f, colours)
-    color = np.where(distance.min(1) < 70, distance.argmin(1), -1)
-    shape, size = best // len(SIZES), best % len(SIZES)
-    shape = np.where(explained[rows, best] / energy[filled] > 0.8, shape, -1)
-    out = [[] for _ in range(n)]
-    for cell, s, c, z in zip(filled.tolist(), shape.tolist(), color.tolist(), size.tolist()):
-        out[cell // (SIDE * SIDE)].append((s, c, z, cell % (SIDE * SIDE)))
-    return out
-
-
-def fulfils(objects, row):
-    """Does a judged picture show what the prompt row asks for? GenEval's rules: everything named must be there, counts must be exact, more may be there; but a
-    picture with more objects than this world ever holds fails, or one random object in every cell would score .38."""
-    if len(objects) > MAX_OBJECTS:
-        return False
-    found = [[o for o in objects if o[0] == s and (c is None or o[1] == c)] for s, c in row["objects"]]
-    if "count" in row:
-        return len(found[0]) == row["count"]
-    if "relation" in row:
-        return any(data.relation(o[3], p[3]) == row["relation"] for o in found[0] for p in found[1])
-    return all(found)
-
-
-def to_uint8(images):
-    """Pictures in [-1, 1] (n, 3, h, w) -> uint8 (n, h, w, 3)."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def to_float(pictures, device="cpu"):
-    return torch.from_numpy(np.ascontiguousarray(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+import shape_world
+from data import to_float, to_uint8
+from shape_world import Scenes, fulfils, judge, same_objects
 
 
 def wilson(hits, n, z=1.96):
@@ -98,7 +44,7 @@ def wilson(hits, n, z=1.96):
 def score_generation(model, per_task=50, seed=0, split="test", batch=256, **sampler):
     """Draws one picture for each of 6 * per_task prompts and judges it. Returns a dict: score (mean of the six tasks), seen and held_out (means over the tasks that
     have both), a dict per task, objects per picture; and the pictures (uint8) with their prompt rows."""
-    rows = data.task_prompts(per_task, seed, split)
+    rows = shape_world.task_prompts(per_task, seed, split)
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(1000 + seed)
     pictures = []
@@ -109,15 +55,15 @@ def score_generation(model, per_task=50, seed=0, split="test", batch=256, **samp
     ok = np.array([fulfils(o, r) for o, r in zip(found, rows)])
     tasks = {}
     task_of, held = np.array([r["task"] for r in rows]), np.array([r["held_out"] for r in rows])
-    for task in data.TASKS:
+    for task in shape_world.TASKS:
         part = lambda m: dict(score=float(ok[m].mean()), n=int(m.sum()), interval=wilson(int(ok[m].sum()), int(m.sum())))
         m = task_of == task
         tasks[task] = part(m)
         if held[m].any() and (m & ~held).any():
             tasks[task].update(seen=part(m & ~held), held_out=part(m & held))
-    both = [t for t in data.TASKS if "seen" in tasks[t]]
+    both = [t for t in shape_world.TASKS if "seen" in tasks[t]]
     out = dict(
-        score=float(np.mean([tasks[t]["score"] for t in data.TASKS])),
+        score=float(np.mean([tasks[t]["score"] for t in shape_world.TASKS])),
         interval=wilson(int(ok.sum()), len(ok)),
         n=len(rows),
         seen=float(np.mean([tasks[t]["seen"]["score"] for t in both])) if both else float("nan"),
@@ -133,7 +79,7 @@ def score_generation(model, per_task=50, seed=0, split="test", batch=256, **samp
 def score_questions(model, n=400, seed=0, batch=256):
     """Exact-match accuracy of short answers about fresh pictures, in all and per kind of question."""
     scenes, rng = Scenes(n, seed=90_000 + seed), random.Random(seed)
-    asked = [data.question(scenes.scene(i), rng, data.QUESTION_KINDS[i % len(data.QUESTION_KINDS)]) for i in range(n)]
+    asked = [shape_world.question(scenes.scene(i), rng, shape_world.QUESTION_KINDS[i % len(shape_world.QUESTION_KINDS)]) for i in range(n)]
     images = to_float(scenes.render(), next(model.parameters()).device)
     answers = []
     for i in range(0, n, batch):
@@ -144,15 +90,8 @@ def score_questions(model, n=400, seed=0, batch=256):
         accuracy=float(ok.mean()),
         interval=wilson(int(ok.sum()), n),
         n=n,
-        kinds={k: float(ok[kind == k].mean()) for k in data.QUESTION_KINDS if (kind == k).any()},
+        kinds={k: float(ok[kind == k].mean()) for k in shape_world.QUESTION_KINDS if (kind == k).any()},
     )
-
-
-def same_objects(found, scene):
-    """Share of the scene's objects that were found with shape, colour and cell right, over all that is there or was found (intersection over union)."""
-    truth = {(o[0], o[1], o[3]) for o in scene[1]}
-    got = {(o[0], o[1], o[3]) for o in found}
-    return len(truth & got) / max(1, len(truth | got))
 
 
 @torch.no_grad()
@@ -182,7 +121,7 @@ def score_reconstruction(model, n=128, seed=0, batch=256, **sampler):
 def score_editing(model, n=192, seed=0, batch=256, **sampler):
     """Instruction edits judged exactly: `asked` = the edited picture holds the requested object or ground, `kept` = agreement of all else, `both` = everything right."""
     scenes, rng = Scenes(n, seed=92_000 + seed), random.Random(seed)
-    edits = [data.edit(scenes.scene(i), rng) for i in range(n)]
+    edits = [shape_world.edit(scenes.scene(i), rng) for i in range(n)]
     source, target = scenes.render(), Scenes.of([e[1] for e in edits])
     truth, device = target.render(), next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(3000 + seed)
@@ -215,7 +154,7 @@ def score_all(model, n=300, seed=0, split="test", questions=400, reconstructions
     t = time.time()
     was = model.training
     model.eval()
-    generation, pictures, rows = score_generation(model, max(1, n // len(data.TASKS)), seed, split, **sampler)
+    generation, pictures, rows = score_generation(model, max(1, n // len(shape_world.TASKS)), seed, split, **sampler)
     out = dict(generation=generation)
     if questions:
         out["questions"] = score_questions(model, questions, seed)
@@ -235,7 +174,7 @@ def report(scores, title=""):
         f"{title}score {g['score']:.3f}  (95 % {g['interval'][0]:.3f}-{g['interval'][1]:.3f}, {g['n']} pictures)  "
         f"seen {g['seen']:.3f}  held-out {g['held_out']:.3f}  objects/picture {g['objects']:.2f}"
     ]
-    lines.append("  " + "  ".join(f"{t} {g['tasks'][t]['score']:.2f}" for t in data.TASKS))
+    lines.append("  " + "  ".join(f"{t} {g['tasks'][t]['score']:.2f}" for t in shape_world.TASKS))
     tail = []
     if "questions" in scores:
         q = scores["questions"]
@@ -264,11 +203,11 @@ def export_geneval(model, prompts_file, out, n=4, seed=0, **sampler):
     for i, row in enumerate(data.Progress(rows, "GenEval prompts")):
         folder = os.path.join(out, f"{i:05d}", "samples")
         os.makedirs(folder, exist_ok=True)
-        data.write_text(os.path.join(out, f"{i:05d}", "metadata.jsonl"), json.dumps(row))
+        checkpoint.write_text(os.path.join(out, f"{i:05d}", "metadata.jsonl"), json.dumps(row))
         pictures = to_uint8(model.generate([row["prompt"]] * n, generator=torch.Generator(device).manual_seed(seed), **sampler))
         for j, p in enumerate(pictures):
             Image.fromarray(p).save(os.path.join(folder, f"{j:04d}.png"))
-    data.write_text(
+    checkpoint.write_text(
         os.path.join(out, "recipe.json"), json.dumps(dict(argv=sys.argv[1:], n=n, seed=seed, torch=torch.__version__, **sampler), indent=1)
     )
     print(f"{len(rows)} prompts x {n} pictures: {out}")
@@ -294,7 +233,7 @@ def read_results(folder):
     runs = {}
     for name in sorted(os.listdir(folder)):
         if name.endswith(".json"):
-            r = data.read_json(os.path.join(folder, name))
+            r = checkpoint.read_json(os.path.join(folder, name))
             if not isinstance(r, dict) or not {"arch", "seed"} <= set(r) or "generation" not in (r.get("scores") or {}):
                 raise ValueError(
                     f"{os.path.join(folder, name)}: no judged drawings of a model in it; --table reads the result.json of runs that were scored (--eval-n), "
@@ -333,9 +272,9 @@ def print_table(folder):
             group = {"score": "generation", "questions": "questions"}.get(name)
             low, high = results[0]["scores"][group]["interval"] if values and group else (0, 0)
             cells.append(spread(values) + (f" ({low:.3f}-{high:.3f})" if high and len(values) == 1 else ""))
-        tasks = " ".join(f"{np.mean([r['scores']['generation']['tasks'][t]['score'] for r in results]):.2f}" for t in data.TASKS)
+        tasks = " ".join(f"{np.mean([r['scores']['generation']['tasks'][t]['score'] for r in results]):.2f}" for t in shape_world.TASKS)
         print(f"| {arch} | {label} | {len(results)} | {tasks} | " + " | ".join(cells) + " |")
-    print(f"\ntasks: {', '.join(data.TASKS)}. ±: standard deviation over seeds; of a single run, its 95 % interval in brackets.\n")
+    print(f"\ntasks: {', '.join(shape_world.TASKS)}. ±: standard deviation over seeds; of a single run, its 95 % interval in brackets.\n")
     print_changes(runs)
 
 
@@ -393,7 +332,7 @@ def main(argv=None):
     import sample
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--arch", choices=sample.ARCHS, default="mar")
+    p.add_argument("--arch", choices=("mar", "ar", "diffusion"), default="mar")
     p.add_argument("--ckpt", help="folder written by train.py, or a published checkpoint with --config (default: weights/ARCH-reca)")
     p.add_argument("--config")
     p.add_argument("--tokenizer-ckpt")
@@ -419,7 +358,7 @@ def main(argv=None):
         raise ValueError(f"--config {args.config}: the judge knows the shape world only; draw GenEval's prompts with --geneval FILE and score them with its own tools")
     if args.n < 6 and not args.geneval:
         raise ValueError(f"--n {args.n}: at least 6, one picture for each task")
-    model = sample.load_model(
+    model = checkpoint.load_model(
         args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer, args.device, vision_ckpt=args.vision_ckpt
     )
     sampler = {k: v for k, v in dict(cfg=args.cfg, steps=args.steps).items() if v is not None}
@@ -438,9 +377,9 @@ def main(argv=None):
             )
         )
     if args.json:
-        data.write_text(
+        checkpoint.write_text(
             args.json, json.dumps(
-                dict(arch=args.arch, command="python evaluate.py " + shlex.join(sys.argv[1:]), commit=sample.git_commit(), torch=torch.__version__, scores=scores), indent=1
+                dict(arch=args.arch, command="python evaluate.py " + shlex.join(sys.argv[1:]), commit=checkpoint.git_commit(), torch=torch.__version__, scores=scores), indent=1
             )
         )
     if args.grid:
@@ -449,4 +388,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.one_line_errors(main)
+    checkpoint.one_line_errors(main)

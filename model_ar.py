@@ -23,11 +23,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from custom_kernels import attention, attention_plan, linear_cross_entropy
-from image_tokenizer import TOKENIZERS, LFQConfig, LFQTokenizer, load_strict, read_weights
-from vision_encoder import VISION_ENCODERS, CLIPConfig, CLIPVision, clip_pixels, magvit_pixels, square_pixels, word_alignment
+from checkpoint import load_strict, read_weights
+from data import CLIP_MEAN, CLIP_STD, clip_pixels, magvit_pixels, square_pixels
+from image_tokenizer import TOKENIZERS, LFQConfig, LFQTokenizer
+from vision_encoder import VISION_ENCODERS, CLIPConfig, CLIPVision, word_alignment
 
 IGNORE = -100  # label of a position that is not trained
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SYSTEM_PROMPT = ("A chat between a curious user and an artificial intelligence assistant. "
                  "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 

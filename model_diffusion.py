@@ -29,12 +29,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 
 from custom_kernels import attention, attention_plan, flow_loss_rows, linear_cross_entropy, rms_norm
-from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig, check_keys
-from vision_encoder import (VISION_ENCODERS, SigLIPConfig, SigLIPNaViT, bagel_resize, bagel_size, grid_ids, magvit_pixels, patchify,
-                            to_pixels, word_alignment)
+from checkpoint import stream
+from data import bagel_resize, bagel_size, magvit_pixels, to_pixels
+from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig
+from vision_encoder import VISION_ENCODERS, SigLIPConfig, SigLIPNaViT, grid_ids, patchify, word_alignment
 
 IGNORE = -100  # label of a position that is not trained
 UND, GEN = EXPERTS = ("", "_moe_gen")  # endings of the two experts' published names
@@ -848,24 +848,6 @@ class Bagel(nn.Module):
         layer = c.hidden_size * (2 * c.hidden_size + 2 * c.num_kv_heads * dim + 3 * c.intermediate_size) + 2 * (und + gen) * c.hidden_size
         head = text * c.vocab_size * c.hidden_size if part in ("i2t", "text") else 0
         return 6.0 * gen * c.num_layers * layer + (2.0 if self.detach else 6.0) * (und * c.num_layers * layer + head)
-
-
-def stream(module, path, names, device, dtype):
-    """Fills a module on the meta device from a .safetensors file, tensor by tensor. names: the keys it must have; dtype(name): of each."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such weight file")
-    try:
-        file = safe_open(path, framework="pt", device=str(device))
-    except SafetensorError as e:
-        size = f"{os.path.getsize(path):,} bytes on disk"
-        raise ValueError(f"{path}: not a complete safetensors file ({e}; {size}): copy or download it again") from None
-    own = module.state_dict()
-    with file as f:
-        check_keys({k: own[k] for k in names}, {k: torch.empty(f.get_slice(k).get_shape(), device="meta") for k in f.keys()}, path)
-        for name in names:
-            (owner, _, last), t = name.rpartition("."), f.get_tensor(name).to(dtype(name))
-            owner = module.get_submodule(owner)
-            setattr(owner, last, nn.Parameter(t, owner._parameters[last].requires_grad) if last in owner._parameters else t)
 
 
 def guide(v, v_text, v_image=None, cfg=1.0, cfg_image=1.0, renorm="global", renorm_min=0.0):

@@ -31,7 +31,9 @@ from PIL import Image
 
 from custom_kernels import (add_noise, attention, attention_plan, diffusion_loss_rows, diffusion_tables, gated_add, linear_cross_entropy,
                             norm_modulate, rms_norm)
-from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig, load_strict, read_weights
+from checkpoint import load_strict, read_weights
+from data import preprocess_pad, preprocess_stretch, to_pixels
+from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig
 from vision_encoder import word_alignment
 
 IMAGE = -200  # the id that marks where an image goes into a text row
@@ -517,11 +519,10 @@ class Harmon(nn.Module):
     def preprocess(self, image, purpose):
         """PIL image -> (3, S, S) in [-1, 1]. "understand": padded to a square; "recon": stretched to a square of the longer side, then
         resized, as in the published training; anything else: resized at once, as in its sampler."""
-        from data import preprocess_pad, preprocess_stretch, to_tensor  # here, because models otherwise do without the data side
         size = self.config.image_size
         if purpose in ("understand", "recon"):
             return (preprocess_pad if purpose == "understand" else preprocess_stretch)(image, size)
-        return to_tensor(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+        return to_pixels(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
 
     @torch.no_grad()
     def precompute(self, images, stage="base"):

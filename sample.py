@@ -11,100 +11,17 @@ Same arguments and seed, same picture. Pictures go to --out (a PNG); its path is
 """
 
 import argparse
-import dataclasses
-import importlib
-import json
 import math
 import os
-import subprocess
-import sys
 
 import numpy as np
 import torch
 
 import data
-from image_tokenizer import load_strict, read_weights, write_safetensors
+from checkpoint import load_model, one_line_errors
+from data import to_uint8
 
-ARCHS = {"mar": "model_mar", "ar": "model_ar", "diffusion": "model_diffusion"}
-HERE = os.path.dirname(os.path.abspath(__file__))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Our own checkpoint folders: model.safetensors + config.json (also used by train.py and evaluate.py)
-def from_dict(cls, values):
-    """A dataclass from a JSON dict: nested dataclasses by their default's type, lists back to tuples. Unknown fields raise ValueError."""
-    defaults = cls()
-    unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
-    if unknown:
-        raise ValueError(
-            f"{cls.__name__} has no field {', '.join(sorted(unknown))}: config.json was written by another version of this code"
-        )
-    out = {}
-    for name, value in values.items():
-        default = getattr(defaults, name)
-        out[name] = (
-            from_dict(type(default), value) if dataclasses.is_dataclass(default) else tuple(value) if isinstance(value, list) else value
-        )
-    return cls(**out)
-
-
-def save_model(model, folder, arch, **extra):
-    """Writes folder/model.safetensors and folder/config.json, each under a temporary name first."""
-    os.makedirs(folder, exist_ok=True)
-    write_safetensors(os.path.join(folder, "model.safetensors"), model.state_dict())
-    data.write_text(
-        os.path.join(folder, "config.json"), json.dumps(dict(arch=arch, config=dataclasses.asdict(model.config), **extra), indent=1)
-    )
-
-
-def read_config(folder):
-    path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"{folder}: no config.json there; expected a folder written by train.py (model.safetensors + config.json), or give --config for a published checkpoint"
-        )
-    meta = data.read_json(path)
-    if not isinstance(meta, dict) or "config" not in meta or "arch" not in meta:
-        raise ValueError(
-            f"{path}: lacks 'arch' or 'config': not a config.json of this project (transformers-style exports load with --config NAME)"
-        )
-    return meta
-
-
-def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer=None, device="cpu", dtype=None, vision_ckpt=None):
-    """The model of `arch` from one of our folders, or, with `config` = a published size, from the original files. Raises one-line errors."""
-    data.check_device(device)
-    module = importlib.import_module(ARCHS[arch])
-    ckpt = ckpt or default_weights(arch)
-    if config is None or config == "tiny":
-        meta = read_config(ckpt)
-        if meta["arch"] != arch:
-            raise ValueError(f"{ckpt} holds a model of --arch {meta['arch']}, but --arch {arch} was asked for: change one of the two")
-        cfg = from_dict(type(module.CONFIGS["tiny"]), meta["config"])
-        model = module.Model(cfg, data.load_tokenizer(text_tokenizer or meta.get("text_tokenizer", "tiny")))
-        load_strict(model, read_weights(ckpt), ckpt)
-        return model.to(device=device, dtype=dtype).eval()
-    if config not in module.CONFIGS:
-        raise ValueError(f"--config {config}: --arch {arch} knows {', '.join(module.CONFIGS)}")
-    if not text_tokenizer:
-        raise ValueError(
-            f"--config {config} needs --text-tokenizer: the folder or file of the published text tokenizer (vocab.json + merges.txt, tokenizer.json or qwen.tiktoken)"
-        )
-    more = {"vision_path": vision_ckpt} if arch == "ar" else {}
-    model = module.Model.load_published(
-        ckpt,
-        config=config,
-        tokenizer_path=tokenizer_ckpt,
-        tokenizer=data.load_tokenizer(text_tokenizer),
-        device=device,
-        dtype=dtype,
-        **more,
-    )
-    return model.eval()
-
-
-def default_weights(arch, stage="reca"):
-    return os.path.join(HERE, "weights", f"{arch}-{stage}")
+ARCHS = ("mar", "ar", "diffusion")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -129,13 +46,6 @@ def grid(pictures, captions=None, columns=8, scale=3):
                 lines[-1] = (lines[-1] + " " + word).strip()
             draw.multiline_text((x, y), "\n".join(lines[:2]), fill=(0, 0, 0), spacing=1)
     return sheet
-
-
-def git_commit():
-    try:
-        return subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5).stdout.strip() or "unknown"
-    except OSError:
-        return "unknown"
 
 
 def plot(series, x_label, size=(720, 400), bottom=0.0):
@@ -242,8 +152,6 @@ def main(argv=None):
     )
     generator = torch.Generator(args.device).manual_seed(args.seed)
     sampler = {k: v for k, v in dict(cfg=args.cfg, steps=args.steps, temperature=args.temperature).items() if v is not None}
-    from evaluate import to_uint8
-
     if args.image:
         image = data.open_image(args.image)
         if args.question:
@@ -265,4 +173,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.one_line_errors(main)
+    one_line_errors(main)

@@ -8,15 +8,13 @@ at the end.
 """
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 
 from custom_kernels import attention, attention_plan
-from image_tokenizer import load_strict, read_weights
+from checkpoint import load_strict, read_weights
 
 
 @dataclass
@@ -232,65 +230,3 @@ class SigLIPNaViT(nn.Module):
             x = layer(x, plan)
         x = m["post_layernorm"](x)
         return x if seqlens is None else x[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# preprocessing: PIL image -> normalised tensor, exactly as the published weights were trained
-
-
-def to_pixels(image, mean=0.5, std=0.5):
-    """PIL image -> float32 (3, H, W), x/255 normalised with mean and std (numbers, or one per channel). The defaults give [-1, 1]."""
-    x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
-    return ((x - torch.as_tensor(mean).view(-1, 1, 1)) / torch.as_tensor(std).view(-1, 1, 1)).contiguous()
-
-
-def _resize_shorter(image, size):
-    w, h = image.size
-    w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
-    return image.resize((w, h), Image.Resampling.BICUBIC)
-
-
-def clip_pixels(image, size=336):
-    """CLIP: shorter side to `size` (bicubic), centre crop (odd margins: the smaller one left and above), CLIP's mean and deviation."""
-    image = _resize_shorter(image.convert("RGB"), size)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    image = image.crop((left, top, left + size, top + size))
-    return to_pixels(image, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
-
-
-def magvit_pixels(image, size):
-    """Show-o's image tokenizer: as above into [-1, 1]; here an odd margin is halved with rounding to even."""
-    image = _resize_shorter(image.convert("RGB"), size)
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    return to_pixels(image.crop((left, top, left + size, top + size)))
-
-
-def square_pixels(image, size):
-    """Show-o's RecA data: resized to a square without cropping (bicubic; the aspect ratio is not kept), [-1, 1]."""
-    return to_pixels(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
-
-
-def bagel_size(w, h, max_size, min_size, stride, max_pixels=14 * 14 * 9 * 1024, num_images=1):
-    """BAGEL's rule for the size of a picture -> (w, h), multiples of `stride`: long side at most max_size, short side at least min_size if
-    that is possible, at most max_pixels / num_images pixels (scaled by the ratio, not by its root: so the weights were trained)."""
-    def scaled(s):
-        return tuple(max(stride, round(round(v * s) / stride) * stride) for v in (w, h))
-
-    w, h = scaled(max(min(max_size / max(w, h), 1.0), min_size / min(w, h)))
-    if w * h > max_pixels / num_images:
-        w, h = scaled(max_pixels / num_images / (w * h))
-    if max(w, h) > max_size:
-        w, h = scaled(max_size / max(w, h))
-    return w, h
-
-
-def bagel_resize(image, max_size, min_size, stride, max_pixels=14 * 14 * 9 * 1024, num_images=1):
-    """PIL image -> RGB PIL image of BAGEL's size (bicubic); transparent pictures are put on white. to_pixels() of it feeds both towers.
-    Settings: autoencoder (1024, 512, 16); SigLIP (980, 224, 14), in the editing benchmarks (980, 378, 14), in RecA (224, 224, 14)."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGB", image.size, (255, 255, 255))
-        white.paste(image, mask=image.getchannel("A"))
-        image = white
-    size = bagel_size(*image.size, max_size, min_size, stride, max_pixels, num_images)
-    return image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
