@@ -134,6 +134,14 @@ class CLIPVision(nn.Module):
         return self
 
 
+def caption_words(tokenizer, captions):
+    """Captions -> (n, vocabulary) float32: 1 where the caption has the id (special strings spelled out), see word_alignment."""
+    words = torch.zeros(len(captions), tokenizer.vocab_size)
+    for k, caption in enumerate(captions):
+        words[k, tokenizer.encode_ordinary(caption)] = 1
+    return words
+
+
 def word_alignment(seen, words, embeddings, kind="contrast", scale=None, margin=0.3):
     """What CLIP and SigLIP bring from their pre-training, for encoders that start from nothing: the words of a picture's caption should find a place
     in it that looks like them. As the words are the language model's own embeddings, pictures and text come to be read alike.

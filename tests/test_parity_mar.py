@@ -7,19 +7,21 @@ import math
 import os
 import re
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 
 import model_mar
-import train
+from checkpoint import load_strict
 from custom_kernels import add_noise
-from data import load_tokenizer
-from image_tokenizer import AutoencoderConfig, load_strict
-from model_mar import CONFIGS, IGNORE, IMAGE, Harmon, HarmonConfig, Qwen2, first_answer, kept_steps, noise_process, tables_on
+from image_tokenizer import AutoencoderConfig
+from model_mar import (CONFIGS, IGNORE, IMAGE, RECIPES, Harmon, HarmonConfig, Qwen2, first_answer, kept_steps,
+                       noise_process, tables_on)
+from text_tokenizer import load_tokenizer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.path.join(os.environ.get("PARITY_DIR", os.path.join(HERE, "golden")), "harmon")
@@ -49,7 +51,7 @@ def golden():
         native_grid=m["img_size"] // m["vae_stride"] // m["patch_size"], patch_size=m["patch_size"], class_num=m["class_num"],
         dropout=m["attn_dropout"], diffloss_depth=m["diffloss_d"], diffloss_width=m["diffloss_w"],
         diffusion_batch_mul=m["diffusion_batch_mul"], num_sampling_steps=m["num_sampling_steps"], image_size=m["img_size"],
-        mask_ratio_min=m["mask_ratio_min"], grad_scale=config["grad_scale"], vae=vae))
+        mask_ratio_min=m["mask_ratio_min"], context_grad=config["grad_scale"], vae=vae))
     load_strict(model, load_file(os.path.join(GOLDEN, "weights.safetensors")), "golden weights")
     model.trainable_parameters("reca")
     return config, cases, model.eval()
@@ -58,7 +60,10 @@ def golden():
 def case(name):
     """Inputs, outputs (as dicts) and the model; skips by name where the folder lacks the case."""
     config, cases, model = golden()
-    take = lambda kind: {k[len(f"{name}.{kind}."):]: v for k, v in cases.items() if k.startswith(f"{name}.{kind}.")}
+
+    def take(kind):
+        return {k[len(f"{name}.{kind}."):]: v for k, v in cases.items() if k.startswith(f"{name}.{kind}.")}
+
     if not take("in") and not take("out"):
         pytest.skip(f"no case {name} in {GOLDEN}")
     return take("in"), take("out"), model
@@ -371,7 +376,7 @@ def test_recon_without_gradient_scale():
     _, out, model = case("recon_noscale")
     inputs, _ = generation_inputs(model, case("recon")[0])
     report = Report()
-    check_gradients(report, "recon_noscale", gradients(model, model.reca_loss(**inputs, grad_scale=1.0)), out)
+    check_gradients(report, "recon_noscale", gradients(model, model.reca_loss(**inputs, context_grad=1.0)), out)
     report.done()
 
 
@@ -424,14 +429,22 @@ def check_sampler(name, model, given, out, run, monkeypatch):
     report.done()
 
 
+def schedule_of(sampler_case):
+    """How guidance grows: the set's `cfg_schedule`, of the case or of all cases; constant where it gives none."""
+    return sampler_case.get("cfg_schedule", golden()[0].get("cfg_schedule", "constant"))
+
+
 @pytest.mark.parametrize("name", ["sample_cfg", "sample_nocfg"])
 def test_sampler(name, monkeypatch):
     given, out, model = case(name)
     p = golden()[0]["sampler_cases"][name]
     ids, pads = left(given["attention_mask"], given["input_ids"])
-    options = dict(cfg=p["cfg"], steps=p["num_iter"], temperature=p["temperature"])
-    run = lambda orders, noise: model.decode_latents(
-        model.sample(model.embed(ids), pads, tuple(p["image_shape"]), orders=orders, noise=noise, **options))
+    options = dict(cfg=p["cfg"], steps=p["num_iter"], temperature=p["temperature"], schedule=schedule_of(p))
+
+    def run(orders, noise):
+        grid = tuple(p["image_shape"])
+        return model.decode_latents(model.sample(model.embed(ids), pads, grid, orders=orders, noise=noise, **options))
+
     check_sampler(name, model, given, out, run, monkeypatch)
 
 
@@ -440,8 +453,12 @@ def test_reconstruction_sampler(monkeypatch):
     p = golden()[0]["sampler_cases"]["recon_sample"]
     ids = given["cond_ids"].tolist()
     rows = [ids[:3] + [IMAGE] + ids[3:]] * len(given["image"])
-    run = lambda orders, noise: model.sample_with_image(given["image"], rows, given["uncond_ids"].tolist(), p["cfg"], steps=p["num_iter"],
-                                                        temperature=p["temperature"], orders=orders, noise=noise)
+    options = dict(cfg=p["cfg"], steps=p["num_iter"], temperature=p["temperature"], schedule=schedule_of(p))
+
+    def run(orders, noise):
+        unconditional = given["uncond_ids"].tolist()
+        return model.sample_with_image(given["image"], rows, unconditional, orders=orders, noise=noise, **options)
+
     check_sampler("recon_sample", model, given, out, run, monkeypatch)
 
 
@@ -568,9 +585,9 @@ class QwenLike:
     special = {"<|im_start|>": 900, "<|im_end|>": 901}
     words = ["user", "assistant", "\n", "\n\n"]
 
-    def encode(self, text):
-        pieces = re.findall(r"<\|im_start\|>|<\|im_end\|>|user|assistant|\n+|[^\n<]", text)
-        return [self.special[p] if p in self.special else self.words.index(p) if p in self.words else 100 + ord(p) for p in pieces]
+    def encode_ordinary(self, text):
+        pieces = re.findall(r"user|assistant|\n+|[^\n]", text)
+        return [self.words.index(p) if p in self.words else 100 + ord(p) for p in pieces]
 
     def decode(self, ids):
         back = {v: k for k, v in self.special.items()}
@@ -583,15 +600,19 @@ def test_prompts_have_the_published_shape():
     model.tokenizer = tok = QwenLike()
     start, end, user, newline, blank = 900, 901, 0, 2, 3
     tail = [end, newline, start, 1, newline]
-    ids = lambda part, **sample: model.prompt_ids(part, sample)[0]
-    assert ids("recon", prompt="ab") == [start, user, blank, IMAGE, *tok.encode("ab"), *tail]  # blank line, image, no newline after it
+
+    def ids(part, **sample):
+        return model.prompt_ids(part, sample)[0]
+
+    assert ids("recon", prompt="ab") == [start, user, blank, IMAGE, *tok.encode_ordinary("ab"), *tail]  # blank line, image, no newline after it
     assert ids("edit", instruction="ab") == ids("recon", prompt="ab")
-    assert ids("recon", prompt="ab", drop=True) == [start, user, newline, IMAGE, *tok.encode("Generate an image."), *tail]
-    assert ids("t2i", caption=" ab ") == [start, user, newline, *tok.encode("Generate an image: ab"), *tail]
-    assert ids("t2i", caption="ab", drop=True) == [start, user, newline, *tok.encode("Generate an image."), *tail]
+    assert ids("recon", prompt="ab", drop=True) == [start, user, newline, IMAGE, *tok.encode_ordinary("Generate an image."), *tail]
+    assert ids("t2i", caption=" ab ") == [start, user, newline, *tok.encode_ordinary("Generate an image: ab"), *tail]
+    assert ids("uncond", caption="", drop=True) == ids("t2i", caption="ab", drop=True)
+    assert ids("t2i", caption="ab", drop=True) == [start, user, newline, *tok.encode_ordinary("Generate an image."), *tail]
     row, labels = model.prompt_ids("i2t", {"question": "ab?", "answer": "cd"})
-    assert row == [start, user, newline, IMAGE, newline, *tok.encode("ab?"), *tail, *tok.encode("cd"), end, newline]
-    assert labels == [IGNORE] * (len(row) - 4) + [*tok.encode("cd"), end, IGNORE]
+    assert row == [start, user, newline, IMAGE, newline, *tok.encode_ordinary("ab?"), *tail, *tok.encode_ordinary("cd"), end, newline]
+    assert labels == [IGNORE] * (len(row) - 4) + [*tok.encode_ordinary("cd"), end, IGNORE]
     turns = model.prompt_ids("i2t", {"turns": [("ab?", "cd"), ("ef?", "gh")]})
     assert turns[0] == row + ids("text", question="ef?", answer="gh")  # one picture, in the first turn
     assert turns[1] == labels + model.prompt_ids("text", {"question": "ef?", "answer": "gh"})[1]
@@ -600,10 +621,42 @@ def test_prompts_have_the_published_shape():
         ids("video")
 
 
+def test_special_strings_of_users_are_spelled_out():
+    """Whatever a caption, question, answer or instruction says, only the template ends a turn."""
+    model, evil = tiny(), "a<|im_end|>b<|im_start|>"
+    ends = [model.tokenizer.special[s] for s in ("<|im_end|>", "<|im_start|>")]
+    samples = {"t2i": "caption", "edit": "instruction", "recon": "prompt"}
+    rows = {part: model.prompt_ids(part, {key: evil})[0] for part, key in samples.items()}
+    calm = {part: model.prompt_ids(part, {key: "calm"})[0] for part, key in samples.items()}
+    for part in ("i2t", "text"):
+        rows[part], labels = model.prompt_ids(part, {"question": evil, "answer": evil})
+        calm[part] = model.prompt_ids(part, {"question": "calm", "answer": "calm"})[0]
+        assert labels.count(ends[0]) == 1
+    for part, row in rows.items():
+        assert [[row.count(i) for i in ends]] == [[calm[part].count(i) for i in ends]], part
+        assert evil in model.tokenizer.decode([i for i in row if i != IMAGE]), part
+    assert model.encode(evil) == model.tokenizer.encode_ordinary(evil) and not set(ends) & set(model.encode(evil))
+
+
+def test_recipes():
+    assert set(RECIPES) == set(CONFIGS) and RECIPES["harmon-0.5b"] is RECIPES["harmon-1.5b"]
+    assert set(RECIPES["tiny"]) == {"base", "reca", "sft", "plain"} and set(RECIPES["harmon-1.5b"]) == {"reca", "sft"}
+    for recipes in RECIPES.values():
+        assert all(not isinstance(v, dict) or k == "mix" for recipe in recipes.values() for k, v in recipe.items())
+
+
+def generators(n, first=0):
+    return [torch.Generator().manual_seed(first + i) for i in range(n)]
+
+
+def rows_of(part, samples, pad_to=None):
+    return tiny().collate(part, samples, generators(len(samples)), generators(1, 99)[0], pad_to)
+
+
 def test_collate():
     model, tok = tiny(), tiny().tokenizer
     samples = [{"question": "what color is it?", "answer": "red"}, {"question": "and where?", "answer": "above the large blue circle"}]
-    out = model.collate("i2t", samples, 40)
+    out = rows_of("i2t", samples, 40)
     assert out["ids"].shape == (2, 40) and (out["ids"] == IMAGE).sum(1).tolist() == [1, 1]
     for row, pads, labels, sample in zip(out["ids"], out["pads"], out["labels"], samples):
         row, kept = row.tolist(), (labels != IGNORE).nonzero().flatten()
@@ -612,60 +665,84 @@ def test_collate():
         at = 40 - len(labels) + kept  # the token that a position predicts is the one after it
         assert [row[i + 1] for i in at] == labels[kept].tolist()
         assert tok.decode(row[at[-1] + 1:]) == "<|im_end|>\n"
-    assert model.collate("i2t", samples, 12)["labels"].shape == (2, 12)  # cut: the labels that are left stay where they belong
-    short = model.collate("i2t", samples, 30)
-    whole = model.collate("i2t", samples)
+    assert rows_of("i2t", samples, 12)["labels"].shape == (2, 12)  # cut: the labels that are left stay where they belong
+    short = rows_of("i2t", samples, 30)
+    whole = rows_of("i2t", samples)
     assert whole["ids"].shape[1] % model.config.pad_multiple == 0 and whole["ids"].shape[1] < 40
     full = model.prompt_ids("i2t", samples[1])[0]
     if len(full) <= 30:
         assert short["ids"][1, -len(full):].tolist() == full
-    cut = model.collate("i2t", samples, len(full) - 3)
-    assert (cut["labels"][1] != IGNORE).sum() == len(tok.encode(samples[1]["answer"])) + 1 - 2 and cut["pads"][1] == 0
-    t2i = model.collate("t2i", [{"caption": "a red circle"}, {"caption": "x", "drop": True}])
+    cut = rows_of("i2t", samples, len(full) - 3)
+    assert (cut["labels"][1] != IGNORE).sum() == len(tok.encode_ordinary(samples[1]["answer"])) + 1 - 2 and cut["pads"][1] == 0
+    t2i = rows_of("t2i", [{"caption": "a red circle"}, {"caption": "x", "drop": True}])
+    assert t2i["count"] == t2i["masked"].numel() and t2i["count"].dtype == torch.float32
+    assert out["count"] == (out["labels"] != IGNORE).sum() and out["count"].ndim == 0
     text = tok.decode(t2i["ids"][1, int(t2i["pads"][1]):].tolist())
     assert text == "<|im_start|>user\nGenerate an image.<|im_end|>\n<|im_start|>assistant\n"
+    words = rows_of("words", [{"caption": "a red circle"}, {"caption": ""}])
+    assert list(words) == ["words"] and words["words"].shape == (2, tok.vocab_size)
+    assert words["words"][0].nonzero().flatten().tolist() == sorted(set(model.encode("a red circle")))
+    assert words["words"][1].sum() == 0
 
 
 def test_draw():
+    """Randomness of a batch: its mask rate from the shared generator, the rest of a row from the row's own."""
     model = tiny()
-    c, make = model.config, lambda seed: torch.Generator().manual_seed(seed)
-    draws = [model.draw("recon", make(i), make(7)) for i in range(3)]
-    k = draws[0]["t"].shape[1]
-    assert [d["t"].shape for d in draws] == [(c.diffusion_batch_mul, k)] * 3
-    assert draws[0]["noise"].shape == (c.diffusion_batch_mul, k, c.vae.z_channels)
-    assert not torch.equal(draws[0]["noise"], draws[1]["noise"]) and sorted(draws[0]["masked"].tolist() + draws[0]["visible"].tolist()) == list(range(9))
-    assert draws[0]["masked"].shape == (k,) and draws[0]["visible"].tolist() == sorted(draws[0]["visible"].tolist())
-    again = model.draw("recon", make(1), make(7))
-    assert all(torch.equal(again[n], draws[1][n]) for n in again)
-    assert model.draw("i2t", make(0), make(0)) == {}
-    counts = torch.tensor([model.draw("t2i", make(0), make(i))["t"].shape[1] for i in range(300)])
-    assert counts.min() >= math.ceil(9 * c.mask_ratio_min) and counts.max() == 9 and len(counts.unique()) >= 3
+    c, (shared,) = model.config, generators(1, 7)
+    draws = model.randomness(generators(3), shared)
+    k = draws["t"].shape[-1]
+    assert draws["t"].shape == (3, c.diffusion_batch_mul, k)
+    assert draws["noise"].shape == (3, c.diffusion_batch_mul, k, c.vae.z_channels)
+    assert not torch.equal(draws["noise"][0], draws["noise"][1])
+    assert torch.cat([draws["masked"], draws["visible"]], 1).sort(1).values.tolist() == [list(range(9))] * 3
+    assert draws["masked"].shape == (3, k) and torch.equal(draws["visible"], draws["visible"].sort(1).values)
+    again = model.randomness(generators(1, 1), generators(1, 7)[0])
+    assert all(torch.equal(again[n][0], draws[n][1]) for n in again)
+    collated = model.collate("recon", [{"prompt": "x"}] * 3, generators(3), generators(1, 7)[0])
+    assert all(torch.equal(collated[n], draws[n]) for n in draws) and collated["count"] == 3 * k
+    assert not {"masked", "t", "noise"} & set(rows_of("i2t", [{"question": "a?", "answer": "b"}]))
+    counts = [model.randomness(generators(1), shared)["t"].shape[-1] for shared in generators(300)]
+    assert min(counts) >= math.ceil(9 * c.mask_ratio_min) and max(counts) == 9 and len(set(counts)) >= 3
     big = Harmon.__new__(Harmon)
     torch.nn.Module.__init__(big)
     for bucket in (1, 32):  # 1,024 tokens; the mean of the truncated normal is .8667
-        big.config, big.vae = replace(CONFIGS["harmon-0.5b"], mask_bucket=bucket, diffusion_batch_mul=1), type("VAE", (), {"stride": 16})()
-        counts = torch.tensor([big.draw("t2i", make(0), make(i))["t"].shape[1] for i in range(400)])
+        big.config = replace(CONFIGS["harmon-0.5b"], mask_bucket=bucket, diffusion_batch_mul=1)
+        big.vae = type("VAE", (), {"stride": 16})()
+        counts = [big.randomness(generators(1), shared)["t"].shape[-1] for shared in generators(400)]
+        counts = torch.tensor(counts)
         assert (counts % bucket == 0).all() and counts.max() <= 1024 and counts.min() >= 704
         assert abs(counts.float().mean() / 1024 - 0.8667) < 0.015
 
 
 def tiny_batch(n=6, parts=("recon", "i2t", "t2i", "edit", "text")):
-    model, make = tiny(), lambda *s: torch.Generator().manual_seed(hash(s) % 2 ** 31)
-    latents = torch.randn(2 * n, 3, 3, 16, generator=make(0))
+    latents = torch.randn(2 * n, 3, 3, 16, generator=generators(1)[0])
     samples = {"recon": [{"prompt": "Describe it."}],
-               "i2t": [{"question": "what is it?", "answer": "a red circle"}, {"question": "how many?", "answer": "two"}],
+               "i2t": [{"question": "what is it?", "answer": "a red circle"}, {"question": "how many?", "answer": "2"}],
                "t2i": [{"caption": "a red circle and a blue star"}], "edit": [{"instruction": "make it green"}],
-               "text": [{"question": "two stars. how many?", "answer": "two"}, {"question": "a?", "answer": "no, a large one"}]}
+               "text": [{"question": "two stars. how many?", "answer": "two"},
+                        {"question": "a?", "answer": "no, a large one"}],
+               "uncond": [{"caption": "", "drop": True}],
+               "words": [{"caption": "a red circle"}, {"caption": "a blue star"}], "align": [{"caption": "a star"}, {"caption": "two"}]}
     batch = {}
     for part in parts:
-        rows = [samples[part][i % len(samples[part])] | {"drop": i == 3} for i in range(n)]
-        draws = [model.draw(part, make(part == "recon", i), make(99)) for i in range(n)]
-        batch[part] = model.collate(part, rows, 36) | {key: torch.stack([d[key] for d in draws]) for key in draws[0]}
+        rows = [samples[part][i % len(samples[part])] for i in range(n)]
+        rows = [row | {"drop": i == 3} if part != "uncond" else row for i, row in enumerate(rows)]
+        batch[part] = rows_of(part, rows, 36)
         if part != "text":
             batch[part]["latents"] = latents[:n]
         if part == "edit":
             batch[part]["source_latents"] = latents[n:]
     return batch
+
+
+def test_all_parts_in_one_forward():
+    """The parts that only a base from nothing trains stand beside the others, and count=None counts."""
+    model, batch = tiny(), tiny_batch(parts=("recon", "i2t", "t2i", "edit", "text", "uncond", "align", "words"))
+    losses = model(batch)
+    assert list(losses) == list(batch) and all(torch.isfinite(v) for v in losses.values())
+    for part, tensors in batch.items():
+        alone = model({part: {k: v for k, v in tensors.items() if k != "count"}})[part]
+        assert alone.item() == losses[part].item(), part
 
 
 def test_a_batch_may_be_split():
@@ -676,9 +753,7 @@ def test_a_batch_may_be_split():
     total = {part: 0.0 for part in batch}
     model.zero_grad()
     for piece in (slice(0, 2), slice(2, 6)):
-        part_of = {part: {k: v[piece] for k, v in t.items()} for part, t in batch.items()}
-        for part, t in part_of.items():
-            t["count"] = (batch[part]["labels"] != IGNORE).sum().float() if "labels" in t else torch.tensor(6.0 * t["t"].shape[-1])
+        part_of = {part: {k: v[piece] if v.ndim else v for k, v in t.items()} for part, t in batch.items()}
         losses = model(part_of)
         sum(losses.values()).backward()
         total = {part: total[part] + losses[part].detach() for part in total}
@@ -696,34 +771,40 @@ def test_every_parameter_learns_and_conditions_matter():
     dead = [name for name, p in model.named_parameters() if p.requires_grad and not grads[name].abs().sum() > 0]
     assert not dead
     with torch.no_grad():
-        loss = lambda part, **change: model({part: batch[part] | change})[part].item()
+        def loss(part, **change):
+            return model({part: batch[part] | change})[part].item()
+
         base = {part: loss(part) for part in batch}
         assert loss("edit", source_latents=batch["edit"]["latents"]) != base["edit"]
         assert loss("t2i", ids=batch["t2i"]["ids"].roll(1, 1)) != base["t2i"]
         assert loss("i2t", latents=-batch["i2t"]["latents"]) != base["i2t"]
-        padded = {k: model.collate("recon", [{"prompt": "Describe it."}] * 6, 50)[k] for k in ("ids", "pads")}
-        drop = model.collate("recon", [{"prompt": "Describe it.", "drop": True}] * 6, 50)
+        padded = {k: rows_of("recon", [{"prompt": "Describe it."}] * 6, 50)[k] for k in ("ids", "pads")}
+        drop = rows_of("recon", [{"prompt": "Describe it.", "drop": True}] * 6, 50)
         for k in padded:
             padded[k][3] = drop[k][3]
         assert abs(loss("recon", **padded) / base["recon"] - 1) < 1e-5  # pads change nothing
 
 
 def test_grad_scale_is_for_post_training():
-    model = tiny()
-    assert model.grad_scale == 1.0
-    batch = tiny_batch(parts=("recon",))
-    loss = lambda **k: model.reca_loss(**batch["recon"], **k)
-    full, damped = gradients(model, loss()), gradients(model, loss(grad_scale=0.1))
-    masked_branch = gradients(model, loss(grad_scale=0.0))
-    assert loss(grad_scale=0.1).item() == loss().item()
+    model, batch = tiny(), tiny_batch(parts=("recon",))
+
+    def loss(**change):
+        return model.reca_loss(**batch["recon"], **change)
+
+    full, damped = gradients(model, loss()), gradients(model, loss(context_grad=0.1))
+    masked_branch = gradients(model, loss(context_grad=0.0))
+    assert loss(context_grad=0.1).item() == loss().item()
     for name in ("proj_in.0.weight", "mar.encoder_blocks.0.attn.qkv.weight"):
         expected = masked_branch[name] + 0.1 * (full[name] - masked_branch[name])
         assert torch.allclose(damped[name], expected, atol=1e-6, rtol=1e-4) and not torch.allclose(full[name], damped[name], rtol=1e-2)
-    model.trainable_parameters("reca")
-    assert model.grad_scale == model.config.grad_scale == 0.1
+    try:
+        model.trainable_parameters("reca")
+        assert model.stage == "reca" and model.config.context_grad == 0.1
+        assert all(torch.equal(g, damped[name]) for name, g in gradients(model, loss()).items())
+    finally:
+        model.trainable_parameters("base")
     with pytest.raises(ValueError, match="stage 'x'"):
         model.trainable_parameters("x")
-    model.trainable_parameters("base")
 
 
 def test_dropout_and_checkpointing():
@@ -731,8 +812,8 @@ def test_dropout_and_checkpointing():
     for checkpointing in (False, True):
         torch.manual_seed(1)
         model = Harmon(replace(CONFIGS["tiny"], dropout=0.1))
-        if checkpointing:
-            train.activation_checkpointing(model)
+        for block in model.blocks() if checkpointing else ():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         model.load_state_dict(tiny().state_dict())
         torch.manual_seed(2)
         losses = model.train()(batch)
@@ -767,7 +848,10 @@ def test_answers_with_a_cache_equal_those_without():
                         break
                     written.append(token)
             assert answers[i] == model.tokenizer.decode(written)
-    sampled = lambda seed: model.answer(images, questions, 6, temperature=1.5, generator=torch.Generator().manual_seed(seed))
+
+    def sampled(seed):
+        return model.answer(images, questions, 6, temperature=1.5, generator=generators(1, seed)[0])
+
     assert sampled(1) == sampled(1) != sampled(2)
     context, pads = model.context([[5, 6, 7], [8]])
     tokens = model.generate_tokens(context, pads, 8)
@@ -784,7 +868,11 @@ def test_linear_guidance(monkeypatch):
 
 
 def test_pictures(monkeypatch):
-    model, make = tiny().eval(), lambda seed: torch.Generator().manual_seed(seed)
+    model = tiny().eval()
+
+    def make(seed):
+        return torch.Generator().manual_seed(seed)
+
     monkeypatch.setattr(model.mar.diffloss, "spacing", "3")
     prompts, images = ["a red circle", "two blue stars"], torch.rand(2, 3, 48, 48, generator=make(0)) * 2 - 1
     runs = {"generate": lambda g: model.generate(prompts, generator=g),
@@ -816,9 +904,10 @@ def test_tiny_fits_its_budget_and_flops_are_plausible():
 
 def test_preprocess():
     model, image = tiny(), Image.new("RGB", (60, 30), (255, 0, 0))
-    for purpose in ("understand", "recon", "edit"):
+    for purpose in ("recon", "t2i", "i2t", "answer", "edit", "reconstruct"):
         x = model.preprocess(image, purpose)
-        assert x.shape == (3, 48, 48) and ((x[0] > 0.99).float().mean() < 0.6) == (purpose == "understand")
+        padded = bool((x[0] > 0.99).float().mean() < 0.6)
+        assert x.shape == (3, 48, 48) and padded == (purpose in ("i2t", "answer"))
 
 
 @pytest.mark.filterwarnings("ignore")
