@@ -19,13 +19,13 @@ Conventions. B rows, (m, n) latent grid, L = m*n tokens, S buffers, V visible an
 batch), C numbers per latent token, D and E the widths of the MAR encoder and decoder, h of the LLM, W tokens of a text
 row; c is a HarmonConfig. Images are (B, 3, H, W) in [-1, 1]. Text rows are left-padded: `pads` (B,) counts the slots
 before the first token, so query i of row b sees the keys [pads[b], i], and its rotary position is i - pads[b].
-Everything random is an argument: `masked` (B, k) and `visible` (B, V) are positions in the grid; t (B, M, k) and noise
-(B, M, k, C) belong to M diffusion draws of each masked token, in the order of `masked`. (Two tensors, not one that is
-cut at k: torch.compile's dynamic shapes fail on a length like L - k, the difference of two that vary.)
+Everything random is an argument: `masked` (B, k) and `visible` (B, V) are positions in the grid (two tensors, since
+torch.compile cannot cut one at a length that varies); t (B, M, k) and noise (B, M, k, C) belong to M diffusion draws of
+each masked token, in the order of `masked`.
 """
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from statistics import NormalDist
 
 import torch
@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from checkpoint import load_strict, read_weights
-from custom_kernels import (add_noise, attention, attention_plan, diffusion_loss_rows, diffusion_tables,
-                            linear_cross_entropy, rms_norm)
+from custom_kernels import attention, attention_plan, diffusion_loss_rows, linear_cross_entropy, rms_norm
+from custom_kernels.diffusion_loss import add_noise, diffusion_tables
 from data import preprocess_pad, preprocess_stretch, to_pixels
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig
 from vision_encoder import caption_words, word_alignment
@@ -47,7 +47,6 @@ T = 1000  # diffusion steps of the trained process
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configurations and recipes
-
 
 @dataclass
 class HarmonConfig:
@@ -83,7 +82,7 @@ class HarmonConfig:
     vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     # training
     mask_ratio_min: float = 0.7
-    mask_bucket: int = 32  # the number of masked tokens is a multiple of this, so that shapes take few values (1 = exact)
+    mask_bucket: int = 32  # masked tokens come in multiples of this, so that shapes take few values
     context_grad: float = 0.1  # factor on the clean features' gradient: damps proj_in and the encoder there
     max_prompt: int = 128  # text tokens of a generation row
     max_dialogue: int = 1472  # text tokens of an understanding row
@@ -107,40 +106,36 @@ CONFIGS = {
                                 decoder_heads=16, diffloss_depth=12, diffloss_width=1536),
 }
 
-# As published, but for the batch, which depends on a number of GPUs that the release does not fix. The shared backbone
-# keeps understanding by image-to-text loss of weight 1; captions have no part in RecA unless --t2i-weight gives one.
+# What is missing takes train.py's default. RecA is as published, but for the batch, which the release does not fix. The
+# backbone is shared, so image-to-text loss keeps understanding alive; captions would come with --t2i-weight.
 PUBLISHED = {
-    "reca": dict(lr=1e-5, weight_decay=0.02, warmup=125, warmup_from=0, clip=1.0, steps=5000, batch=384, drop=0.1,
-                 mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=1.0, t2i_weight=0.0),
-    "sft": dict(lr=1e-5, weight_decay=0.02, warmup=125, warmup_from=0, clip=1.0, steps=5000, batch=384, drop=0.1,
-                mix={"t2i": 1.0, "i2t": 1.0}, i2t_weight=1.0, t2i_weight=1.0),
+    "reca": dict(lr=1e-5, warmup=125, warmup_from=0, steps=5000, batch=384,
+                 mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, t2i_weight=0.0),
+    "sft": dict(lr=1e-5, warmup=125, warmup_from=0, steps=5000, batch=384, mix={"t2i": 1.0, "i2t": 1.0}),
 }
-# Tiny models. A drawing loss is about 0.05 where a cross entropy is about 0.5: with weights 8 to 1 each gets its share of
-# the shared backbone's gradient. Captions are poor everywhere, since there RecA has most to give.
+# Tiny models. A drawing loss is about 0.05 where a cross entropy is about 0.5: weights of 8 to 1 share the backbone's
+# gradient between them. Captions are poor everywhere, since there RecA has most to give.
 TINY = {
-    # Muon, because a base from nothing needs fewer samples with it; with a decay that keeps picture tokens from growing
-    # so large that blocks cannot add to them. Four questions in a row and `words` teach the encoder what is where.
-    "base": dict(lr=2e-3, muon_lr=0.005, muon_decay=0.1, weight_decay=0.02, warmup=100, clip=1.0, steps=6000, batch=48,
-                 drop=0.1, mix={"t2i": 1.0, "i2t": 0.75, "edit": 0.5, "text": 0.25, "words": 0.5}, t2i_weight=8.0,
-                 questions=4, wrong_captions=0.4, sparse_captions=0.6, pool=40000),
-    # Half of RecA's pictures are understood with their cells in random order: a model that reconstructs well can copy
-    # place by place, which teaches drawing little. The other half keeps reconstruction. Captions stand beside RecA,
-    # because features of a picture say of each empty place that it is empty, and prompts name no places.
-    "reca": dict(lr=2e-4, weight_decay=0.02, warmup=20, clip=1.0, steps=300, batch=96, drop=0.1,
-                 mix={"recon": 0.5, "t2i": 0.5, "i2t": 1.0}, i2t_weight=0.125, t2i_weight=1.0,
+    # Muon needs fewer samples; its decay keeps picture tokens from growing so large that blocks cannot add to them.
+    # Four questions a row, and `words`, teach the encoder what is where.
+    "base": dict(lr=2e-3, muon_lr=0.005, muon_decay=0.1, warmup=100, steps=6000, batch=48, t2i_weight=8.0,
+                 mix={"t2i": 1.0, "i2t": 0.75, "edit": 0.5, "text": 0.25, "words": 0.5}, questions=4,
+                 wrong_captions=0.4, sparse_captions=0.6, pool=40000),
+    # Half of the pictures are understood with their cells in random order: a model that reconstructs well can copy
+    # place by place, which teaches drawing little. Captions stand beside RecA, because prompts name no places.
+    "reca": dict(lr=2e-4, steps=300, batch=96, mix={"recon": 0.5, "t2i": 0.5, "i2t": 1.0}, i2t_weight=0.125,
                  understanding="scrambled", altered_share=0.5, wrong_captions=0.4, sparse_captions=0.6),
-    "sft": dict(lr=2e-4, weight_decay=0.02, warmup=20, clip=1.0, steps=300, batch=96, drop=0.1,
-                mix={"t2i": 1.0, "i2t": 1.0}, t2i_weight=8.0, wrong_captions=0.4, sparse_captions=0.6),
+    "sft": dict(lr=2e-4, steps=300, batch=96, mix={"t2i": 1.0, "i2t": 1.0}, t2i_weight=8.0, wrong_captions=0.4,
+                sparse_captions=0.6),
     # RecA on a user's own pictures, without the shape world's captions and cells
-    "plain": dict(lr=2e-4, weight_decay=0.02, warmup=20, clip=1.0, steps=300, batch=96, drop=0.1,
-                  mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=0.125, t2i_weight=0.0),
+    "plain": dict(lr=2e-4, steps=300, batch=96, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=0.125,
+                  t2i_weight=0.0),
 }
 RECIPES = {"tiny": TINY, "harmon-0.5b": PUBLISHED, "harmon-1.5b": PUBLISHED}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # blocks: the language model, Qwen2.5
-
 
 def rope_tables(positions, dim, theta):
     """positions (B, T) -> cos, sin (B, 1, T, dim/2) float32."""
@@ -204,20 +199,19 @@ class Qwen2(nn.Module):
 
     def forward(self, x, pads, past=None, keep=None):
         """x (B, T, h), pads (B,) -> hidden states after the final norm, of the last `keep` positions (None: all), and
-        per layer the keys and values of everything so far. past: that list from an earlier call, which x continues.
-        Attention is causal; rotary positions do not count the pads."""
+        per layer the keys and values of everything so far. past: that list from the call which x continues. Causal."""
         c = self.config
         start = past[0][0].shape[2] if past is not None else 0
         total = start + x.shape[1]
         slots = torch.arange(start, total, device=x.device)[None]  # (1, T)
-        positions = (slots - pads[:, None]).clamp(min=0)  # (B, T)
+        positions = (slots - pads[:, None]).clamp(min=0)  # (B, T): pads do not count
         cos, sin = rope_tables(positions, c.hidden_size // c.num_heads, c.rope_theta)
         lo, hi = pads[:, None].expand(-1, x.shape[1]), (slots + 1).expand(len(x), -1)
         plan = attention_plan(lo, hi, total)
         cache = []
         for i, layer in enumerate(self.model.layers):
             last = {}
-            if keep is not None and i == c.num_layers - 1:  # nobody attends to the last layer: compute what is asked for
+            if keep is not None and i == c.num_layers - 1:  # nobody attends to the last layer's other outputs
                 last, plan = {"keep": keep}, attention_plan(lo[:, -keep:], hi[:, -keep:], total)
             x, kv = layer(x, cos, sin, plan, past[i] if past is not None else None, **last)
             cache.append(kv)
@@ -226,7 +220,6 @@ class Qwen2(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # blocks: MAR, two ViTs
-
 
 class Block(nn.Module):
     """Pre-norm ViT block with full attention."""
@@ -249,6 +242,10 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp.fc2(y), drop)
 
 
+def vit(dim, heads, depth, c):
+    return nn.ModuleList([Block(dim, heads, c.mlp_ratio, c.dropout) for _ in range(depth)])
+
+
 def pick(x, index):
     """x (B, N, width), index (B, K) -> the rows x[b, index[b]], (B, K, width)."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
@@ -264,20 +261,17 @@ class MAR(nn.Module):
         self.fake_latent = nn.Parameter(torch.zeros(1, D))  # what every buffer holds before its position is added
         self.z_proj, self.z_proj_ln = nn.Linear(latent_channels(c), D), nn.LayerNorm(D, eps=1e-6)
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, c.buffer_size + cells, D))
-        self.encoder_blocks = nn.ModuleList([Block(D, c.encoder_heads, c.mlp_ratio, c.dropout)
-                                             for _ in range(c.encoder_depth)])
+        self.encoder_blocks = vit(D, c.encoder_heads, c.encoder_depth, c)
         self.encoder_norm = nn.LayerNorm(D, eps=1e-6)
         self.decoder_embed, self.mask_token = nn.Linear(D, E), nn.Parameter(torch.zeros(1, 1, E))
         self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, c.buffer_size + cells, E))
-        self.decoder_blocks = nn.ModuleList([Block(E, c.decoder_heads, c.mlp_ratio, c.dropout)
-                                             for _ in range(c.decoder_depth)])
+        self.decoder_blocks = vit(E, c.decoder_heads, c.decoder_depth, c)
         self.decoder_norm = nn.LayerNorm(E, eps=1e-6)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, cells, E))
         self.diffloss = DiffLoss(c)
 
     def positions(self, table, grid):
-        """Learned table (1, [S +] native*native, dim) -> buffer rows (S, dim) and image rows (m*n, dim), resized to the
-        grid."""
+        """Learned table (1, [S +] native*native, dim) -> rows of buffers (S, dim) and of the grid (L, dim), resized."""
         side = self.config.native_grid
         buffers, image = table[0].split([table.shape[1] - side * side, side * side])
         if tuple(grid) != (side, side):
@@ -286,8 +280,7 @@ class MAR(nn.Module):
         return buffers, image
 
     def encode(self, latents, visible=None):
-        """latents (B, m, n, C) -> (B, S + V, D). visible (B, V): positions in raster order (the masked branch), or None
-        for all (the clean branch)."""
+        """latents (B, m, n, C) -> (B, S + V, D). visible (B, V): positions in raster order, or None for all of them."""
         buffer_pos, image_pos = self.positions(self.encoder_pos_embed_learned, latents.shape[1:3])
         tokens = latents.flatten(1, 2).to(self.z_proj.weight.dtype)  # (B, L, C)
         if visible is None:
@@ -302,8 +295,7 @@ class MAR(nn.Module):
 
     def decode(self, x, visible, masked, grid):
         """x (B, S + V, D), positions visible (B, V) and masked (B, k) -> conditions of DiffLoss (B, V + k, E), in the
-        order [visible, masked]. Attention is blind to order, so the mask tokens simply follow the visible ones and each
-        token brings its own position."""
+        order [visible, masked]: attention is blind to order, and each token brings its own position."""
         order = torch.cat([visible, masked], 1)
         buffer_pos, image_pos = self.positions(self.decoder_pos_embed_learned, grid)
         pos = torch.cat([buffer_pos.expand(len(x), -1, -1), F.embedding(order, image_pos)], 1)
@@ -321,18 +313,14 @@ def latent_channels(c):
 # ---------------------------------------------------------------------------------------------------------------------
 # blocks: DiffLoss, one latent token by diffusion
 
-
 def kept_steps(spacing):
     """Which of the 1000 steps a sampler keeps: "" all; "100" that many, evenly from 0 to 999; "a,b,c" so many in each
     of equal sections. ValueError where a section has fewer."""
-    if not spacing:
-        return list(range(T))
-    counts, steps, start = [int(n) for n in str(spacing).split(",")], [], 0
+    counts, steps, start = [int(n) for n in str(spacing or T).split(",")], [], 0
     for i, count in enumerate(counts):
         size = T // len(counts) + (i < T % len(counts))  # the first sections take the remainder
         if count > size:
-            raise ValueError(f"num_sampling_steps {spacing!r}: {count} steps asked of a section of {size} of the {T} "
-                             "trained ones")
+            raise ValueError(f"num_sampling_steps {spacing!r}: {count} steps in a section of {size} of the {T} trained")
         stride, at = (size - 1) / (count - 1) if count > 1 else 1, 0.0
         for _ in range(count):
             steps.append(start + round(at))
@@ -370,8 +358,8 @@ def _tables_on(spacing, device):
 
 @torch.compiler.assume_constant_result  # a compiled model would trace through the cache and break its graph there
 def tables_on(spacing, device):
-    """-> float32 tables on the device: for the loss (steps, 5), for sampling (steps, 6), and the original index of each
-    step as a list. Not buffers of a module: no checkpoint holds them, and the meta device would lose them."""
+    """-> float32 tables on the device, for the loss (steps, 5) and for sampling (steps, 6), and each step's original
+    index (list). Not buffers of a module: no checkpoint holds them, and the meta device would lose them."""
     return _tables_on(spacing, device)
 
 
@@ -414,8 +402,7 @@ class Denoiser(nn.Module):
         return self.time_embed.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(self.input_proj.weight.dtype))
 
     def forward(self, x, t, z):
-        """x (..., C); t (...) and z (..., E) broadcast over its leading axes -> (..., 2C): epsilon, then the variance
-        value."""
+        """x (..., C); t (...) and z (..., E) broadcast to its leading axes -> (..., 2C): epsilon, variance value."""
         x = self.input_proj(x.to(self.input_proj.weight.dtype))
         y = F.silu(self.time(t) + self.cond_embed(z)).expand_as(x).flatten(0, -2)
         shape, x = x.shape, x.flatten(0, -2)  # (N, width)
@@ -433,16 +420,15 @@ class DiffLoss(nn.Module):
 
     def loss_rows(self, z, x0, t, noise):
         """Conditions z (B, k, E), latents x0 (B, k, C), t (B, M, k), noise (B, M, k, C) -> mse, vb, each (B*M*k,)
-        float32: epsilon prediction, and the variational bound in bits, from which only the variance learns."""
+        float32: epsilon's error, and the variational bound in bits, from which only the variance learns."""
         tables = tables_on("", str(z.device))[0]
         x0, noise, t_rows = x0[:, None].expand_as(noise).flatten(0, 2).float(), noise.flatten(0, 2), t.flatten()
         x_t = add_noise(x0, noise, t_rows, tables).view(*t.shape, -1)
         return diffusion_loss_rows(self.net(x_t, t, z[:, None]).flatten(0, 2), x0, noise, t_rows, tables)
 
     def step(self, out, x, i, noise, temperature, spacing):
-        """One ancestral step x_i -> x_{i-1} of the respaced process: net output (N, 2C), x (N, C), i an index or (N,)
-        indices into the kept steps -> sample, mean, log variance, estimate of x0, each (N, C). The last step (i = 0)
-        adds no noise; x0 is not clipped."""
+        """One ancestral step x_i -> x_{i-1}: net output (N, 2C), x (N, C), i an index or (N,) indices into the kept
+        steps -> sample, mean, log variance, estimate of x0 (not clipped), each (N, C). Step 0 adds no noise."""
         columns = tables_on(spacing, str(x.device))[1][i][..., None, :].unbind(-1)
         upper, lower, scale_x, scale_epsilon, coef1, coef2 = columns  # each (1,) or (N, 1)
         noisy = (i > 0)[:, None] if torch.is_tensor(i) else i > 0
@@ -453,12 +439,10 @@ class DiffLoss(nn.Module):
         return mean + noisy * torch.exp(0.5 * log_variance) * noise * temperature, mean, log_variance, x0
 
     @torch.no_grad()
-    def sample(self, z, temperature=1.0, cfg=1.0, noise=None, generator=None, spacing=None):
-        """Conditions z (N, E) -> tokens (N, C). With cfg != 1 z is [conditional rows, as many unconditional rows]:
-        epsilon is guided, the variance is not, and the first half is the result. noise: (initial (N or N/2, C), per
-        step (steps, N, C), first executed first), or from the generator."""
-        spacing = self.spacing if spacing is None else spacing
-        timesteps = tables_on(spacing, str(z.device))[2]
+    def sample(self, z, temperature=1.0, cfg=1.0, noise=None, generator=None):
+        """Conditions z (N, E) -> tokens (N, C). With cfg != 1 z is [conditional rows, as many unconditional rows], and
+        epsilon is guided, not the variance. noise: (initial (N or N/2, C), per executed step (steps, N, C))."""
+        timesteps = tables_on(self.spacing, str(z.device))[2]
         n = len(z) // 2 if cfg != 1 else len(z)
         if noise is None:
             C, where = self.net.input_proj.in_features, generator.device if generator is not None else z.device
@@ -471,20 +455,18 @@ class DiffLoss(nn.Module):
                 epsilon, v = out.chunk(2, -1)
                 epsilon = epsilon[n:] + cfg * (epsilon[:n] - epsilon[n:])
                 out = torch.cat([epsilon.repeat(2, 1), v], -1)
-            x = self.step(out, x, i, steps[j], temperature, spacing)[0]
+            x = self.step(out, x, i, steps[j], temperature, self.spacing)[0]
         return x
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # prompts and layouts: Qwen's chat template without a system turn
 
-
 UNCONDITIONAL = "Generate an image."
 
 
 def insert_image(tokenizer, ids):
-    """Puts the image slot behind the first token that ends a line: the "\\n" of "user\\n", or a "\\n\\n", which is one
-    token for Qwen."""
+    """Puts the image slot behind the first token that ends a line; for Qwen a "\\n\\n" is one token."""
     at = 1 + next(i for i, token in enumerate(ids) if "\n" in tokenizer.decode([token]))
     return ids[:at] + [IMAGE] + ids[at:]
 
@@ -501,17 +483,8 @@ def left_pad(rows, width, fill=0):
     return ids, torch.tensor([width - len(row) for row in rows])
 
 
-def round_up(n, multiple):
-    return -(-n // multiple) * multiple
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the model
-
-
-def projector(inputs, hidden, outputs):
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
-
 
 class Harmon(nn.Module):
     image_tokenizer = "vae"  # the frozen autoencoder: this submodule, and its config in HarmonConfig
@@ -522,8 +495,9 @@ class Harmon(nn.Module):
         self.vae = Autoencoder(config.vae).requires_grad_(False)
         self.llm = Qwen2(config)
         self.mar = MAR(config)
-        self.proj_in = projector(config.encoder_dim, config.hidden_size, config.hidden_size)
-        self.proj_out = projector(config.hidden_size, config.hidden_size, config.encoder_dim)
+        h, D = config.hidden_size, config.encoder_dim
+        self.proj_in = nn.Sequential(nn.Linear(D, h), nn.SiLU(), nn.Linear(h, h))
+        self.proj_out = nn.Sequential(nn.Linear(h, h), nn.SiLU(), nn.Linear(h, D))
         self.init_weights()
 
     @torch.no_grad()
@@ -531,9 +505,9 @@ class Harmon(nn.Module):
         """From scratch: N(0, 0.02) in the LLM and the learned tables, Xavier in MAR and the projections; DiffLoss
         starts as the identity."""
         for name, module in self.named_modules():
-            if name.startswith("vae"):
-                continue
-            if isinstance(module, nn.Linear) and not name.endswith("lm_head"):
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.Linear) and not name.startswith("vae") and not name.endswith("lm_head"):
                 if "adaLN_modulation" in name or name.endswith("final_layer.linear"):
                     nn.init.zeros_(module.weight)
                 elif name.startswith("llm") or "time_embed" in name:
@@ -542,8 +516,6 @@ class Harmon(nn.Module):
                     nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
         for name, p in self.mar.named_parameters():
             if name.endswith("_learned") or name in ("fake_latent", "mask_token"):
                 # beside latents of deviation 1, positions of 0.02 would not be seen
@@ -553,13 +525,13 @@ class Harmon(nn.Module):
 
     def reca_loss(self, latents, ids, pads, masked, visible, t, noise, source_latents=None, context_grad=None,
                   count=None):
-        """Reconstruction alignment (paper, eq. 3): the image's own clean features, as the understanding branch sees
-        them, are the prompt for its generation. The LLM reads [pads | "user" | L + S clean | request | V + S visible].
+        """Reconstruction alignment: the clean features of an image, as the understanding branch sees it, are the prompt
+        for its own generation. The LLM reads [pads | "user" | L + S clean | request | V visible + S].
 
-        latents (B, m, n, C): what is generated. ids (B, W), pads (B,): the request with an image slot. source_latents:
-        what is understood, None for the same image (RecA), another one for editing. masked, visible, t, noise: see the
-        top of the file. context_grad: factor on the gradient that reaches the clean features (None: the stage's).
-        count: number of masked tokens to divide by (None: those given)."""
+        latents (B, m, n, C): what is generated. ids (B, W), pads (B,): the request with an image slot. masked, visible,
+        t, noise: see the top of the file. source_latents: what is understood (None: the same image; another one for
+        editing). context_grad: factor on the gradient that reaches the clean features (None: the stage's). count: to
+        divide the sum over the masked tokens by (None: their number)."""
         source = latents if source_latents is None else source_latents  # (B, m, n, C)
         clean = self.clean_features(source, context_grad)  # (B, L + S, h): the image as understanding sees it
         context = self.embed(ids, clean)  # (B, W - 1 + L + S, h): the request with the image in its slot
@@ -574,8 +546,7 @@ class Harmon(nn.Module):
         return self.token_loss(z, latents, masked, t, noise, count)
 
     def i2t_loss(self, ids, pads, labels, latents=None, count=None):
-        """Next-token cross entropy on the answers, with the image in the context where there is one. ids (B, W), pads
-        (B,), labels (B, A): of the last A positions; latents (B, m, n, C) or None."""
+        """Next-token cross entropy on the answers. ids (B, W), labels (B, A): of the last A positions."""
         images = None if latents is None else self.clean_features(latents)
         hidden = self.llm(self.embed(ids, images), pads, keep=labels.shape[1])[0]  # (B, A, h)
         return linear_cross_entropy(hidden.flatten(0, 1), self.llm.lm_head.weight, labels.flatten(),
@@ -589,23 +560,21 @@ class Harmon(nn.Module):
         return total / (masked.numel() if count is None else count)
 
     def clean_features(self, latents, context_grad=None):
-        """latents (B, m, n, C) -> what the LLM reads of a whole image (B, L + S, h), buffers last; the gradient passes
-        times context_grad (None: 1 in base training, else the config's)."""
+        """latents (B, m, n, C) -> what the LLM reads of a whole image (B, L + S, h), with context_grad times its
+        gradient (None: 1 in base training, else the config's)."""
         if context_grad is None:
             context_grad = 1.0 if self.stage == "base" else self.config.context_grad
         clean = self.visual_features(latents)[1]
         return clean if context_grad == 1 else clean.detach() + context_grad * (clean - clean.detach())
 
     def visual_features(self, latents, visible=None):
-        """latents (B, m, n, C) -> encoder output (B, S + V, D), buffers first, and the LLM's input (B, V + S, h),
-        buffers last."""
+        """latents (B, m, n, C) -> encoder output (B, S + V, D), and the LLM's input (B, V + S, h), buffers last."""
         x, S = self.mar.encode(latents, visible), self.config.buffer_size
         z = self.proj_in(x)
         return x, torch.cat([z[:, S:], z[:, :S]], 1)
 
     def embed(self, ids, images=None):
-        """ids (B, W) with one IMAGE slot per row, images (B, N, h) -> embeddings (B, W - 1 + N, h), the images in the
-        place of the slots. Without images (B, W, h)."""
+        """ids (B, W) with one IMAGE slot per row, images (B, N, h) that take their place -> (B, W - 1 + N, h)."""
         text = self.llm.model.embed_tokens(ids.clamp(min=0))
         if images is None:
             return text
@@ -616,18 +585,17 @@ class Harmon(nn.Module):
         return pick(torch.cat([text, images.to(text.dtype)], 1), source)
 
     def fuse(self, latents, visible, pads, context=None, past=None):
-        """Visible latents, read by the LLM after the context (B, W, h) or after its cached keys and values ->
-        (B, S + V, D), buffers first."""
+        """Visible latents, read by the LLM after the context (B, W, h) or its cached `past` -> (B, S + V, D)."""
         x, z = self.visual_features(latents, visible)
         embeds = z if context is None else torch.cat([context, z], 1)
         hidden, S = self.llm(embeds, pads, past, keep=z.shape[1])[0], self.config.buffer_size
-        hidden = torch.cat([hidden[:, -S:], hidden[:, :-S]], 1)
-        return x + self.proj_out(hidden)
+        return x + self.proj_out(torch.cat([hidden[:, -S:], hidden[:, :-S]], 1))
 
     def forward(self, batch):
         """{part: tensors} -> {part: loss}, all parts in one forward."""
         losses = {"recon": self.reca_loss, "edit": self.reca_loss, "t2i": self.t2i_loss, "i2t": self.i2t_loss,
-                  "text": self.i2t_loss, "uncond": self.t2i_loss, "align": self.align_loss, "words": self.words_loss}
+                  "text": self.i2t_loss, "uncond": self.t2i_loss, "align": self.align_loss,
+                  "words": partial(self.align_loss, kind="presence")}
         return {part: losses[part](**tensors) for part, tensors in batch.items()}
 
     # ---- samplers
@@ -635,11 +603,10 @@ class Harmon(nn.Module):
     @torch.no_grad()
     def sample(self, context, pads, grid, cfg=None, steps=None, temperature=1.0, schedule="constant", orders=None,
                noise=None, generator=None):
-        """Masked autoregression -> latents (R, m, n, C), or (R/2, m, n, C) where cfg != 1: then the first half of the
-        rows is conditional, the second half their unconditional partners. context (R, W, h), pads (R,): embeddings of
-        the rows' contexts; grid (m, n); steps: passes through the model; schedule: guidance "constant", or "linear",
-        which grows from 1 to cfg with the number of tokens made. Randomness, drawn from `generator` where absent:
-        orders (R, L), equal for partners, and noise, per step what DiffLoss.sample takes."""
+        """Masked autoregression -> latents (R, m, n, C), or (R/2, m, n, C) where cfg != 1: then the second half of the
+        rows are the unconditional partners of the first. context (R, W, h), pads (R,); grid (m, n); steps: passes
+        through the model; schedule of guidance: "constant", or "linear", from 1 to cfg as tokens are made. From the
+        generator where absent: orders (R, L), equal for partners, and noise, per step what DiffLoss.sample takes."""
         if schedule not in ("constant", "linear"):
             raise ValueError(f"schedule {schedule!r}: expected constant or linear")
         cfg, steps = self.config.cfg if cfg is None else cfg, steps or self.config.mask_steps
@@ -647,8 +614,8 @@ class Harmon(nn.Module):
         n = R // 2 if cfg != 1 else R
         if orders is None:
             where = generator.device if generator is not None else "cpu"
-            orders = [torch.randperm(L, generator=generator, device=where) for _ in range(n)]
-            orders = torch.stack(orders).repeat(R // n, 1)
+            orders = torch.stack([torch.randperm(L, generator=generator, device=where) for _ in range(n)])
+            orders = orders.repeat(R // n, 1)
         orders = orders.to(device)
         past = self.llm(context, pads, keep=1)[1]  # the context is read once; the image part is computed in every step
         tokens, masked_now = torch.zeros(R, L, latent_channels(self.config), device=device), L
@@ -671,18 +638,16 @@ class Harmon(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, cfg=None, steps=None, temperature=1.0, generator=None, size=None, schedule="constant"):
-        """Captions -> images (B, 3, H, W) in [-1, 1]. size: pixels, one number or (H, W), ValueError where a side is no
-        multiple of the stride; cfg, steps, size: the config's where None."""
+        """Captions -> images (B, 3, H, W) in [-1, 1]. size: pixels, one number or (H, W), multiples of self.stride."""
         size = size or self.config.image_size
         size = (size, size) if isinstance(size, int) else tuple(size)
         if any(side % self.stride for side in size):
             raise ValueError(f"size {size}: both sides must be multiples of {self.stride} pixels")
         rows = [self.prompt_ids("t2i", {"caption": prompt})[0] for prompt in prompts]
         if cfg != 1:
-            rows += [self.prompt_ids("t2i", {"drop": True})[0]] * len(prompts)
-        context, pads = self.context(rows)
+            rows += [self.prompt_ids("uncond", {"drop": True})[0]] * len(prompts)
         grid = tuple(side // self.stride for side in size)
-        latents = self.sample(context, pads, grid, cfg, steps, temperature, schedule, generator=generator)
+        latents = self.sample(*self.context(rows), grid, cfg, steps, temperature, schedule, generator=generator)
         return self.decode_latents(latents).clamp(-1, 1)
 
     def reconstruct(self, images, prompt="Describe the image in detail.", cfg=None, steps=None, temperature=1.0,
@@ -691,15 +656,12 @@ class Harmon(nn.Module):
         As in the published sampler the image follows "user\\n" at once, without the blank line of RecA's training."""
         prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
         rows = [insert_image(self.tokenizer, self.turn(self.encode("user\n" + text))) for text in prompts]
-        return self.sample_with_image(images, rows, self.prompt_ids("t2i", {"drop": True})[0], cfg, steps=steps,
-                                      temperature=temperature, generator=generator).clamp(-1, 1)
+        return self.sample_with_image(images, rows, cfg, steps, temperature, generator=generator).clamp(-1, 1)
 
     def edit(self, images, instructions, cfg=None, steps=None, temperature=1.0, generator=None):
-        """images (B, 3, H, W) in [-1, 1] and one instruction for each -> edited images. The rows are those of the
-        `edit` loss."""
+        """images (B, 3, H, W) in [-1, 1], an instruction for each -> edited images. Rows are those of the edit loss."""
         rows = [self.prompt_ids("edit", {"instruction": text})[0] for text in instructions]
-        return self.sample_with_image(images, rows, self.prompt_ids("t2i", {"drop": True})[0], cfg, steps=steps,
-                                      temperature=temperature, generator=generator).clamp(-1, 1)
+        return self.sample_with_image(images, rows, cfg, steps, temperature, generator=generator).clamp(-1, 1)
 
     @torch.no_grad()
     def answer(self, images, questions, max_new_tokens=32, temperature=0.0, generator=None):
@@ -727,15 +689,16 @@ class Harmon(nn.Module):
         return self.embed(ids, None if latents is None else self.visual_features(latents)[1]), pads
 
     @torch.no_grad()
-    def sample_with_image(self, images, rows, unconditional, cfg=None, **options):
-        """images (B, 3, H, W), rows of ids with an image slot, ids of the unconditional row (text only), options of
-        `sample` -> images, not clamped."""
+    def sample_with_image(self, images, rows, cfg, *options, unconditional=None, **more):
+        """images (B, 3, H, W), rows of ids with an image slot, options of `sample` -> images, not clamped.
+        unconditional: ids of the row that guidance leads away from (None: "Generate an image.", and no image)."""
         latents = self.precompute(images.to(self.device))["latents"]
         context, pads = self.context(rows, latents)
         if cfg != 1:
-            other = self.context([unconditional] * len(rows), width=context.shape[1])
+            empty = unconditional or self.prompt_ids("uncond", {"drop": True})[0]
+            other = self.context([empty] * len(rows), width=context.shape[1])
             context, pads = torch.cat([context, other[0]]), torch.cat([pads, other[1]])
-        return self.decode_latents(self.sample(context, pads, latents.shape[1:3], cfg, **options))
+        return self.decode_latents(self.sample(context, pads, latents.shape[1:3], cfg, *options, **more))
 
     @torch.no_grad()
     def decode_latents(self, latents):
@@ -745,10 +708,8 @@ class Harmon(nn.Module):
 
     @torch.no_grad()
     def generate_tokens(self, context, pads, max_new_tokens, temperature=0.0, generator=None, stop=-1):
-        """Continues the rows (B, W, h), greedily at temperature 0 -> ids (B, at most max_new_tokens). Ends once every
-        row has had the id `stop`."""
-        x, past, out = context, None, []
-        done = torch.zeros(len(context), dtype=torch.bool, device=context.device)
+        """Continues the rows (B, W, h), greedily at temperature 0, until each has had the id `stop` -> ids (B, new)."""
+        x, past, out, done = context, None, [], torch.zeros_like(pads, dtype=torch.bool)
         while len(out) < max_new_tokens and not bool(done.all()):
             hidden, past = self.llm(x, pads, past, keep=1)
             logits = self.llm.lm_head(hidden[:, -1]).float()  # (B, vocabulary)
@@ -765,8 +726,8 @@ class Harmon(nn.Module):
     # ---- what train.py needs
 
     def trainable_parameters(self, stage):
-        """stage base | sft | reca -> [(name, parameter)] to train; sets requires_grad and self.stage. Everything but
-        the VAE and class_emb, which nothing reads. ValueError for another stage."""
+        """stage base | sft | reca -> [(name, parameter)]: all but the VAE and class_emb, which nothing reads. Sets
+        requires_grad and self.stage."""
         if stage not in ("base", "sft", "reca"):
             raise ValueError(f"stage {stage!r}: expected base, sft or reca")
         self.stage = stage
@@ -784,14 +745,11 @@ class Harmon(nn.Module):
         return [*self.llm.model.layers, *mar.encoder_blocks, *mar.decoder_blocks, *mar.diffloss.net.res_blocks]
 
     def preprocess(self, image, purpose):
-        """PIL image -> (3, S, S) in [-1, 1]. As in the published training, "i2t" and "answer" pad to a square and
-        "recon" stretches to a square of the longer side, before both resize; all else resizes at once, as its sampler
-        does."""
+        """PIL image -> (3, S, S) in [-1, 1]. As published: "i2t" and "answer" pad to a square, "recon" stretches to the
+        longer side and then resizes, the others resize at once."""
         size = self.config.image_size
-        if purpose in ("i2t", "answer"):
-            return preprocess_pad(image, size)
-        if purpose == "recon":
-            return preprocess_stretch(image, size)
+        if purpose in ("i2t", "answer", "recon"):
+            return (preprocess_stretch if purpose == "recon" else preprocess_pad)(image, size)
         return to_pixels(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
 
     @torch.no_grad()
@@ -805,13 +763,13 @@ class Harmon(nn.Module):
         return self.tokenizer.encode_ordinary(text)
 
     def turn(self, body):
-        """Ids of what a user says, from "user\\n" on -> ids of the turn, up to where the answer begins."""
+        """Ids from "user\\n" on -> ids of the user's turn, up to where the answer begins."""
         start, end = self.tokenizer.special["<|im_start|>"], self.tokenizer.special["<|im_end|>"]
         return [start, *body, end, *self.encode("\n"), start, *self.encode("assistant\n")]
 
     def prompt_ids(self, part, sample):
-        """One sample -> ids and labels of its row (IGNORE but for answers with their <|im_end|>; the newline after them
-        is not in the loss), or ids and None. Several turns come as sample["turns"] = [(question, answer), ...]."""
+        """One sample -> ids and labels of its row (IGNORE but for answers with their <|im_end|>), or ids and None.
+        Several turns come as sample["turns"] = [(question, answer), ...]. ValueError for an unknown part."""
         drop = sample.get("drop")
         if part in ("recon", "edit"):  # the image stays when the request is dropped
             request = UNCONDITIONAL if drop else "\n" + sample["prompt" if part == "recon" else "instruction"]
@@ -832,16 +790,16 @@ class Harmon(nn.Module):
         return ids, labels
 
     def collate(self, part, samples, generators, shared, pad_to=None):
-        """Samples (dicts), a torch.Generator for each and one for the batch -> what the part's loss takes beside the
-        encodings, and "count", what it is a mean over. ids (B, W) and pads (B,): left-padded to W = pad_to, or to the
-        longest row, rounded up to pad_multiple and at most the config's maximum; what is longer is cut at its end. i2t
-        and text: labels (B, A), the next token for each of the last A positions. The others: see randomness."""
+        """Samples (dicts), a torch.Generator for each and a shared one -> what the part's loss takes beside encodings:
+        ids (B, W), pads (B,), labels (B, A) of the last A positions or `randomness`, and the count of targets. W is
+        pad_to, or the longest row, rounded up to pad_multiple, at most the config's maximum; rows are cut at their end.
+        """
         if part in ("align", "words"):
             return {"words": caption_words(self.tokenizer, [sample["caption"] for sample in samples])}
         c, dialogue = self.config, part in ("i2t", "text")
         rows, labels = zip(*[self.prompt_ids(part, sample) for sample in samples])
-        longest = max(map(len, rows))
-        width = pad_to or min(round_up(longest, c.pad_multiple), c.max_dialogue if dialogue else c.max_prompt)
+        longest, step = max(map(len, rows)), c.pad_multiple
+        width = pad_to or min(-(-longest // step) * step, c.max_dialogue if dialogue else c.max_prompt)
         ids, pads = left_pad(rows, width)
         if not dialogue:
             random = self.randomness(generators, shared)
@@ -850,47 +808,41 @@ class Harmon(nn.Module):
         tail = max(len(row) - first_answer(row) for row in labels)
         labels = left_pad([row[1:width] + [IGNORE] for row in labels], width, IGNORE)[0]
         if longest <= width:  # the positions before all answers have no labels
-            labels = labels[:, -min(width, round_up(tail + 1, c.pad_multiple)):]
+            labels = labels[:, -min(width, -(-(tail + 1) // step) * step):]
         return {"ids": ids, "pads": pads, "labels": labels, "count": (labels != IGNORE).sum().float()}
 
     def randomness(self, generators, shared):
         """-> masked (B, k), visible (B, V), t (B, M, k), noise (B, M, k, C), row b from generators[b]. The mask rate,
         from `shared`, is a truncated normal on [mask_ratio_min, 1] with mode 1 and scale 0.25, one for the batch."""
-        c = self.config
-        L, M = (c.image_size // self.stride) ** 2, c.diffusion_batch_mul
+        c, L, M = self.config, (self.config.image_size // self.stride) ** 2, self.config.diffusion_batch_mul
         normal, u = NormalDist(1.0, 0.25), torch.rand((), generator=shared, dtype=torch.float64).item()
         low = normal.cdf(c.mask_ratio_min)
         rate = normal.inv_cdf(low + u * (0.5 - low))
         k = min(L, max(1, round(math.ceil(L * rate) / c.mask_bucket)) * c.mask_bucket)
-        out = {"masked": [], "visible": [], "t": [], "noise": []}
+        rows = []
         for generator in generators:
             order = torch.randperm(L, generator=generator)
-            out["masked"].append(order[:k])
-            out["visible"].append(order[k:].sort().values)  # visible tokens enter in raster order
-            out["t"].append(torch.randint(0, T, (M, k), generator=generator))
-            out["noise"].append(torch.randn(M, k, latent_channels(c), generator=generator))
-        return {name: torch.stack(rows) for name, rows in out.items()}
+            rows.append((order[:k], order[k:].sort().values,  # visible tokens enter in raster order
+                         torch.randint(0, T, (M, k), generator=generator),
+                         torch.randn(M, k, latent_channels(c), generator=generator)))
+        return dict(zip(("masked", "visible", "t", "noise"), map(torch.stack, zip(*rows))))
 
     def flops_per_sample(self, part, text_tokens=32):
-        """Estimate for MFU: 6 operations per weight and token plus attention, forward and backward, for one sample at
-        the mean mask rate."""
+        """Estimate for MFU at the mean mask rate: 6 operations per weight and token, and attention."""
         if part in ("align", "words"):
             return 0.0
         c, L, S = self.config, (self.config.image_size // self.stride) ** 2, self.config.buffer_size
-        llm, encoder, decoder, projection, diffloss = (
-            sum(p.numel() for p in module.parameters()) for module in
-            (self.llm.model.layers, self.mar.encoder_blocks, self.mar.decoder_blocks, self.proj_in, self.mar.diffloss))
-        generates = part in ("recon", "edit", "t2i", "uncond")
-        clean = L + S if part in ("recon", "edit", "i2t") else 0
-        unit, edge = NormalDist(), (1 - c.mask_ratio_min) / 0.25
-        mean = 0.25 * (unit.pdf(0) - unit.pdf(edge)) / (unit.cdf(edge) - 0.5)  # share of visible tokens, on average
-        shown = mean * L + S if generates else 0
+        llm, encoder, decoder, projector, diffloss = (sum(p.numel() for p in module.parameters()) for module in (
+            self.llm.model.layers, self.mar.encoder_blocks, self.mar.decoder_blocks, self.proj_in, self.mar.diffloss))
+        draws, unit, edge = part not in ("i2t", "text"), NormalDist(), (1 - c.mask_ratio_min) / 0.25
+        visible = 0.25 * (unit.pdf(0) - unit.pdf(edge)) / (unit.cdf(edge) - 0.5) * L  # of L tokens, on average
+        shown, clean = visible + S if draws else 0, L + S if part in ("recon", "edit", "i2t") else 0
         sequence = text_tokens + clean + shown
-        total = sequence * llm + (clean + 2 * shown) * projection + (clean + shown) * encoder
+        total = sequence * llm + (clean + 2 * shown) * projector + (clean + shown) * encoder
         scores = sequence ** 2 / 2 * c.hidden_size * c.num_layers
         scores += (clean ** 2 + shown ** 2) * c.encoder_dim * c.encoder_depth
-        if generates:
-            total += (L + S) * decoder + (L + S - shown) * c.diffusion_batch_mul * diffloss
+        if draws:
+            total += (L + S) * decoder + (L - visible) * c.diffusion_batch_mul * diffloss
             scores += (L + S) ** 2 * c.decoder_dim * c.decoder_depth
         else:
             total += text_tokens / 2 * c.vocab_size * c.hidden_size
@@ -901,35 +853,28 @@ class Harmon(nn.Module):
     @classmethod
     def load_published(cls, path, config=None, tokenizer_path=None, vision_path=None, tokenizer=None, device="cpu",
                        dtype=None):
-        """path: harmon_*.pth together with tokenizer_path = kl16.ckpt, or a checkpoint (file or folder, sharded or not)
-        that holds the VAE under `vae.` -> model in eval mode. Strict, but one of the two names of the tied embedding
-        may be absent. config: a name, a HarmonConfig, or None for the published one that fits. The model is built
-        without memory and filled in `dtype` (None: float32) on `device`; the VAE is float32 always. Raises
-        FileNotFoundError, and ValueError with a table of the keys that do not fit."""
+        """path: harmon_*.pth, and tokenizer_path: kl16.ckpt; or a checkpoint with the VAE under `vae.` -> model in eval
+        mode, in `dtype` (None: float32) but for the VAE, which stays float32. config: a name or a HarmonConfig. Strict,
+        but one of the tied embedding's two names may be absent. FileNotFoundError, or ValueError with a table of the
+        keys that do not fit."""
         if vision_path is not None:
             raise ValueError(f"{vision_path}: Harmon understands with its MAR encoder and takes no vision file")
         state = read_weights(path, device)
         embed, head = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
         if embed not in state and head not in state:
-            raise ValueError(f"{path}: no {embed} among its {len(state)} keys ({', '.join(list(state)[:3])}, ...): "
-                             "not a Harmon checkpoint")
+            raise ValueError(f"{path}: no {embed} among its {len(state)} keys: not a Harmon checkpoint")
         state[embed] = state.get(embed, state.get(head))
         state[head] = state[embed]
-        if config is None:
-            sizes = {c.hidden_size: name for name, c in CONFIGS.items() if name != "tiny"}
-            if state[embed].shape[1] not in sizes:
-                raise ValueError(f"{path}: hidden size {state[embed].shape[1]}, published: {sizes}: "
-                                 "pass config=HarmonConfig(...)")
-            config = sizes[state[embed].shape[1]]
         if tokenizer_path is not None:
             parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the file may hold its training loss
             vae = read_weights(tokenizer_path, device)
             state |= {f"vae.{name}": tensor for name, tensor in vae.items() if name.startswith(parts)}
         elif not any(name.startswith("vae.") for name in state):
-            raise ValueError(f"{path}: {len(state)} keys and no vae.*: the VAE is a file of its own, give kl16.ckpt with "
-                             "--tokenizer-ckpt")
+            raise ValueError(f"{path}: no vae.* among its {len(state)} keys: give kl16.ckpt with --tokenizer-ckpt")
+        if not isinstance(config, HarmonConfig):
+            config = CONFIGS[config or "harmon-0.5b"]
         with torch.device("meta"):
-            model = cls(CONFIGS[config] if isinstance(config, str) else config, tokenizer).to(dtype or torch.float32)
+            model = cls(config, tokenizer).to(dtype or torch.float32)
         model.vae.float()
         load_strict(model, state, str(path) if tokenizer_path is None else f"{path} + {tokenizer_path}")
         model.llm.lm_head.weight = model.llm.model.embed_tokens.weight
@@ -939,13 +884,9 @@ class Harmon(nn.Module):
 
     def align_loss(self, words, latents, kind="contrast"):
         """What published encoders bring from their pre-training, see word_alignment. words (B, vocabulary): 1 where the
-        caption has the id; latents (B, m, n, C)."""
-        seen = self.visual_features(latents)[1][:, :latents.shape[1] * latents.shape[2]]  # no buffers: they are no places
+        caption has the id; latents (B, m, n, C). kind "presence": captions say all there is to say (part `words`)."""
+        seen = self.visual_features(latents)[1][:, :latents.shape[1] * latents.shape[2]]  # buffers are no places
         return word_alignment(seen, words, self.llm.model.embed_tokens.weight[:words.shape[1]], kind)
-
-    def words_loss(self, words, latents):
-        """The same for captions that say all there is to say: is a word in the picture or not?"""
-        return self.align_loss(words, latents, "presence")
 
 
 Model = Harmon

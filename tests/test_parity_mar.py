@@ -1,6 +1,8 @@
-"""Harmon against numbers from the published implementation: every stage at the tolerance at which two correct float32 programs agree.
+"""Harmon against numbers from the published implementation: every stage at the tolerance at which two correct float32
+programs agree.
 
-PARITY_DIR=folder replaces tests/golden (folder/harmon/{config.json, weights.safetensors, cases.safetensors}, any sizes)."""
+PARITY_DIR=folder replaces tests/golden: folder/harmon/{config.json, weights.safetensors, cases.safetensors}, any sizes.
+"""
 import gzip
 import json
 import math
@@ -19,8 +21,7 @@ import model_mar
 from checkpoint import load_strict
 from custom_kernels import add_noise
 from image_tokenizer import AutoencoderConfig
-from model_mar import (CONFIGS, IGNORE, IMAGE, RECIPES, Harmon, HarmonConfig, Qwen2, first_answer, kept_steps,
-                       noise_process, tables_on)
+from model_mar import CONFIGS, IGNORE, IMAGE, RECIPES, Harmon, HarmonConfig, Qwen2, first_answer, tables_on
 from text_tokenizer import load_tokenizer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -37,21 +38,23 @@ def golden():
     with open(os.path.join(GOLDEN, "config.json")) as f:
         config = json.load(f)
     cases = load_file(os.path.join(GOLDEN, "cases.safetensors"))
-    v, l, m = config["vae"], config["llm"], config["mar"]
+    v, llm, m = config["vae"], config["llm"], config["mar"]
     vae = AutoencoderConfig(
-        ch=v["ch"], ch_mult=tuple(v["ch_mult"]), num_res_blocks=v["num_res_blocks"], z_channels=v["embed_dim"], resolution=v["resolution"],
-        encoder_attn_resolutions=tuple(v["encoder_attn_resolutions"]), decoder_attn_resolutions=tuple(v["decoder_attn_resolutions"]),
-        scale=config["vae_scale"])
+        ch=v["ch"], ch_mult=tuple(v["ch_mult"]), num_res_blocks=v["num_res_blocks"], z_channels=v["embed_dim"],
+        resolution=v["resolution"], encoder_attn_resolutions=tuple(v["encoder_attn_resolutions"]),
+        decoder_attn_resolutions=tuple(v["decoder_attn_resolutions"]), scale=config["vae_scale"])
     model = Harmon(HarmonConfig(
-        vocab_size=l["vocab_size"], hidden_size=l["hidden_size"], intermediate_size=l["intermediate_size"],
-        num_layers=l["num_hidden_layers"], num_heads=l["num_attention_heads"], num_kv_heads=l["num_key_value_heads"],
-        rope_theta=l["rope_theta"], rms_norm_eps=l["rms_norm_eps"], encoder_dim=m["encoder_embed_dim"], encoder_depth=m["encoder_depth"],
-        encoder_heads=m["encoder_num_heads"], decoder_dim=m["decoder_embed_dim"], decoder_depth=m["decoder_depth"],
-        decoder_heads=m["decoder_num_heads"], mlp_ratio=m["mlp_ratio"], buffer_size=m["buffer_size"],
-        native_grid=m["img_size"] // m["vae_stride"] // m["patch_size"], patch_size=m["patch_size"], class_num=m["class_num"],
-        dropout=m["attn_dropout"], diffloss_depth=m["diffloss_d"], diffloss_width=m["diffloss_w"],
-        diffusion_batch_mul=m["diffusion_batch_mul"], num_sampling_steps=m["num_sampling_steps"], image_size=m["img_size"],
-        mask_ratio_min=m["mask_ratio_min"], context_grad=config["grad_scale"], vae=vae))
+        vocab_size=llm["vocab_size"], hidden_size=llm["hidden_size"], intermediate_size=llm["intermediate_size"],
+        num_layers=llm["num_hidden_layers"], num_heads=llm["num_attention_heads"],
+        num_kv_heads=llm["num_key_value_heads"], rope_theta=llm["rope_theta"], rms_norm_eps=llm["rms_norm_eps"],
+        encoder_dim=m["encoder_embed_dim"], encoder_depth=m["encoder_depth"], encoder_heads=m["encoder_num_heads"],
+        decoder_dim=m["decoder_embed_dim"], decoder_depth=m["decoder_depth"], decoder_heads=m["decoder_num_heads"],
+        mlp_ratio=m["mlp_ratio"], buffer_size=m["buffer_size"],
+        native_grid=m["img_size"] // m["vae_stride"] // m["patch_size"], patch_size=m["patch_size"],
+        class_num=m["class_num"], dropout=m["attn_dropout"], diffloss_depth=m["diffloss_d"],
+        diffloss_width=m["diffloss_w"], diffusion_batch_mul=m["diffusion_batch_mul"],
+        num_sampling_steps=m["num_sampling_steps"], image_size=m["img_size"], mask_ratio_min=m["mask_ratio_min"],
+        context_grad=config["grad_scale"], vae=vae))
     load_strict(model, load_file(os.path.join(GOLDEN, "weights.safetensors")), "golden weights")
     model.trainable_parameters("reca")
     return config, cases, model.eval()
@@ -81,7 +84,10 @@ class Report:
         if got.shape != want.shape:
             self.add(name, False, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}")
             return
-        allowed = absolute + factor * want.abs() if absolute else torch.full_like(want, factor * max(1.0, want.abs().max().item()))
+        if absolute:
+            allowed = absolute + factor * want.abs()
+        else:
+            allowed = torch.full_like(want, factor * max(1.0, want.abs().max().item()))
         difference = (got - want).abs()
         worst = (difference / allowed).argmax() if want.numel() else 0
         ok = bool((difference <= allowed).all())  # nan fails
@@ -250,7 +256,8 @@ def test_diffloss():
         times = 1000 // len(x_t) + 1  # more rows than steps: their embeddings come from a table
         many = loss.net(out["x_t"].repeat(times, 1), given["t"].repeat(times), given["z"].repeat(times, 1))
         report.close("diffloss.net, many rows", many[:len(x_t)], out["net"], SINGLE)
-        mse, vb = loss.loss_rows(given["z"][None], given["target"][None], given["t"][None, None], given["noise"][None, None])
+        t, noise = given["t"][None, None], given["noise"][None, None]
+        mse, vb = loss.loss_rows(given["z"][None], given["target"][None], t, noise)
     report.close("diffloss.mse_rows", mse, out["mse_rows"], WHOLE)
     report.close("diffloss.vb_rows", vb, out["vb_rows"], ROWS)
     report.close("diffloss.loss", ((mse + vb) * given["mask"]).sum() / given["mask"].sum(), out["loss"], ROWS)
@@ -263,19 +270,20 @@ def test_pstep100():
     report = Report()
     with torch.no_grad():
         predicted = net(given["x"], torch.tensor(tables_on("100", "cpu")[2])[index], given["z"])
-        sample, mean, log_variance, x0 = model.mar.diffloss.step(predicted, given["x"], index, given["noise"], 0.8, "100")
-    for name, got in (("mean", mean), ("log_variance", log_variance), ("pred_xstart", x0), ("sample_temp0.8", sample)):
+        results = model.mar.diffloss.step(predicted, given["x"], index, given["noise"], 0.8, "100")
+    for name, got in zip(("sample_temp0.8", "mean", "log_variance", "pred_xstart"), results):
         report.close(f"pstep100.{name}", got, out[name], WHOLE)
     report.done()
 
 
 def test_dsample():
     given, out, model = case("dsample")
-    noise, n = (given["init_noise"], given["step_noise"]), len(given["init_noise"])
+    sample, z, n = model.mar.diffloss.sample, given["z"], len(given["init_noise"])
+    noise = (given["init_noise"], given["step_noise"])
     report = Report()
-    report.close("dsample.cfg3_temp0.9", model.mar.diffloss.sample(given["z"], 0.9, 3.0, noise), out["cfg3_temp0.9"], WHOLE)
+    report.close("dsample.cfg3_temp0.9", sample(z, 0.9, 3.0, noise), out["cfg3_temp0.9"], WHOLE)
     noise = (noise[0], noise[1][:, :n])
-    report.close("dsample.nocfg", model.mar.diffloss.sample(given["z"][:n], 1.0, 1.0, noise), out["nocfg"], WHOLE)
+    report.close("dsample.nocfg", sample(z[:n], 1.0, 1.0, noise), out["nocfg"], WHOLE)
     report.done()
 
 
@@ -284,20 +292,21 @@ def test_tables(name, spacing):
     _, cases, _ = golden()
     if f"tables.{name}.betas" not in cases:
         pytest.skip(f"no case tables.{name} in {GOLDEN}")
-    report, tables = Report(), noise_process(spacing)
+    report, tables = Report(), model_mar.noise_process(spacing)
     for key, got in tables.items():
         want = cases[f"tables.{name}.{key}"]
         if key == "timestep_map":
             report.equal(f"tables.{name}.{key}", got, want)
         else:
             assert got.dtype == torch.float64
-            report.close(f"tables.{name}.{key}", (got - want) / want.abs().clamp(min=1e-12), torch.zeros_like(want), (1e-12, 1e-9))
+            relative = (got - want) / want.abs().clamp(min=1e-12)
+            report.close(f"tables.{name}.{key}", relative, torch.zeros_like(want), (1e-12, 1e-9))
     report.done()
 
 
 def test_generation_timestep_map():
     config, _, model = golden()
-    assert kept_steps(model.config.num_sampling_steps) == config["gen_timestep_map"]
+    assert model_mar.kept_steps(model.config.num_sampling_steps) == config["gen_timestep_map"]
 
 
 def test_schedule(monkeypatch):
@@ -310,13 +319,15 @@ def test_schedule(monkeypatch):
     for name in names:
         tokens, steps = (int(x) for x in re.match(r"schedule\.tokens(\d+)_iter(\d+)\.", name).groups())
         seen = []
-        monkeypatch.setattr(model, "fuse", lambda latents, visible, pads, past=None: seen.append(tokens - visible.shape[1]))
+        monkeypatch.setattr(model, "fuse", lambda x, visible, pads, past=None: seen.append(tokens - visible.shape[1]))
         monkeypatch.setattr(model.mar, "decode", lambda x, visible, masked, grid: torch.zeros(1, tokens, 1))
         monkeypatch.setattr(model.mar.diffloss, "sample", lambda z, *a: torch.zeros(len(z), C))
-        model.sample(torch.zeros(1, 2, model.config.hidden_size), torch.zeros(1, dtype=torch.long), (1, tokens), 1.0, steps)
+        context, pads = torch.zeros(1, 2, model.config.hidden_size), torch.zeros(1, dtype=torch.long)
+        model.sample(context, pads, (1, tokens), 1.0, steps)
         want = cases[name]
-        if len(seen) < len(want):  # a step that predicts nothing is not run: the count before it is the one of the step after it
-            report.add(name, len(want) - len(seen) == int((want[1:] == want[:-1]).sum()), "steps that predict nothing")
+        if len(seen) < len(want):  # a step that predicts nothing is not run: the next one has the same count before it
+            skipped = int((want[1:] == want[:-1]).sum())
+            report.add(name, len(want) - len(seen) == skipped, "steps that predict nothing")
             want = torch.unique_consecutive(want)
         report.equal(name, torch.tensor(seen), want)
     report.done()
@@ -330,7 +341,8 @@ def test_preprocessing(name, how):
         pytest.skip(f"data.{how} is not there")
     image = Image.fromarray(given["image_uint8"].numpy())
     report = Report()
-    report.close(f"preproc.{name}", getattr(data, how)(image, out["pixel_values"].shape[-1]), out["pixel_values"], SINGLE)
+    got = getattr(data, how)(image, out["pixel_values"].shape[-1])
+    report.close(f"preproc.{name}", got, out["pixel_values"], SINGLE)
     report.done()
 
 
@@ -392,7 +404,8 @@ def test_understanding(monkeypatch):
         logits = model.llm.lm_head(hidden)
     W = hidden.shape[1]
     report.close("und.z_enc", clean, out["z_enc"], WHOLE)
-    report.equal("und.expanded_attention_mask", (torch.arange(W) < (W - pads[:, None])).long(), out["expanded_attention_mask"])
+    mask = (torch.arange(W) < (W - pads[:, None])).long()
+    report.equal("und.expanded_attention_mask", mask, out["expanded_attention_mask"])
     report.close("und.last_hidden", right(hidden, pads), out["last_hidden"], WHOLE)
     report.close("und.logits", right(logits, pads), out["logits"], WHOLE)
     loss = model.i2t_loss(ids, pads, labels, latents)
@@ -403,7 +416,8 @@ def test_understanding(monkeypatch):
     prompt = given["input_ids"][0, : int((given["labels"][0] != IGNORE).float().argmax())].tolist()
     with torch.no_grad():
         context, pads = model.context([prompt], latents[:1])
-    report.equal("und.greedy_tokens", model.generate_tokens(context, pads, len(out["greedy_tokens"]))[0], out["greedy_tokens"])
+    tokens = model.generate_tokens(context, pads, len(out["greedy_tokens"]))[0]
+    report.equal("und.greedy_tokens", tokens, out["greedy_tokens"])
     report.done()
 
 
@@ -457,7 +471,8 @@ def test_reconstruction_sampler(monkeypatch):
 
     def run(orders, noise):
         unconditional = given["uncond_ids"].tolist()
-        return model.sample_with_image(given["image"], rows, unconditional, orders=orders, noise=noise, **options)
+        return model.sample_with_image(given["image"], rows, unconditional=unconditional, orders=orders, noise=noise,
+                                       **options)
 
     check_sampler("recon_sample", model, given, out, run, monkeypatch)
 
@@ -467,12 +482,13 @@ def test_reconstruction_sampler(monkeypatch):
 
 
 def published_keys(size):
-    """Names and shapes of the transformers-style export; without `vae.` they are those of harmon_*.pth, its `vae.` part is kl16.ckpt."""
+    """Names and shapes of the transformers-style export: `vae.*` is kl16.ckpt, the rest is harmon_*.pth."""
     with gzip.open(os.path.join(HERE, "golden", "keys", f"harmon-{size}.keys.json.gz")) as f:
         return json.load(f)
 
 
-@pytest.mark.parametrize("size, decayed, exempt", [("0.5b", 668_872_192, 36_070_688), ("1.5b", 2_342_740_480, 152_033_568)])
+@pytest.mark.parametrize("size, decayed, exempt", [("0.5b", 668_872_192, 36_070_688),
+                                                   ("1.5b", 2_342_740_480, 152_033_568)])
 def test_keys_and_counts_of_published_sizes(size, decayed, exempt):
     with torch.device("meta"):
         model = Harmon(CONFIGS[f"harmon-{size}"])
@@ -490,20 +506,23 @@ def test_keys_and_counts_of_published_sizes(size, decayed, exempt):
 @pytest.mark.parametrize("size", ["0.5b", "1.5b"])
 @pytest.mark.parametrize("layout", ["pth", "hf"])
 def test_keys_load_at_published_sizes(size, layout, tmp_path):
-    """The real loading code on files with every published key and shape, whose tensors all repeat one number and so take no room."""
+    """The real loading code on files with every published key and shape; their tensors repeat one number, so that they
+    take no room."""
     tensors = {k: torch.full((1,), 0.5).expand(shape) for k, shape in published_keys(size).items()}
     if layout == "pth":
         path, vae_path = tmp_path / f"harmon_{size}.pth", tmp_path / "kl16.ckpt"
         torch.save({k: v for k, v in tensors.items() if not k.startswith("vae.")}, path)
-        torch.save({"model": {k[4:]: v for k, v in tensors.items() if k.startswith("vae.")} | {"loss.logvar": torch.zeros(())}}, vae_path)
+        vae = {k[4:]: v for k, v in tensors.items() if k.startswith("vae.")}
+        torch.save({"model": vae | {"loss.logvar": torch.zeros(())}}, vae_path)
     else:
         path, vae_path = tmp_path, None
         torch.save({k: v for k, v in tensors.items() if k != "llm.lm_head.weight"}, tmp_path / "pytorch_model.bin")
-    model = Harmon.load_published(path, tokenizer_path=vae_path)
+    model = Harmon.load_published(path, f"harmon-{size}", tokenizer_path=vae_path)
     assert model.config == CONFIGS[f"harmon-{size}"]
     assert not any(p.is_meta for p in model.parameters()) and not model.training
     assert model.llm.lm_head.weight is model.llm.model["embed_tokens"].weight
-    assert model.mar.diffloss.net.final_layer["linear"].bias[3] == 0.5 and not any(p.requires_grad for p in model.vae.parameters())
+    assert model.mar.diffloss.net.final_layer["linear"].bias[3] == 0.5
+    assert not any(p.requires_grad for p in model.vae.parameters())
 
 
 def save_sharded(folder, tensors):
@@ -533,7 +552,8 @@ def test_load_published_keeps_the_numbers(layout, tmp_path):
     loaded = Harmon.load_published(path, config=model.config, tokenizer_path=vae_path)
     assert all(torch.equal(v, state[k]) for k, v in loaded.state_dict().items())
     half = Harmon.load_published(path, config=model.config, tokenizer_path=vae_path, dtype=torch.bfloat16)
-    assert {p.dtype for p in half.llm.parameters()} == {torch.bfloat16} and {p.dtype for p in half.vae.parameters()} == {torch.float32}
+    assert {p.dtype for p in half.llm.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in half.vae.parameters()} == {torch.float32}
     # every path of a bf16 model without autocast: dtypes must fit
     grid, h = (model.config.native_grid + 1, model.config.native_grid), model.config.hidden_size
     generator, context = torch.Generator().manual_seed(0), torch.zeros(2, 3, h, dtype=torch.bfloat16)
@@ -555,11 +575,13 @@ def test_load_published_errors(tmp_path):
             Harmon.load_published(path, **kwargs)
         assert "harmon.pth" in str(e.value)
 
-    error(state, "hidden size .* published")
+    with pytest.raises(ValueError, match="clip.safetensors: Harmon .* takes no vision file"):
+        Harmon.load_published(path, vision_path="clip.safetensors")
     error(state, r"no vae\.\*.*--tokenizer-ckpt", config=model.config)
     error({"encoder.conv_in.weight": torch.zeros(1)}, "not a Harmon checkpoint")
     state |= {k: v.clone() for k, v in model.state_dict().items() if k.startswith("vae.")}
-    wrong = {k: v for k, v in state.items() if k != "proj_in.2.bias"} | {"mar.extra": torch.zeros(1), "proj_out.0.bias": torch.zeros(3)}
+    wrong = {k: v for k, v in state.items() if k != "proj_in.2.bias"}
+    wrong |= {"mar.extra": torch.zeros(1), "proj_out.0.bias": torch.zeros(3)}
     table = r"(?s)1 missing, 1 unexpected, 1 of another shape.*proj_in\.2\.bias.*mar\.extra.*proj_out\.0\.bias.*\(3,\)"
     error(wrong, table, config=model.config)
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -599,24 +621,26 @@ def test_prompts_have_the_published_shape():
     torch.nn.Module.__init__(model)
     model.tokenizer = tok = QwenLike()
     start, end, user, newline, blank = 900, 901, 0, 2, 3
-    tail = [end, newline, start, 1, newline]
+    tail, empty = [end, newline, start, 1, newline], tok.encode_ordinary("Generate an image.")
 
     def ids(part, **sample):
         return model.prompt_ids(part, sample)[0]
 
-    assert ids("recon", prompt="ab") == [start, user, blank, IMAGE, *tok.encode_ordinary("ab"), *tail]  # blank line, image, no newline after it
+    # a blank line, the image, and no newline after it
+    assert ids("recon", prompt="ab") == [start, user, blank, IMAGE, *tok.encode_ordinary("ab"), *tail]
     assert ids("edit", instruction="ab") == ids("recon", prompt="ab")
-    assert ids("recon", prompt="ab", drop=True) == [start, user, newline, IMAGE, *tok.encode_ordinary("Generate an image."), *tail]
+    assert ids("recon", prompt="ab", drop=True) == [start, user, newline, IMAGE, *empty, *tail]
     assert ids("t2i", caption=" ab ") == [start, user, newline, *tok.encode_ordinary("Generate an image: ab"), *tail]
     assert ids("uncond", caption="", drop=True) == ids("t2i", caption="ab", drop=True)
-    assert ids("t2i", caption="ab", drop=True) == [start, user, newline, *tok.encode_ordinary("Generate an image."), *tail]
+    assert ids("t2i", caption="ab", drop=True) == [start, user, newline, *empty, *tail]
     row, labels = model.prompt_ids("i2t", {"question": "ab?", "answer": "cd"})
-    assert row == [start, user, newline, IMAGE, newline, *tok.encode_ordinary("ab?"), *tail, *tok.encode_ordinary("cd"), end, newline]
+    question, answer = tok.encode_ordinary("ab?"), tok.encode_ordinary("cd")
+    assert row == [start, user, newline, IMAGE, newline, *question, *tail, *answer, end, newline]
     assert labels == [IGNORE] * (len(row) - 4) + [*tok.encode_ordinary("cd"), end, IGNORE]
     turns = model.prompt_ids("i2t", {"turns": [("ab?", "cd"), ("ef?", "gh")]})
     assert turns[0] == row + ids("text", question="ef?", answer="gh")  # one picture, in the first turn
     assert turns[1] == labels + model.prompt_ids("text", {"question": "ef?", "answer": "gh"})[1]
-    assert ids("text", question="ab?", answer="cd") == [i for i in ids("i2t", question="ab?", answer="cd")[:3]] + row[5:]
+    assert ids("text", question="ab?", answer="cd") == row[:3] + row[5:]
     with pytest.raises(ValueError, match="'video'"):
         ids("video")
 
@@ -655,7 +679,8 @@ def rows_of(part, samples, pad_to=None):
 
 def test_collate():
     model, tok = tiny(), tiny().tokenizer
-    samples = [{"question": "what color is it?", "answer": "red"}, {"question": "and where?", "answer": "above the large blue circle"}]
+    samples = [{"question": "what color is it?", "answer": "red"},
+               {"question": "and where?", "answer": "above the large blue circle"}]
     out = rows_of("i2t", samples, 40)
     assert out["ids"].shape == (2, 40) and (out["ids"] == IMAGE).sum(1).tolist() == [1, 1]
     for row, pads, labels, sample in zip(out["ids"], out["pads"], out["labels"], samples):
@@ -665,7 +690,7 @@ def test_collate():
         at = 40 - len(labels) + kept  # the token that a position predicts is the one after it
         assert [row[i + 1] for i in at] == labels[kept].tolist()
         assert tok.decode(row[at[-1] + 1:]) == "<|im_end|>\n"
-    assert rows_of("i2t", samples, 12)["labels"].shape == (2, 12)  # cut: the labels that are left stay where they belong
+    assert rows_of("i2t", samples, 12)["labels"].shape == (2, 12)  # cut: labels that are left stay where they belong
     short = rows_of("i2t", samples, 30)
     whole = rows_of("i2t", samples)
     assert whole["ids"].shape[1] % model.config.pad_multiple == 0 and whole["ids"].shape[1] < 40
@@ -673,7 +698,8 @@ def test_collate():
     if len(full) <= 30:
         assert short["ids"][1, -len(full):].tolist() == full
     cut = rows_of("i2t", samples, len(full) - 3)
-    assert (cut["labels"][1] != IGNORE).sum() == len(tok.encode_ordinary(samples[1]["answer"])) + 1 - 2 and cut["pads"][1] == 0
+    assert (cut["labels"][1] != IGNORE).sum() == len(tok.encode_ordinary(samples[1]["answer"])) + 1 - 2
+    assert cut["pads"][1] == 0
     t2i = rows_of("t2i", [{"caption": "a red circle"}, {"caption": "x", "drop": True}])
     assert t2i["count"] == t2i["masked"].numel() and t2i["count"].dtype == torch.float32
     assert out["count"] == (out["labels"] != IGNORE).sum() and out["count"].ndim == 0
@@ -722,7 +748,8 @@ def tiny_batch(n=6, parts=("recon", "i2t", "t2i", "edit", "text")):
                "text": [{"question": "two stars. how many?", "answer": "two"},
                         {"question": "a?", "answer": "no, a large one"}],
                "uncond": [{"caption": "", "drop": True}],
-               "words": [{"caption": "a red circle"}, {"caption": "a blue star"}], "align": [{"caption": "a star"}, {"caption": "two"}]}
+               "words": [{"caption": "a red circle"}, {"caption": "a blue star"}],
+               "align": [{"caption": "a star"}, {"caption": "two"}]}
     batch = {}
     for part in parts:
         rows = [samples[part][i % len(samples[part])] for i in range(n)]
@@ -746,7 +773,7 @@ def test_all_parts_in_one_forward():
 
 
 def test_a_batch_may_be_split():
-    """Losses and gradients of a batch = the mean over its parts, if these share the count, as ranks and micro-batches do."""
+    """Losses and gradients of a batch are the mean over its parts, if these share the count, as ranks do."""
     model, batch, report = tiny(), tiny_batch(), Report()
     whole = model(batch)
     expected = gradients(model, sum(whole.values()))
@@ -796,7 +823,8 @@ def test_grad_scale_is_for_post_training():
     assert loss(context_grad=0.1).item() == loss().item()
     for name in ("proj_in.0.weight", "mar.encoder_blocks.0.attn.qkv.weight"):
         expected = masked_branch[name] + 0.1 * (full[name] - masked_branch[name])
-        assert torch.allclose(damped[name], expected, atol=1e-6, rtol=1e-4) and not torch.allclose(full[name], damped[name], rtol=1e-2)
+        assert torch.allclose(damped[name], expected, atol=1e-6, rtol=1e-4)
+        assert not torch.allclose(full[name], damped[name], rtol=1e-2)
     try:
         model.trainable_parameters("reca")
         assert model.stage == "reca" and model.config.context_grad == 0.1
@@ -809,6 +837,7 @@ def test_grad_scale_is_for_post_training():
 
 def test_dropout_and_checkpointing():
     batch = tiny_batch(n=3, parts=("recon", "i2t"))
+    first, grads = {}, {}
     for checkpointing in (False, True):
         torch.manual_seed(1)
         model = Harmon(replace(CONFIGS["tiny"], dropout=0.1))
@@ -821,7 +850,8 @@ def test_dropout_and_checkpointing():
         if checkpointing:
             assert all(losses[p].item() == first[p] for p in first)
             assert all(torch.allclose(p.grad, grads[n], atol=1e-7) for n, p in model.named_parameters() if n in grads)
-        first, grads = {p: v.item() for p, v in losses.items()}, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        first = {part: v.item() for part, v in losses.items()}
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         torch.manual_seed(3)
         assert model(batch)["recon"].item() != first["recon"]
         quiet = model.eval()(batch)["recon"].item()
@@ -840,7 +870,9 @@ def test_answers_with_a_cache_equal_those_without():
             ids, labels = model.prompt_ids("text" if pictures is None else "i2t", {"question": question, "answer": ""})
             ids, written = ids[:first_answer(labels)], []
             with torch.no_grad():
-                clean = None if pictures is None else model.visual_features(model.precompute(images[i:i + 1])["latents"])[1]
+                clean = None
+                if pictures is not None:
+                    clean = model.visual_features(model.precompute(images[i:i + 1])["latents"])[1]
                 while len(written) < 6:
                     hidden = model.llm(model.embed(torch.tensor([ids + written]), clean), torch.tensor([0]))[0]
                     token = int(model.llm.lm_head(hidden[0, -1]).argmax())
@@ -855,7 +887,8 @@ def test_answers_with_a_cache_equal_those_without():
     assert sampled(1) == sampled(1) != sampled(2)
     context, pads = model.context([[5, 6, 7], [8]])
     tokens = model.generate_tokens(context, pads, 8)
-    assert tokens.shape == (2, 8) and model.generate_tokens(context[:1], pads[:1], 8, stop=int(tokens[0, 0])).shape == (1, 1)
+    assert tokens.shape == (2, 8)
+    assert model.generate_tokens(context[:1], pads[:1], 8, stop=int(tokens[0, 0])).shape == (1, 1)
 
 
 def test_linear_guidance(monkeypatch):
@@ -899,7 +932,8 @@ def test_tiny_fits_its_budget_and_flops_are_plausible():
         assert 1e7 < model.flops_per_sample(part) < 1e9
     with torch.device("meta"):
         big = Harmon(CONFIGS["harmon-1.5b"])
-    assert 1.5e13 < big.flops_per_sample("recon") < 4e13  # about 1,300 LLM tokens, two encoder passes, 3,600 DiffLoss rows
+    # about 1,300 LLM tokens, two encoder passes, 3,600 DiffLoss rows
+    assert 1.5e13 < big.flops_per_sample("recon") < 4e13
 
 
 def test_preprocess():
@@ -912,21 +946,28 @@ def test_preprocess():
 
 @pytest.mark.filterwarnings("ignore")
 def test_dynamic_lengths_are_sums():
-    """Masked tokens and text lengths vary from step to step, so a compiler gets symbols for them. No length in the graph may be a difference of two: inductor
-    (torch 2.13) fails on the strides that follow from it."""
+    """Masked tokens and text lengths vary from step to step, so a compiler gets symbols for them. No length in its
+    graph may be a difference of two: inductor (torch 2.13) fails on the strides that follow from it."""
     model, batch, lengths = tiny(), tiny_batch(parts=("recon",)), set()
 
     def backend(graph, inputs):
         values = [node.meta.get("example_value") for node in graph.graph.nodes]
-        lengths.update(s.node.expr for v in values if isinstance(v, torch.Tensor) for s in v.shape if isinstance(s, torch.SymInt))
+        sizes = [size for v in values if isinstance(v, torch.Tensor) for size in v.shape]
+        lengths.update(size.node.expr for size in sizes if isinstance(size, torch.SymInt))
         return graph.forward
 
     compiled, order = torch.compile(model, backend=backend), torch.randperm(9).repeat(6, 1)
     for k in (5, 7):
         for t in batch.values():
-            t |= {"masked": order[:, :k], "visible": order[:, k:].sort(1).values, "t": torch.randint(0, 1000, (6, 4, k)), "noise": torch.randn(6, 4, k, 16),
+            t |= {"masked": order[:, :k], "visible": order[:, k:].sort(1).values,
+                  "t": torch.randint(0, 1000, (6, 4, k)), "noise": torch.randn(6, 4, k, 16),
                   "ids": torch.cat([t["ids"][:, :1], t["ids"]], 1)}
         compiled(batch)
     assert len(lengths) > 5
-    minus = [e for e in lengths if any(factor < 0 for symbol, factor in e.expand().as_coefficients_dict().items() if symbol.free_symbols)]
+
+    def subtracts(expression):
+        terms = expression.expand().as_coefficients_dict().items()
+        return any(factor < 0 for symbol, factor in terms if symbol.free_symbols)
+
+    minus = [expression for expression in lengths if subtracts(expression)]
     assert not minus, minus
