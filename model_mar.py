@@ -207,8 +207,7 @@ class Qwen2(nn.Module):
         positions = (slots - pads[:, None]).clamp(min=0)  # (B, T): pads do not count
         cos, sin = rope_tables(positions, c.hidden_size // c.num_heads, c.rope_theta)
         lo, hi = pads[:, None].expand(-1, x.shape[1]), (slots + 1).expand(len(x), -1)
-        plan = attention_plan(lo, hi, total)
-        cache = []
+        plan, cache = attention_plan(lo, hi, total), []
         for i, layer in enumerate(self.model.layers):
             last = {}
             if keep is not None and i == c.num_layers - 1:  # nobody attends to the last layer's other outputs
@@ -224,9 +223,9 @@ class Qwen2(nn.Module):
 class Block(nn.Module):
     """Pre-norm ViT block with full attention."""
 
-    def __init__(self, dim, heads, mlp_ratio, dropout):
+    def __init__(self, dim, heads, c):
         super().__init__()
-        self.heads, self.dropout, hidden = heads, dropout, int(dim * mlp_ratio)
+        self.heads, self.dropout, hidden = heads, c.dropout, int(dim * c.mlp_ratio)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
@@ -240,10 +239,6 @@ class Block(nn.Module):
         x = x + F.dropout(self.attn.proj(y), drop)
         y = F.dropout(F.gelu(self.mlp.fc1(self.norm2(x))), drop)
         return x + F.dropout(self.mlp.fc2(y), drop)
-
-
-def vit(dim, heads, depth, c):
-    return nn.ModuleList([Block(dim, heads, c.mlp_ratio, c.dropout) for _ in range(depth)])
 
 
 def pick(x, index):
@@ -261,11 +256,11 @@ class MAR(nn.Module):
         self.fake_latent = nn.Parameter(torch.zeros(1, D))  # what every buffer holds before its position is added
         self.z_proj, self.z_proj_ln = nn.Linear(latent_channels(c), D), nn.LayerNorm(D, eps=1e-6)
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, c.buffer_size + cells, D))
-        self.encoder_blocks = vit(D, c.encoder_heads, c.encoder_depth, c)
+        self.encoder_blocks = nn.ModuleList([Block(D, c.encoder_heads, c) for _ in range(c.encoder_depth)])
         self.encoder_norm = nn.LayerNorm(D, eps=1e-6)
         self.decoder_embed, self.mask_token = nn.Linear(D, E), nn.Parameter(torch.zeros(1, 1, E))
         self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, c.buffer_size + cells, E))
-        self.decoder_blocks = vit(E, c.decoder_heads, c.decoder_depth, c)
+        self.decoder_blocks = nn.ModuleList([Block(E, c.decoder_heads, c) for _ in range(c.decoder_depth)])
         self.decoder_norm = nn.LayerNorm(E, eps=1e-6)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, cells, E))
         self.diffloss = DiffLoss(c)
@@ -387,8 +382,8 @@ class Denoiser(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config, width, channels = c, c.diffloss_width, latent_channels(c)
-        time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-        self.time_embed = nn.ModuleDict({"mlp": time_mlp})
+        self.time_embed = nn.ModuleDict({
+            "mlp": nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))})
         self.cond_embed, self.input_proj = nn.Linear(c.decoder_dim, width), nn.Linear(channels, width)
         self.res_blocks = nn.ModuleList([ResBlock(width) for _ in range(c.diffloss_depth)])
         modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
@@ -446,8 +441,8 @@ class DiffLoss(nn.Module):
         n = len(z) // 2 if cfg != 1 else len(z)
         if noise is None:
             C, where = self.net.input_proj.in_features, generator.device if generator is not None else z.device
-            shapes = ((n, C), (len(timesteps), len(z), C))
-            noise = [torch.randn(shape, generator=generator, device=where) for shape in shapes]
+            noise = [torch.randn(shape, generator=generator, device=where)
+                     for shape in ((n, C), (len(timesteps), len(z), C))]
         x, steps = noise[0].to(z.device).repeat(len(z) // n, 1), noise[1].to(z.device)
         for j, i in enumerate(reversed(range(len(timesteps)))):
             out = self.net(x[:n].repeat(len(z) // n, 1), torch.full((1,), timesteps[i], device=z.device), z).float()
@@ -478,9 +473,8 @@ def first_answer(labels):
 
 def left_pad(rows, width, fill=0):
     """Lists of ids -> (B, width) int64 and the number of pads per row (B,). Longer rows lose their end."""
-    rows = [row[:width] for row in rows]
-    ids = torch.tensor([[fill] * (width - len(row)) + row for row in rows])
-    return ids, torch.tensor([width - len(row) for row in rows])
+    pads = [max(0, width - len(row)) for row in rows]
+    return torch.tensor([[fill] * n + row[:width] for n, row in zip(pads, rows)]), torch.tensor(pads)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -556,8 +550,7 @@ class Harmon(nn.Module):
         """DiffLoss of the masked tokens. z (B, V + k, E): conditions, the masked tokens' last."""
         targets = pick(latents.flatten(1, 2), masked)  # (B, k, C)
         mse, vb = self.mar.diffloss.loss_rows(z[:, -masked.shape[1]:], targets, t, noise)  # (B*M*k,) each
-        total = (mse + vb).sum() / t.shape[1]
-        return total / (masked.numel() if count is None else count)
+        return (mse + vb).sum() / t.shape[1] / (masked.numel() if count is None else count)
 
     def clean_features(self, latents, context_grad=None):
         """latents (B, m, n, C) -> what the LLM reads of a whole image (B, L + S, h), with context_grad times its
@@ -863,8 +856,7 @@ class Harmon(nn.Module):
         embed, head = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
         if embed not in state and head not in state:
             raise ValueError(f"{path}: no {embed} among its {len(state)} keys: not a Harmon checkpoint")
-        state[embed] = state.get(embed, state.get(head))
-        state[head] = state[embed]
+        state[embed] = state[head] = state.get(embed, state.get(head))
         if tokenizer_path is not None:
             parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the file may hold its training loss
             vae = read_weights(tokenizer_path, device)
