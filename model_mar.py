@@ -25,7 +25,7 @@ each masked token, in the order of `masked`.
 """
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from statistics import NormalDist
 
 import torch
@@ -35,15 +35,14 @@ from PIL import Image
 
 from checkpoint import load_strict, read_weights
 from custom_kernels import attention, attention_plan, diffusion_loss_rows, linear_cross_entropy, rms_norm
-from custom_kernels.diffusion_loss import add_noise, diffusion_tables
+from custom_kernels.diffusion_loss import add_noise
+from custom_kernels.diffusion_process import T, tables_on
 from data import preprocess_pad, preprocess_stretch, to_pixels
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig
 from vision_encoder import caption_words, word_alignment
 
 IMAGE = -200  # the id that marks where an image goes into a text row
 IGNORE = -100  # label of a position that is not trained
-T = 1000  # diffusion steps of the trained process
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configurations and recipes
@@ -77,20 +76,16 @@ class HarmonConfig:
     diffloss_width: int = 1024
     diffusion_batch_mul: int = 4  # M: draws of (t, noise) per masked token and step
     num_sampling_steps: str = "100"  # see kept_steps
-    # images
     image_size: int = 512  # pixels, training and default of the sampler
     vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    # training
-    mask_ratio_min: float = 0.7
+    mask_ratio_min: float = 0.7  # training masks at least this share of an image's tokens
     mask_bucket: int = 32  # masked tokens come in multiples of this, so that shapes take few values
     context_grad: float = 0.1  # factor on the clean features' gradient: damps proj_in and the encoder there
     max_prompt: int = 128  # text tokens of a generation row
     max_dialogue: int = 1472  # text tokens of an understanding row
     pad_multiple: int = 64  # rows are padded to a multiple of this, so that shapes take few values
-    # sampler
-    cfg: float = 3.0
-    mask_steps: int = 64
-
+    cfg: float = 3.0  # guidance of the sampler
+    mask_steps: int = 64  # passes through the model per image
 
 CONFIGS = {
     "tiny": HarmonConfig(vocab_size=1024, hidden_size=128, intermediate_size=240, num_layers=4, num_heads=4,
@@ -113,26 +108,22 @@ PUBLISHED = {
                  mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, t2i_weight=0.0),
     "sft": dict(lr=1e-5, warmup=125, warmup_from=0, steps=5000, batch=384, mix={"t2i": 1.0, "i2t": 1.0}),
 }
-# Tiny models. A drawing loss is about 0.05 where a cross entropy is about 0.5: weights of 8 to 1 share the backbone's
-# gradient between them. Captions are poor everywhere, since there RecA has most to give.
+# A drawing loss is about 0.05 where a cross entropy is about 0.5: weights of 8 to 1 share the backbone's gradient.
+# Captions are poor, since there RecA has most to give.
 TINY = {
     # Muon needs fewer samples; its decay keeps picture tokens from growing so large that blocks cannot add to them.
     # Four questions a row, and `words`, teach the encoder what is where.
     "base": dict(lr=2e-3, muon_lr=0.005, muon_decay=0.1, warmup=100, steps=6000, batch=48, t2i_weight=8.0,
                  mix={"t2i": 1.0, "i2t": 0.75, "edit": 0.5, "text": 0.25, "words": 0.5}, questions=4,
                  wrong_captions=0.4, sparse_captions=0.6, pool=40000),
-    # Half of the pictures are understood with their cells in random order: a model that reconstructs well can copy
-    # place by place, which teaches drawing little. Captions stand beside RecA, because prompts name no places.
-    "reca": dict(lr=2e-4, steps=300, batch=96, mix={"recon": 0.5, "t2i": 0.5, "i2t": 1.0}, i2t_weight=0.125,
-                 understanding="scrambled", altered_share=0.5, wrong_captions=0.4, sparse_captions=0.6),
-    "sft": dict(lr=2e-4, steps=300, batch=96, mix={"t2i": 1.0, "i2t": 1.0}, t2i_weight=8.0, wrong_captions=0.4,
-                sparse_captions=0.6),
-    # RecA on a user's own pictures, without the shape world's captions and cells
-    "plain": dict(lr=2e-4, steps=300, batch=96, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=0.125,
-                  t2i_weight=0.0),
+    # Half of the pictures are understood with their cells in random order: copying place by place teaches drawing
+    # little. Captions stand beside RecA, because prompts name no places.
+    "reca": dict(mix={"recon": 0.5, "t2i": 0.5, "i2t": 1.0}, i2t_weight=0.125, understanding="scrambled",
+                 altered_share=0.5, wrong_captions=0.4, sparse_captions=0.6),
+    "sft": dict(mix={"t2i": 1.0, "i2t": 1.0}, t2i_weight=8.0, wrong_captions=0.4, sparse_captions=0.6),
+    "plain": dict(mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=0.125, t2i_weight=0.0),  # a user's pictures
 }
 RECIPES = {"tiny": TINY, "harmon-0.5b": PUBLISHED, "harmon-1.5b": PUBLISHED}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # blocks: the language model, Qwen2.5
@@ -143,17 +134,14 @@ def rope_tables(positions, dim, theta):
     angles = positions[:, None, :, None].float() * frequencies
     return angles.cos(), angles.sin()
 
-
 def rotate(x, cos, sin):
     """Rotary embedding of x (B, heads, T, dim), the two halves of dim being the pairs."""
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
-
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         return rms_norm(x, self.weight, self.eps)
-
 
 class DecoderLayer(nn.Module):
     def __init__(self, c):
@@ -186,7 +174,6 @@ class DecoderLayer(nn.Module):
         y = self.post_attention_layernorm(x)
         return x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y)), (k, v)
 
-
 class Qwen2(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -200,8 +187,8 @@ class Qwen2(nn.Module):
     def forward(self, x, pads, past=None, keep=None):
         """x (B, T, h), pads (B,) -> hidden states after the final norm, of the last `keep` positions (None: all), and
         per layer the keys and values of everything so far. past: that list from the call which x continues. Causal."""
-        c = self.config
-        start = past[0][0].shape[2] if past is not None else 0
+        c, past = self.config, past or [None] * self.config.num_layers
+        start = past[0][0].shape[2] if past[0] else 0
         total = start + x.shape[1]
         slots = torch.arange(start, total, device=x.device)[None]  # (1, T)
         positions = (slots - pads[:, None]).clamp(min=0)  # (B, T): pads do not count
@@ -209,20 +196,17 @@ class Qwen2(nn.Module):
         lo, hi = pads[:, None].expand(-1, x.shape[1]), (slots + 1).expand(len(x), -1)
         plan, cache = attention_plan(lo, hi, total), []
         for i, layer in enumerate(self.model.layers):
-            last = {}
-            if keep is not None and i == c.num_layers - 1:  # nobody attends to the last layer's other outputs
-                last, plan = {"keep": keep}, attention_plan(lo[:, -keep:], hi[:, -keep:], total)
-            x, kv = layer(x, cos, sin, plan, past[i] if past is not None else None, **last)
+            last = keep if i == c.num_layers - 1 else None  # nobody attends to the last layer's other outputs
+            if last is not None:
+                plan = attention_plan(lo[:, -last:], hi[:, -last:], total)
+            x, kv = layer(x, cos, sin, plan, past[i], last)
             cache.append(kv)
         return self.model.norm(x), cache
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # blocks: MAR, two ViTs
 
 class Block(nn.Module):
-    """Pre-norm ViT block with full attention."""
-
     def __init__(self, dim, heads, c):
         super().__init__()
         self.heads, self.dropout, hidden = heads, c.dropout, int(dim * c.mlp_ratio)
@@ -240,11 +224,9 @@ class Block(nn.Module):
         y = F.dropout(F.gelu(self.mlp.fc1(self.norm2(x))), drop)
         return x + F.dropout(self.mlp.fc2(y), drop)
 
-
 def pick(x, index):
     """x (B, N, width), index (B, K) -> the rows x[b, index[b]], (B, K, width)."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
 
 class MAR(nn.Module):
     """Masked autoencoder over VAE latents. Buffers stand first in the encoder and the decoder, last in the LLM."""
@@ -300,68 +282,15 @@ class MAR(nn.Module):
         x = self.decoder_norm(x)[:, self.config.buffer_size:]
         return x + F.embedding(order, self.positions(self.diffusion_pos_embed_learned, grid)[1])
 
-
 def latent_channels(c):
     return c.vae.z_channels * c.patch_size ** 2
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # blocks: DiffLoss, one latent token by diffusion
 
-def kept_steps(spacing):
-    """Which of the 1000 steps a sampler keeps: "" all; "100" that many, evenly from 0 to 999; "a,b,c" so many in each
-    of equal sections. ValueError where a section has fewer."""
-    counts, steps, start = [int(n) for n in str(spacing or T).split(",")], [], 0
-    for i, count in enumerate(counts):
-        size = T // len(counts) + (i < T % len(counts))  # the first sections take the remainder
-        if count > size:
-            raise ValueError(f"num_sampling_steps {spacing!r}: {count} steps in a section of {size} of the {T} trained")
-        stride, at = (size - 1) / (count - 1) if count > 1 else 1, 0.0
-        for _ in range(count):
-            steps.append(start + round(at))
-            at += stride
-        start += size
-    return steps
-
-
-def noise_process(spacing):
-    """The cosine schedule (Nichol & Dhariwal), respaced to kept_steps(spacing): float64 tables, one entry per step."""
-    def level(u):
-        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-    betas = torch.tensor([min(1 - level((i + 1) / T) / level(i / T), 0.999) for i in range(T)], dtype=torch.float64)
-    kept = torch.tensor(kept_steps(spacing))
-    acp = torch.cumprod(1 - betas, 0)[kept]
-    betas = 1 - acp / torch.cat([acp.new_ones(1), acp[:-1]])
-    acp = torch.cumprod(1 - betas, 0)
-    prev = torch.cat([acp.new_ones(1), acp[:-1]])
-    variance = betas * (1 - prev) / (1 - acp)
-    return {"timestep_map": kept, "betas": betas, "alphas_cumprod": acp,
-            "posterior_log_variance_clipped": torch.cat([variance[1:2], variance[1:]]).log(),  # entry 0 would be log 0
-            "posterior_mean_coef1": betas * prev.sqrt() / (1 - acp),
-            "posterior_mean_coef2": (1 - prev) * (1 - betas).sqrt() / (1 - acp)}
-
-
-@lru_cache(maxsize=None)
-def _tables_on(spacing, device):
-    with torch.inference_mode(False):
-        p = noise_process(spacing)
-        acp = p["alphas_cumprod"]
-        sampling = torch.stack([p["betas"].log(), p["posterior_log_variance_clipped"], (1 / acp).sqrt(),
-                                (1 / acp - 1).sqrt(), p["posterior_mean_coef1"], p["posterior_mean_coef2"]], 1)
-        return diffusion_tables(p["betas"]).to(device), sampling.float().to(device), p["timestep_map"].tolist()
-
-
-@torch.compiler.assume_constant_result  # a compiled model would trace through the cache and break its graph there
-def tables_on(spacing, device):
-    """-> float32 tables on the device, for the loss (steps, 5) and for sampling (steps, 6), and each step's original
-    index (list). Not buffers of a module: no checkpoint holds them, and the meta device would lose them."""
-    return _tables_on(spacing, device)
-
-
 def modulate(normed, shift, scale):
     """Adaptive LayerNorm: normed * (1 + scale) + shift."""
     return torch.addcmul(normed + shift, normed, scale)
-
 
 class ResBlock(nn.Module):
     def __init__(self, width):
@@ -375,10 +304,7 @@ class ResBlock(nn.Module):
         shift, scale, gate = self.adaLN_modulation[1](y).chunk(3, -1)
         return torch.addcmul(x, gate, self.mlp(modulate(self.in_ln(x), shift, scale)))
 
-
 class Denoiser(nn.Module):
-    """MLP with adaptive LayerNorm: noisy token, step, condition -> predicted noise and variance value."""
-
     def __init__(self, c):
         super().__init__()
         self.config, width, channels = c, c.diffloss_width, latent_channels(c)
@@ -406,7 +332,6 @@ class Denoiser(nn.Module):
         shift, scale = self.final_layer.adaLN_modulation[1](y).chunk(2, -1)
         normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
         return self.final_layer.linear(modulate(normed, shift, scale)).view(*shape[:-1], -1)
-
 
 class DiffLoss(nn.Module):
     def __init__(self, c):
@@ -440,8 +365,8 @@ class DiffLoss(nn.Module):
         timesteps = tables_on(self.spacing, str(z.device))[2]
         n = len(z) // 2 if cfg != 1 else len(z)
         if noise is None:
-            C, where = self.net.input_proj.in_features, generator.device if generator is not None else z.device
-            noise = [torch.randn(shape, generator=generator, device=where)
+            C, generator = self.net.input_proj.in_features, generator or torch.default_generator
+            noise = [torch.randn(shape, generator=generator, device=generator.device)
                      for shape in ((n, C), (len(timesteps), len(z), C))]
         x, steps = noise[0].to(z.device).repeat(len(z) // n, 1), noise[1].to(z.device)
         for j, i in enumerate(reversed(range(len(timesteps)))):
@@ -453,29 +378,24 @@ class DiffLoss(nn.Module):
             x = self.step(out, x, i, steps[j], temperature, self.spacing)[0]
         return x
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # prompts and layouts: Qwen's chat template without a system turn
 
 UNCONDITIONAL = "Generate an image."
-
 
 def insert_image(tokenizer, ids):
     """Puts the image slot behind the first token that ends a line; for Qwen a "\\n\\n" is one token."""
     at = 1 + next(i for i, token in enumerate(ids) if "\n" in tokenizer.decode([token]))
     return ids[:at] + [IMAGE] + ids[at:]
 
-
 def first_answer(labels):
     """Where the first answer of a row's labels begins."""
     return next(i for i, label in enumerate(labels) if label != IGNORE)
-
 
 def left_pad(rows, width, fill=0):
     """Lists of ids -> (B, width) int64 and the number of pads per row (B,). Longer rows lose their end."""
     pads = [max(0, width - len(row)) for row in rows]
     return torch.tensor([[fill] * n + row[:width] for n, row in zip(pads, rows)]), torch.tensor(pads)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the model
@@ -487,6 +407,7 @@ class Harmon(nn.Module):
         super().__init__()
         self.config, self.tokenizer, self.stage = config, tokenizer, "reca"
         self.vae = Autoencoder(config.vae).requires_grad_(False)
+        self.stride = self.vae.stride * config.patch_size  # pixels per latent token, in each direction
         self.llm = Qwen2(config)
         self.mar = MAR(config)
         h, D = config.hidden_size, config.encoder_dim
@@ -496,20 +417,16 @@ class Harmon(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """From scratch: N(0, 0.02) in the LLM and the learned tables, Xavier in MAR and the projections; DiffLoss
-        starts as the identity."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, nn.Linear) and not name.startswith("vae") and not name.endswith("lm_head"):
-                if "adaLN_modulation" in name or name.endswith("final_layer.linear"):
-                    nn.init.zeros_(module.weight)
-                elif name.startswith("llm") or "time_embed" in name:
-                    nn.init.normal_(module.weight, std=0.02)
-                else:
-                    nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        """From scratch: Xavier, or N(0, 0.02) in the LLM and learned tables; DiffLoss starts as the identity."""
+        for name, p in self.named_parameters():
+            if name.startswith("vae."):
+                continue
+            if name.endswith(".bias") or "adaLN_modulation" in name or "final_layer" in name:
+                nn.init.zeros_(p)
+            elif p.ndim == 2 and (name.startswith("llm.") or "time_embed" in name or "class_emb" in name):
+                nn.init.normal_(p, std=0.02)
+            elif p.ndim == 2 and name.endswith(".weight"):
+                nn.init.xavier_uniform_(p)
         for name, p in self.mar.named_parameters():
             if name.endswith("_learned") or name in ("fake_latent", "mask_token"):
                 # beside latents of deviation 1, positions of 0.02 would not be seen
@@ -594,21 +511,20 @@ class Harmon(nn.Module):
     # ---- samplers
 
     @torch.no_grad()
-    def sample(self, context, pads, grid, cfg=None, steps=None, temperature=1.0, schedule="constant", orders=None,
-               noise=None, generator=None):
+    def sample(self, context, pads, grid, cfg, steps=None, temperature=1.0, schedule="constant", orders=None, noise=None,
+               generator=None):
         """Masked autoregression -> latents (R, m, n, C), or (R/2, m, n, C) where cfg != 1: then the second half of the
         rows are the unconditional partners of the first. context (R, W, h), pads (R,); grid (m, n); steps: passes
         through the model; schedule of guidance: "constant", or "linear", from 1 to cfg as tokens are made. From the
         generator where absent: orders (R, L), equal for partners, and noise, per step what DiffLoss.sample takes."""
         if schedule not in ("constant", "linear"):
             raise ValueError(f"schedule {schedule!r}: expected constant or linear")
-        cfg, steps = self.config.cfg if cfg is None else cfg, steps or self.config.mask_steps
+        steps, generator = steps or self.config.mask_steps, generator or torch.default_generator
         R, L, device = len(context), grid[0] * grid[1], context.device
         n = R // 2 if cfg != 1 else R
         if orders is None:
-            where = generator.device if generator is not None else "cpu"
-            orders = torch.stack([torch.randperm(L, generator=generator, device=where) for _ in range(n)])
-            orders = orders.repeat(R // n, 1)
+            orders = [torch.randperm(L, generator=generator, device=generator.device) for _ in range(n)]
+            orders = torch.stack(orders).repeat(R // n, 1)
         orders = orders.to(device)
         past = self.llm(context, pads, keep=1)[1]  # the context is read once; the image part is computed in every step
         tokens, masked_now = torch.zeros(R, L, latent_channels(self.config), device=device), L
@@ -629,7 +545,6 @@ class Harmon(nn.Module):
             masked_now = left
         return tokens[:n].view(n, *grid, -1)
 
-    @torch.no_grad()
     def generate(self, prompts, cfg=None, steps=None, temperature=1.0, generator=None, size=None, schedule="constant"):
         """Captions -> images (B, 3, H, W) in [-1, 1]. size: pixels, one number or (H, W), multiples of self.stride."""
         size = size or self.config.image_size
@@ -637,11 +552,7 @@ class Harmon(nn.Module):
         if any(side % self.stride for side in size):
             raise ValueError(f"size {size}: both sides must be multiples of {self.stride} pixels")
         rows = [self.prompt_ids("t2i", {"caption": prompt})[0] for prompt in prompts]
-        if cfg != 1:
-            rows += [self.prompt_ids("uncond", {"drop": True})[0]] * len(prompts)
-        grid = tuple(side // self.stride for side in size)
-        latents = self.sample(*self.context(rows), grid, cfg, steps, temperature, schedule, generator=generator)
-        return self.decode_latents(latents).clamp(-1, 1)
+        return self.draw(rows, None, size, cfg, steps, temperature, schedule, generator=generator).clamp(-1, 1)
 
     def reconstruct(self, images, prompt="Describe the image in detail.", cfg=None, steps=None, temperature=1.0,
                     generator=None):
@@ -649,49 +560,42 @@ class Harmon(nn.Module):
         As in the published sampler the image follows "user\\n" at once, without the blank line of RecA's training."""
         prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
         rows = [insert_image(self.tokenizer, self.turn(self.encode("user\n" + text))) for text in prompts]
-        return self.sample_with_image(images, rows, cfg, steps, temperature, generator=generator).clamp(-1, 1)
+        return self.draw(rows, images, images.shape[2:], cfg, steps, temperature, generator=generator).clamp(-1, 1)
 
     def edit(self, images, instructions, cfg=None, steps=None, temperature=1.0, generator=None):
         """images (B, 3, H, W) in [-1, 1], an instruction for each -> edited images. Rows are those of the edit loss."""
         rows = [self.prompt_ids("edit", {"instruction": text})[0] for text in instructions]
-        return self.sample_with_image(images, rows, cfg, steps, temperature, generator=generator).clamp(-1, 1)
+        return self.draw(rows, images, images.shape[2:], cfg, steps, temperature, generator=generator).clamp(-1, 1)
 
     @torch.no_grad()
     def answer(self, images, questions, max_new_tokens=32, temperature=0.0, generator=None):
         """images (B, 3, H, W) in [-1, 1], or None, and a question for each row -> list of answers."""
-        part = "text" if images is None else "i2t"
+        part, end = "text" if images is None else "i2t", self.tokenizer.special["<|im_end|>"]
         rows = [self.prompt_ids(part, {"question": question, "answer": ""}) for question in questions]
-        latents = None if images is None else self.precompute(images.to(self.device))["latents"]
-        context, pads = self.context([ids[:first_answer(labels)] for ids, labels in rows], latents)
-        end = self.tokenizer.special["<|im_end|>"]
+        context, pads = self.context([ids[:first_answer(labels)] for ids, labels in rows], images)
         tokens = self.generate_tokens(context, pads, max_new_tokens, temperature, generator, end).tolist()
         return [self.tokenizer.decode(row[:row.index(end)] if end in row else row) for row in tokens]
 
-    @property
-    def device(self):
-        return self.llm.lm_head.weight.device
-
-    @property
-    def stride(self):
-        """Pixels per latent token, in each direction."""
-        return self.vae.stride * self.config.patch_size
-
-    def context(self, rows, latents=None, width=None):
-        """Lists of ids, and clean latents where the rows have an image slot -> embeddings (R, W, h), pads (R,)."""
-        ids, pads = (x.to(self.device) for x in left_pad(rows, width or max(map(len, rows))))
-        return self.embed(ids, None if latents is None else self.visual_features(latents)[1]), pads
+    def context(self, rows, images=None, width=None):
+        """Lists of ids, and images (R, 3, H, W) for their slots -> embeddings (R, W, h), pads (R,)."""
+        device = self.llm.lm_head.weight.device
+        ids, pads = (x.to(device) for x in left_pad(rows, width or max(map(len, rows))))
+        if images is None:
+            return self.embed(ids), pads
+        return self.embed(ids, self.visual_features(self.precompute(images.to(device))["latents"])[1]), pads
 
     @torch.no_grad()
-    def sample_with_image(self, images, rows, cfg, *options, unconditional=None, **more):
-        """images (B, 3, H, W), rows of ids with an image slot, options of `sample` -> images, not clamped.
-        unconditional: ids of the row that guidance leads away from (None: "Generate an image.", and no image)."""
-        latents = self.precompute(images.to(self.device))["latents"]
-        context, pads = self.context(rows, latents)
+    def draw(self, rows, images, size, cfg, *options, unconditional=None, **more):
+        """What `context` takes, (H, W), and options of `sample` -> images (R, 3, H, W), not clamped. unconditional: ids
+        of the row that guidance leads away from (None: "Generate an image."); it never has an image."""
+        cfg = self.config.cfg if cfg is None else cfg
+        context, pads = self.context(rows, images)
         if cfg != 1:
             empty = unconditional or self.prompt_ids("uncond", {"drop": True})[0]
             other = self.context([empty] * len(rows), width=context.shape[1])
             context, pads = torch.cat([context, other[0]]), torch.cat([pads, other[1]])
-        return self.decode_latents(self.sample(context, pads, latents.shape[1:3], cfg, *options, **more))
+        grid = tuple(side // self.stride for side in size)
+        return self.decode_latents(self.sample(context, pads, grid, cfg, *options, **more))
 
     @torch.no_grad()
     def decode_latents(self, latents):
@@ -703,14 +607,14 @@ class Harmon(nn.Module):
     def generate_tokens(self, context, pads, max_new_tokens, temperature=0.0, generator=None, stop=-1):
         """Continues the rows (B, W, h), greedily at temperature 0, until each has had the id `stop` -> ids (B, new)."""
         x, past, out, done = context, None, [], torch.zeros_like(pads, dtype=torch.bool)
+        generator = generator or torch.default_generator
         while len(out) < max_new_tokens and not bool(done.all()):
             hidden, past = self.llm(x, pads, past, keep=1)
             logits = self.llm.lm_head(hidden[:, -1]).float()  # (B, vocabulary)
+            token = logits.argmax(-1, keepdim=True)  # (B, 1)
             if temperature > 0:
-                p = torch.softmax(logits / temperature, -1).to(generator.device if generator is not None else x.device)
+                p = torch.softmax(logits / temperature, -1).to(generator.device)
                 token = torch.multinomial(p, 1, generator=generator).to(x.device)
-            else:
-                token = logits.argmax(-1, keepdim=True)  # (B, 1)
             out.append(token)
             done = done | (token[:, 0] == stop)
             x = self.llm.model.embed_tokens(token)
@@ -738,8 +642,7 @@ class Harmon(nn.Module):
         return [*self.llm.model.layers, *mar.encoder_blocks, *mar.decoder_blocks, *mar.diffloss.net.res_blocks]
 
     def preprocess(self, image, purpose):
-        """PIL image -> (3, S, S) in [-1, 1]. As published: "i2t" and "answer" pad to a square, "recon" stretches to the
-        longer side and then resizes, the others resize at once."""
+        """PIL image -> (3, size, size) in [-1, 1], as published: padded, stretched to the longer side, or resized."""
         size = self.config.image_size
         if purpose in ("i2t", "answer", "recon"):
             return (preprocess_stretch if purpose == "recon" else preprocess_pad)(image, size)
@@ -773,13 +676,13 @@ class Harmon(nn.Module):
         if part not in ("i2t", "text"):
             raise ValueError(f"part {part!r}: expected recon, edit, t2i, uncond, i2t or text")
         ids, labels = [], []
+        newline, end = self.encode("\n"), self.tokenizer.special["<|im_end|>"]
         for question, answer in sample.get("turns") or [(sample["question"], sample["answer"])]:
+            ask, reply = self.encode("user\n" + question), [*self.encode(answer), end]
             if part == "i2t" and not ids:  # the two sides of the image are tokenized apart
-                ask = self.turn([*self.encode("user\n"), IMAGE, *self.encode("\n" + question)])
-            else:
-                ask = self.turn(self.encode("user\n" + question))
-            reply, newline = [*self.encode(answer), self.tokenizer.special["<|im_end|>"]], self.encode("\n")
-            ids, labels = ids + ask + reply + newline, labels + [IGNORE] * len(ask) + reply + [IGNORE] * len(newline)
+                ask = [*self.encode("user\n"), IMAGE, *self.encode("\n" + question)]
+            ids += [*self.turn(ask), *reply, *newline]
+            labels += [IGNORE] * (len(ids) - len(labels) - len(reply) - len(newline)) + reply + [IGNORE] * len(newline)
         return ids, labels
 
     def collate(self, part, samples, generators, shared, pad_to=None):
@@ -815,60 +718,54 @@ class Harmon(nn.Module):
         rows = []
         for generator in generators:
             order = torch.randperm(L, generator=generator)
-            rows.append((order[:k], order[k:].sort().values,  # visible tokens enter in raster order
-                         torch.randint(0, T, (M, k), generator=generator),
-                         torch.randn(M, k, latent_channels(c), generator=generator)))
+            t = torch.randint(0, T, (M, k), generator=generator)
+            noise = torch.randn(M, k, latent_channels(c), generator=generator)
+            rows.append((order[:k], order[k:].sort().values, t, noise))  # visible tokens enter in raster order
         return dict(zip(("masked", "visible", "t", "noise"), map(torch.stack, zip(*rows))))
 
-    def flops_per_sample(self, part, text_tokens=32):
-        """Estimate for MFU at the mean mask rate: 6 operations per weight and token, and attention."""
+    def flops_per_sample(self, part, text=32):
+        """Estimate for MFU at the mean mask rate: 6 operations per weight and token, and attention; text: tokens."""
         if part in ("align", "words"):
             return 0.0
-        c, L, S = self.config, (self.config.image_size // self.stride) ** 2, self.config.buffer_size
+        c, mar, L, S = self.config, self.mar, (self.config.image_size // self.stride) ** 2, self.config.buffer_size
         llm, encoder, decoder, projector, diffloss = (sum(p.numel() for p in module.parameters()) for module in (
-            self.llm.model.layers, self.mar.encoder_blocks, self.mar.decoder_blocks, self.proj_in, self.mar.diffloss))
+            self.llm.model.layers, mar.encoder_blocks, mar.decoder_blocks, self.proj_in, mar.diffloss))
         draws, unit, edge = part not in ("i2t", "text"), NormalDist(), (1 - c.mask_ratio_min) / 0.25
-        visible = 0.25 * (unit.pdf(0) - unit.pdf(edge)) / (unit.cdf(edge) - 0.5) * L  # of L tokens, on average
-        shown, clean = visible + S if draws else 0, L + S if part in ("recon", "edit", "i2t") else 0
-        sequence = text_tokens + clean + shown
-        total = sequence * llm + (clean + 2 * shown) * projector + (clean + shown) * encoder
+        visible = 0.25 * (unit.pdf(0) - unit.pdf(edge)) / (unit.cdf(edge) - 0.5) * L
+        shown, clean = draws * (visible + S), (part in ("recon", "edit", "i2t")) * (L + S)
+        sequence = text + clean + shown
+        weights = sequence * llm + (clean + 2 * shown) * projector + (clean + shown) * encoder
         scores = sequence ** 2 / 2 * c.hidden_size * c.num_layers
         scores += (clean ** 2 + shown ** 2) * c.encoder_dim * c.encoder_depth
-        if draws:
-            total += (L + S) * decoder + (L - visible) * c.diffusion_batch_mul * diffloss
-            scores += (L + S) ** 2 * c.decoder_dim * c.decoder_depth
-        else:
-            total += text_tokens / 2 * c.vocab_size * c.hidden_size
-        return 6 * total + 12 * scores
+        if not draws:
+            return 6 * (weights + text / 2 * c.vocab_size * c.hidden_size) + 12 * scores
+        weights += (L + S) * decoder + (L - visible) * c.diffusion_batch_mul * diffloss
+        return 6 * weights + 12 * (scores + (L + S) ** 2 * c.decoder_dim * c.decoder_depth)
 
     # ---- published weights
 
     @classmethod
     def load_published(cls, path, config=None, tokenizer_path=None, vision_path=None, tokenizer=None, device="cpu",
                        dtype=None):
-        """path: harmon_*.pth, and tokenizer_path: kl16.ckpt; or a checkpoint with the VAE under `vae.` -> model in eval
-        mode, in `dtype` (None: float32) but for the VAE, which stays float32. config: a name or a HarmonConfig. Strict,
-        but one of the tied embedding's two names may be absent. FileNotFoundError, or ValueError with a table of the
-        keys that do not fit."""
-        if vision_path is not None:
+        """path: harmon_*.pth, with tokenizer_path: kl16.ckpt; or a checkpoint that has the VAE under `vae.` -> model in
+        eval mode, in `dtype` (None: float32; the VAE always). config: a name or a HarmonConfig. Strict, but one of the
+        tied embedding's names may be absent. FileNotFoundError, or ValueError with a table of keys that do not fit."""
+        if vision_path:
             raise ValueError(f"{vision_path}: Harmon understands with its MAR encoder and takes no vision file")
         state = read_weights(path, device)
+        for name, tensor in read_weights(tokenizer_path, device).items() if tokenizer_path else ():
+            if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")):  # not its training loss
+                state[f"vae.{name}"] = tensor
+        for prefix, hint in ("llm.", "not a Harmon checkpoint"), ("vae.", "give kl16.ckpt with --tokenizer-ckpt"):
+            if not any(name.startswith(prefix) for name in state):
+                raise ValueError(f"{path}: no {prefix}* among its {len(state)} keys: {hint}")
         embed, head = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
-        if embed not in state and head not in state:
-            raise ValueError(f"{path}: no {embed} among its {len(state)} keys: not a Harmon checkpoint")
-        state[embed] = state[head] = state.get(embed, state.get(head))
-        if tokenizer_path is not None:
-            parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the file may hold its training loss
-            vae = read_weights(tokenizer_path, device)
-            state |= {f"vae.{name}": tensor for name, tensor in vae.items() if name.startswith(parts)}
-        elif not any(name.startswith("vae.") for name in state):
-            raise ValueError(f"{path}: no vae.* among its {len(state)} keys: give kl16.ckpt with --tokenizer-ckpt")
-        if not isinstance(config, HarmonConfig):
-            config = CONFIGS[config or "harmon-0.5b"]
+        state[embed] = state[head] = state[embed if embed in state else head]
+        config = config or "harmon-0.5b"
         with torch.device("meta"):
-            model = cls(config, tokenizer).to(dtype or torch.float32)
+            model = cls(CONFIGS[config] if isinstance(config, str) else config, tokenizer).to(dtype or torch.float32)
         model.vae.float()
-        load_strict(model, state, str(path) if tokenizer_path is None else f"{path} + {tokenizer_path}")
+        load_strict(model, state, f"{path} + {tokenizer_path}" if tokenizer_path else str(path))
         model.llm.lm_head.weight = model.llm.model.embed_tokens.weight
         return model.eval()
 
@@ -879,6 +776,5 @@ class Harmon(nn.Module):
         caption has the id; latents (B, m, n, C). kind "presence": captions say all there is to say (part `words`)."""
         seen = self.visual_features(latents)[1][:, :latents.shape[1] * latents.shape[2]]  # buffers are no places
         return word_alignment(seen, words, self.llm.model.embed_tokens.weight[:words.shape[1]], kind)
-
 
 Model = Harmon

@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 import model_mar
 from checkpoint import load_strict
 from custom_kernels import add_noise
+from custom_kernels.diffusion_process import kept_steps, noise_process, tables_on
 from image_tokenizer import AutoencoderConfig
-from model_mar import CONFIGS, IGNORE, IMAGE, RECIPES, Harmon, HarmonConfig, Qwen2, first_answer, tables_on
+from model_mar import CONFIGS, IGNORE, IMAGE, RECIPES, Harmon, HarmonConfig, Qwen2, first_answer
 from text_tokenizer import load_tokenizer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -292,7 +293,7 @@ def test_tables(name, spacing):
     _, cases, _ = golden()
     if f"tables.{name}.betas" not in cases:
         pytest.skip(f"no case tables.{name} in {GOLDEN}")
-    report, tables = Report(), model_mar.noise_process(spacing)
+    report, tables = Report(), noise_process(spacing)
     for key, got in tables.items():
         want = cases[f"tables.{name}.{key}"]
         if key == "timestep_map":
@@ -306,7 +307,7 @@ def test_tables(name, spacing):
 
 def test_generation_timestep_map():
     config, _, model = golden()
-    assert model_mar.kept_steps(model.config.num_sampling_steps) == config["gen_timestep_map"]
+    assert kept_steps(model.config.num_sampling_steps) == config["gen_timestep_map"]
 
 
 def test_schedule(monkeypatch):
@@ -415,7 +416,7 @@ def test_understanding(monkeypatch):
     report.close("und.loss, labels of the last positions only", short, out["loss"], WHOLE)
     prompt = given["input_ids"][0, : int((given["labels"][0] != IGNORE).float().argmax())].tolist()
     with torch.no_grad():
-        context, pads = model.context([prompt], latents[:1])
+        context, pads = model.context([prompt], given["image"][:1])
     tokens = model.generate_tokens(context, pads, len(out["greedy_tokens"]))[0]
     report.equal("und.greedy_tokens", tokens, out["greedy_tokens"])
     report.done()
@@ -471,8 +472,9 @@ def test_reconstruction_sampler(monkeypatch):
 
     def run(orders, noise):
         unconditional = given["uncond_ids"].tolist()
-        return model.sample_with_image(given["image"], rows, unconditional=unconditional, orders=orders, noise=noise,
-                                       **options)
+        size = given["image"].shape[2:]
+        return model.draw(rows, given["image"], size, unconditional=unconditional, orders=orders, noise=noise,
+                          **options)
 
     check_sampler("recon_sample", model, given, out, run, monkeypatch)
 
@@ -560,7 +562,7 @@ def test_load_published_keeps_the_numbers(layout, tmp_path):
     latents = half.sample(context, torch.tensor([0, 1]), grid, 2.0, 3, generator=generator)
     images = half.decode_latents(latents)
     assert images.dtype == torch.float32 and torch.isfinite(images).all()
-    context, pads = half.context([[1, 2, IMAGE, 3]], half.precompute(images)["latents"])
+    context, pads = half.context([[1, 2, IMAGE, 3]], images)
     assert half.generate_tokens(context, pads, 3).shape == (1, 3)
 
 
@@ -733,7 +735,7 @@ def test_draw():
     torch.nn.Module.__init__(big)
     for bucket in (1, 32):  # 1,024 tokens; the mean of the truncated normal is .8667
         big.config = replace(CONFIGS["harmon-0.5b"], mask_bucket=bucket, diffusion_batch_mul=1)
-        big.vae = type("VAE", (), {"stride": 16})()
+        big.stride = 16
         counts = [big.randomness(generators(1), shared)["t"].shape[-1] for shared in generators(400)]
         counts = torch.tensor(counts)
         assert (counts % bucket == 0).all() and counts.max() <= 1024 and counts.min() >= 704
