@@ -11,9 +11,8 @@ into a latent by diffusion.
                              |                          +--proj_out--> + --> MAR decoder --> DiffLoss per masked token
                              +-----------------------------------------^
 
-RecA (`Harmon.reca_loss`): the clean features of an image stand in the context as a very dense prompt, and the model
-learns to fill the masked latents of the SAME image. No captions. Editing is the same loss with the clean features of
-the SOURCE image and the latents of the target.
+RecA (`Harmon.reca_loss`): the clean features of an image are a very dense prompt for the masked latents of the SAME
+image; no captions. Editing is the same loss with the clean features of the source and the latents of the target.
 
 Conventions. B rows, (m, n) latent grid, L = m*n tokens, S buffers, V visible and k masked tokens (V + k = L, equal in a
 batch), C numbers per latent token, D and E the widths of the MAR encoder and decoder, h of the LLM, W tokens of a text
@@ -36,7 +35,7 @@ from PIL import Image
 from checkpoint import load_strict, read_weights
 from custom_kernels import attention, attention_plan, diffusion_loss_rows, linear_cross_entropy, rms_norm
 from custom_kernels.diffusion_loss import add_noise
-from custom_kernels.diffusion_process import T, tables_on
+from custom_kernels.diffusion_process import T, diffusion_step, tables_on
 from data import preprocess_pad, preprocess_stretch, to_pixels
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig
 from vision_encoder import caption_words, word_alignment
@@ -346,18 +345,6 @@ class DiffLoss(nn.Module):
         x_t = add_noise(x0, noise, t_rows, tables).view(*t.shape, -1)
         return diffusion_loss_rows(self.net(x_t, t, z[:, None]).flatten(0, 2), x0, noise, t_rows, tables)
 
-    def step(self, out, x, i, noise, temperature, spacing):
-        """One ancestral step x_i -> x_{i-1}: net output (N, 2C), x (N, C), i an index or (N,) indices into the kept
-        steps -> sample, mean, log variance, estimate of x0 (not clipped), each (N, C). Step 0 adds no noise."""
-        columns = tables_on(spacing, str(x.device))[1][i][..., None, :].unbind(-1)
-        upper, lower, scale_x, scale_epsilon, coef1, coef2 = columns  # each (1,) or (N, 1)
-        noisy = (i > 0)[:, None] if torch.is_tensor(i) else i > 0
-        epsilon, v = out.float().chunk(2, -1)
-        log_variance = lower + 0.5 * (v + 1) * (upper - lower)
-        x0 = scale_x * x - scale_epsilon * epsilon
-        mean = coef1 * x0 + coef2 * x
-        return mean + noisy * torch.exp(0.5 * log_variance) * noise * temperature, mean, log_variance, x0
-
     @torch.no_grad()
     def sample(self, z, temperature=1.0, cfg=1.0, noise=None, generator=None):
         """Conditions z (N, E) -> tokens (N, C). With cfg != 1 z is [conditional rows, as many unconditional rows], and
@@ -375,7 +362,7 @@ class DiffLoss(nn.Module):
                 epsilon, v = out.chunk(2, -1)
                 epsilon = epsilon[n:] + cfg * (epsilon[:n] - epsilon[n:])
                 out = torch.cat([epsilon.repeat(2, 1), v], -1)
-            x = self.step(out, x, i, steps[j], temperature, self.spacing)[0]
+            x = diffusion_step(out, x, i, steps[j], temperature, self.spacing)[0]
         return x
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,10 +374,6 @@ def insert_image(tokenizer, ids):
     """Puts the image slot behind the first token that ends a line; for Qwen a "\\n\\n" is one token."""
     at = 1 + next(i for i, token in enumerate(ids) if "\n" in tokenizer.decode([token]))
     return ids[:at] + [IMAGE] + ids[at:]
-
-def first_answer(labels):
-    """Where the first answer of a row's labels begins."""
-    return next(i for i, label in enumerate(labels) if label != IGNORE)
 
 def left_pad(rows, width, fill=0):
     """Lists of ids -> (B, width) int64 and the number of pads per row (B,). Longer rows lose their end."""
@@ -470,8 +453,7 @@ class Harmon(nn.Module):
         return (mse + vb).sum() / t.shape[1] / (masked.numel() if count is None else count)
 
     def clean_features(self, latents, context_grad=None):
-        """latents (B, m, n, C) -> what the LLM reads of a whole image (B, L + S, h), with context_grad times its
-        gradient (None: 1 in base training, else the config's)."""
+        """latents (B, m, n, C) -> what the LLM reads of an image (B, L + S, h), with context_grad times its gradient."""
         if context_grad is None:
             context_grad = 1.0 if self.stage == "base" else self.config.context_grad
         clean = self.visual_features(latents)[1]
@@ -511,12 +493,12 @@ class Harmon(nn.Module):
     # ---- samplers
 
     @torch.no_grad()
-    def sample(self, context, pads, grid, cfg, steps=None, temperature=1.0, schedule="constant", orders=None, noise=None,
-               generator=None):
-        """Masked autoregression -> latents (R, m, n, C), or (R/2, m, n, C) where cfg != 1: then the second half of the
-        rows are the unconditional partners of the first. context (R, W, h), pads (R,); grid (m, n); steps: passes
-        through the model; schedule of guidance: "constant", or "linear", from 1 to cfg as tokens are made. From the
-        generator where absent: orders (R, L), equal for partners, and noise, per step what DiffLoss.sample takes."""
+    def sample(self, context, pads, grid, cfg, steps=None, temperature=1.0, schedule="constant", orders=None,
+               noise=None, generator=None):
+        """Masked autoregression after context (R, W, h) -> latents (R, m, n, C), or, with cfg != 1, (R/2, m, n, C): then
+        the second half of the rows are the unconditional partners of the first. steps: passes through the model.
+        schedule of guidance: "constant", or "linear", from 1 to cfg as tokens are made. From the generator where
+        absent: orders (R, L), equal for partners, and noise, per step what DiffLoss.sample takes."""
         if schedule not in ("constant", "linear"):
             raise ValueError(f"schedule {schedule!r}: expected constant or linear")
         steps, generator = steps or self.config.mask_steps, generator or torch.default_generator
@@ -538,8 +520,7 @@ class Harmon(nn.Module):
             x = self.fuse(tokens.view(R, *grid, -1), visible, pads, past=past)
             z = self.mar.decode(x, visible, torch.cat([orders[:, :left], predicted], 1), grid)[:, left - masked_now:]
             guidance = cfg if schedule == "constant" else 1 + (cfg - 1) * (L - masked_next) / L
-            given = noise[s] if noise else None
-            new = self.mar.diffloss.sample(z.flatten(0, 1), temperature, guidance, given, generator)
+            new = self.mar.diffloss.sample(z.flatten(0, 1), temperature, guidance, noise and noise[s], generator)
             new = new.view(R, -1, new.shape[-1])[:n].repeat(R // n, 1, 1)
             tokens = tokens.scatter(1, predicted[..., None].expand_as(new), new)
             masked_now = left
@@ -572,17 +553,17 @@ class Harmon(nn.Module):
         """images (B, 3, H, W) in [-1, 1], or None, and a question for each row -> list of answers."""
         part, end = "text" if images is None else "i2t", self.tokenizer.special["<|im_end|>"]
         rows = [self.prompt_ids(part, {"question": question, "answer": ""}) for question in questions]
-        context, pads = self.context([ids[:first_answer(labels)] for ids, labels in rows], images)
+        context, pads = self.context([ids[:labels.index(end)] for ids, labels in rows], images)
         tokens = self.generate_tokens(context, pads, max_new_tokens, temperature, generator, end).tolist()
         return [self.tokenizer.decode(row[:row.index(end)] if end in row else row) for row in tokens]
 
     def context(self, rows, images=None, width=None):
         """Lists of ids, and images (R, 3, H, W) for their slots -> embeddings (R, W, h), pads (R,)."""
-        device = self.llm.lm_head.weight.device
-        ids, pads = (x.to(device) for x in left_pad(rows, width or max(map(len, rows))))
-        if images is None:
-            return self.embed(ids), pads
-        return self.embed(ids, self.visual_features(self.precompute(images.to(device))["latents"])[1]), pads
+        rows = left_pad(rows, width or max(map(len, rows)))
+        ids, pads = (x.to(self.llm.lm_head.weight.device) for x in rows)
+        if images is not None:
+            images = self.visual_features(self.precompute(images.to(ids.device))["latents"])[1]  # (R, L + S, h)
+        return self.embed(ids, images), pads
 
     @torch.no_grad()
     def draw(self, rows, images, size, cfg, *options, unconditional=None, **more):
@@ -623,8 +604,7 @@ class Harmon(nn.Module):
     # ---- what train.py needs
 
     def trainable_parameters(self, stage):
-        """stage base | sft | reca -> [(name, parameter)]: all but the VAE and class_emb, which nothing reads. Sets
-        requires_grad and self.stage."""
+        """Sets self.stage and requires_grad -> [(name, parameter)]: all but the VAE and class_emb, which nothing reads."""
         if stage not in ("base", "sft", "reca"):
             raise ValueError(f"stage {stage!r}: expected base, sft or reca")
         self.stage = stage
@@ -678,18 +658,18 @@ class Harmon(nn.Module):
         ids, labels = [], []
         newline, end = self.encode("\n"), self.tokenizer.special["<|im_end|>"]
         for question, answer in sample.get("turns") or [(sample["question"], sample["answer"])]:
-            ask, reply = self.encode("user\n" + question), [*self.encode(answer), end]
+            ask = self.encode("user\n" + question)
             if part == "i2t" and not ids:  # the two sides of the image are tokenized apart
                 ask = [*self.encode("user\n"), IMAGE, *self.encode("\n" + question)]
-            ids += [*self.turn(ask), *reply, *newline]
-            labels += [IGNORE] * (len(ids) - len(labels) - len(reply) - len(newline)) + reply + [IGNORE] * len(newline)
+            ask, reply = self.turn(ask), [*self.encode(answer), end]
+            ids += ask + reply + newline
+            labels += [IGNORE] * len(ask) + reply + [IGNORE] * len(newline)
         return ids, labels
 
     def collate(self, part, samples, generators, shared, pad_to=None):
         """Samples (dicts), a torch.Generator for each and a shared one -> what the part's loss takes beside encodings:
         ids (B, W), pads (B,), labels (B, A) of the last A positions or `randomness`, and the count of targets. W is
-        pad_to, or the longest row, rounded up to pad_multiple, at most the config's maximum; rows are cut at their end.
-        """
+        pad_to, or the longest row, rounded up to pad_multiple, at most the config's maximum; rows lose their end."""
         if part in ("align", "words"):
             return {"words": caption_words(self.tokenizer, [sample["caption"] for sample in samples])}
         c, dialogue = self.config, part in ("i2t", "text")
@@ -700,11 +680,9 @@ class Harmon(nn.Module):
         if not dialogue:
             random = self.randomness(generators, shared)
             return {"ids": ids, "pads": pads, "count": torch.tensor(float(random["masked"].numel())), **random}
-        # a label at every token of an answer, shifted to the position that predicts it
-        tail = max(len(row) - first_answer(row) for row in labels)
+        # a label at every token of an answer, shifted to the position that predicts it, and none before the first
         labels = left_pad([row[1:width] + [IGNORE] for row in labels], width, IGNORE)[0]
-        if longest <= width:  # the positions before all answers have no labels
-            labels = labels[:, -min(width, -(-(tail + 1) // step) * step):]
+        labels = labels[:, int((labels != IGNORE).any(0).int().argmax()) // step * step:]
         return {"ids": ids, "pads": pads, "labels": labels, "count": (labels != IGNORE).sum().float()}
 
     def randomness(self, generators, shared):
@@ -730,17 +708,16 @@ class Harmon(nn.Module):
         c, mar, L, S = self.config, self.mar, (self.config.image_size // self.stride) ** 2, self.config.buffer_size
         llm, encoder, decoder, projector, diffloss = (sum(p.numel() for p in module.parameters()) for module in (
             self.llm.model.layers, mar.encoder_blocks, mar.decoder_blocks, self.proj_in, mar.diffloss))
-        draws, unit, edge = part not in ("i2t", "text"), NormalDist(), (1 - c.mask_ratio_min) / 0.25
+        unit, edge = NormalDist(), (1 - c.mask_ratio_min) / 0.25
         visible = 0.25 * (unit.pdf(0) - unit.pdf(edge)) / (unit.cdf(edge) - 0.5) * L
-        shown, clean = draws * (visible + S), (part in ("recon", "edit", "i2t")) * (L + S)
-        sequence = text + clean + shown
-        weights = sequence * llm + (clean + 2 * shown) * projector + (clean + shown) * encoder
-        scores = sequence ** 2 / 2 * c.hidden_size * c.num_layers
+        draws, reads = part not in ("i2t", "text"), part in ("recon", "edit", "i2t")
+        shown, made, clean = draws * (visible + S), draws * (L + S), reads * (L + S)
+        sequence, answer = text + clean + shown, (not draws) * text / 2
+        weights = sequence * llm + (clean + 2 * shown) * projector + (clean + shown) * encoder + made * decoder
+        weights += draws * (L - visible) * c.diffusion_batch_mul * diffloss + answer * c.vocab_size * c.hidden_size
+        scores = sequence ** 2 / 2 * c.hidden_size * c.num_layers + made ** 2 * c.decoder_dim * c.decoder_depth
         scores += (clean ** 2 + shown ** 2) * c.encoder_dim * c.encoder_depth
-        if not draws:
-            return 6 * (weights + text / 2 * c.vocab_size * c.hidden_size) + 12 * scores
-        weights += (L + S) * decoder + (L - visible) * c.diffusion_batch_mul * diffloss
-        return 6 * weights + 12 * (scores + (L + S) ** 2 * c.decoder_dim * c.decoder_depth)
+        return 6 * weights + 12 * scores
 
     # ---- published weights
 
@@ -760,7 +737,8 @@ class Harmon(nn.Module):
             if not any(name.startswith(prefix) for name in state):
                 raise ValueError(f"{path}: no {prefix}* among its {len(state)} keys: {hint}")
         embed, head = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
-        state[embed] = state[head] = state[embed if embed in state else head]
+        tied = [state[name] for name in (embed, head) if name in state]
+        state |= {embed: tied[0], head: tied[0]} if tied else {}
         config = config or "harmon-0.5b"
         with torch.device("meta"):
             model = cls(CONFIGS[config] if isinstance(config, str) else config, tokenizer).to(dtype or torch.float32)

@@ -53,3 +53,15 @@ def tables_on(spacing, device):
     """-> float32 tables on the device, for the loss (steps, 5) and for sampling (steps, 6), and each step's original
     index (list). Not buffers of a module: no checkpoint holds them, and the meta device would lose them."""
     return _tables_on(spacing, device)
+
+def diffusion_step(out, x, i, noise, temperature, spacing):
+    """One ancestral step x_i -> x_{i-1}: net output (N, 2C) = [epsilon | v], x (N, C), i an index or (N,) indices into
+    the kept steps -> sample, mean, log variance, estimate of x0 (not clipped), each (N, C). Step 0 adds no noise."""
+    columns = tables_on(spacing, str(x.device))[1][i][..., None, :].unbind(-1)
+    upper, lower, scale_x, scale_epsilon, coef1, coef2 = columns  # each (1,) or (N, 1)
+    noisy = (i > 0)[:, None] if torch.is_tensor(i) else i > 0
+    epsilon, v = out.float().chunk(2, -1)
+    log_variance = lower + 0.5 * (v + 1) * (upper - lower)
+    x0 = scale_x * x - scale_epsilon * epsilon
+    mean = coef1 * x0 + coef2 * x
+    return mean + noisy * torch.exp(0.5 * log_variance) * noise * temperature, mean, log_variance, x0

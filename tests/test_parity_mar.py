@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 import model_mar
 from checkpoint import load_strict
 from custom_kernels import add_noise
-from custom_kernels.diffusion_process import kept_steps, noise_process, tables_on
+from custom_kernels.diffusion_process import diffusion_step, kept_steps, noise_process, tables_on
 from image_tokenizer import AutoencoderConfig
-from model_mar import CONFIGS, IGNORE, IMAGE, RECIPES, Harmon, HarmonConfig, Qwen2, first_answer
+from model_mar import CONFIGS, IGNORE, IMAGE, RECIPES, Harmon, HarmonConfig, Qwen2
 from text_tokenizer import load_tokenizer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -271,7 +271,7 @@ def test_pstep100():
     report = Report()
     with torch.no_grad():
         predicted = net(given["x"], torch.tensor(tables_on("100", "cpu")[2])[index], given["z"])
-        results = model.mar.diffloss.step(predicted, given["x"], index, given["noise"], 0.8, "100")
+        results = diffusion_step(predicted, given["x"], index, given["noise"], 0.8, "100")
     for name, got in zip(("sample_temp0.8", "mean", "log_variance", "pred_xstart"), results):
         report.close(f"pstep100.{name}", got, out[name], WHOLE)
     report.done()
@@ -870,7 +870,7 @@ def test_answers_with_a_cache_equal_those_without():
         answers = model.answer(pictures, questions, max_new_tokens=6)
         for i, question in enumerate(questions):
             ids, labels = model.prompt_ids("text" if pictures is None else "i2t", {"question": question, "answer": ""})
-            ids, written = ids[:first_answer(labels)], []
+            ids, written = ids[:labels.index(end)], []
             with torch.no_grad():
                 clean = None
                 if pictures is not None:
