@@ -1,9 +1,8 @@
 """Harmon: a unified multimodal model on masked autoregression (MAR), and its RecA post-training (arXiv 2509.07295).
 
-One MAR encoder (a ViT over continuous VAE latents and a few "buffer" tokens) is both the understanding encoder, on all
-latents of a clean image, and the generation encoder, on the latents that are known so far. A causal Qwen2.5 decoder
-reads text and those features; a MAR decoder fills the grid; a small MLP per token (DiffLoss) turns the decoder's output
-into a latent by diffusion.
+One MAR encoder (a ViT over continuous VAE latents and a few "buffer" tokens) understands all latents of a clean image,
+and reads those that are known so far of one in the making. A causal Qwen2.5 decoder reads text and its features; a MAR
+decoder fills the grid; a small MLP (DiffLoss) turns each of its outputs into a latent by diffusion.
 
     clean latents ----> MAR encoder --proj_in--> |
     text ----> embedding ----------------------> | causal LLM --lm_head--> answer
@@ -33,8 +32,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from checkpoint import load_strict, read_weights
-from custom_kernels import attention, attention_plan, diffusion_loss_rows, linear_cross_entropy, rms_norm
-from custom_kernels.diffusion_loss import add_noise
+from custom_kernels import add_noise, attention, attention_plan, diffusion_loss_rows, linear_cross_entropy, rms_norm
 from custom_kernels.diffusion_process import T, diffusion_step, tables_on
 from data import preprocess_pad, preprocess_stretch, to_pixels
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig
@@ -42,6 +40,7 @@ from vision_encoder import caption_words, word_alignment
 
 IMAGE = -200  # the id that marks where an image goes into a text row
 IGNORE = -100  # label of a position that is not trained
+UNCONDITIONAL = "Generate an image."  # the prompt where the condition is dropped
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configurations and recipes
@@ -70,7 +69,6 @@ class HarmonConfig:
     patch_size: int = 1
     class_num: int = 1000  # rows of class_emb, which is in the published files and never used
     dropout: float = 0.1  # of the ViT blocks (attention and projections), active in training only
-    # DiffLoss
     diffloss_depth: int = 6
     diffloss_width: int = 1024
     diffusion_batch_mul: int = 4  # M: draws of (t, noise) per masked token and step
@@ -368,8 +366,6 @@ class DiffLoss(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # prompts and layouts: Qwen's chat template without a system turn
 
-UNCONDITIONAL = "Generate an image."
-
 def insert_image(tokenizer, ids):
     """Puts the image slot behind the first token that ends a line; for Qwen a "\\n\\n" is one token."""
     at = 1 + next(i for i, token in enumerate(ids) if "\n" in tokenizer.decode([token]))
@@ -410,10 +406,8 @@ class Harmon(nn.Module):
                 nn.init.normal_(p, std=0.02)
             elif p.ndim == 2 and name.endswith(".weight"):
                 nn.init.xavier_uniform_(p)
-        for name, p in self.mar.named_parameters():
-            if name.endswith("_learned") or name in ("fake_latent", "mask_token"):
-                # beside latents of deviation 1, positions of 0.02 would not be seen
-                nn.init.normal_(p, std=0.5 if name == "encoder_pos_embed_learned" else 0.02)
+        for name, p in self.mar.named_parameters(recurse=False):  # positions of 0.02 would not be seen beside latents
+            nn.init.normal_(p, std=0.5 if name == "encoder_pos_embed_learned" else 0.02)
 
     # ---- losses
 
@@ -443,8 +437,7 @@ class Harmon(nn.Module):
         """Next-token cross entropy on the answers. ids (B, W), labels (B, A): of the last A positions."""
         images = None if latents is None else self.clean_features(latents)
         hidden = self.llm(self.embed(ids, images), pads, keep=labels.shape[1])[0]  # (B, A, h)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.llm.lm_head.weight, labels.flatten(),
-                                    ignore_index=IGNORE, count=count)
+        return linear_cross_entropy(hidden.flatten(0, 1), self.llm.lm_head.weight, labels.flatten(), count=count)
 
     def token_loss(self, z, latents, masked, t, noise, count=None):
         """DiffLoss of the masked tokens. z (B, V + k, E): conditions, the masked tokens' last."""
@@ -453,7 +446,7 @@ class Harmon(nn.Module):
         return (mse + vb).sum() / t.shape[1] / (masked.numel() if count is None else count)
 
     def clean_features(self, latents, context_grad=None):
-        """latents (B, m, n, C) -> what the LLM reads of an image (B, L + S, h), with context_grad times its gradient."""
+        """latents (B, m, n, C) -> what the LLM reads of an image (B, L + S, h), its gradient times context_grad."""
         if context_grad is None:
             context_grad = 1.0 if self.stage == "base" else self.config.context_grad
         clean = self.visual_features(latents)[1]
@@ -495,19 +488,18 @@ class Harmon(nn.Module):
     @torch.no_grad()
     def sample(self, context, pads, grid, cfg, steps=None, temperature=1.0, schedule="constant", orders=None,
                noise=None, generator=None):
-        """Masked autoregression after context (R, W, h) -> latents (R, m, n, C), or, with cfg != 1, (R/2, m, n, C): then
-        the second half of the rows are the unconditional partners of the first. steps: passes through the model.
-        schedule of guidance: "constant", or "linear", from 1 to cfg as tokens are made. From the generator where
-        absent: orders (R, L), equal for partners, and noise, per step what DiffLoss.sample takes."""
+        """Masked autoregression after context (R, W, h) -> latents (n, m, n, C): n = R, or, with cfg != 1, R/2, the
+        second half of the rows being the unconditional partners of the first. schedule of guidance: "constant", or
+        "linear", from 1 to cfg as tokens are made. orders (R or n, L) in which tokens are made, and noise, per step
+        what DiffLoss.sample takes, come from the generator where they are absent."""
         if schedule not in ("constant", "linear"):
             raise ValueError(f"schedule {schedule!r}: expected constant or linear")
         steps, generator = steps or self.config.mask_steps, generator or torch.default_generator
         R, L, device = len(context), grid[0] * grid[1], context.device
         n = R // 2 if cfg != 1 else R
         if orders is None:
-            orders = [torch.randperm(L, generator=generator, device=generator.device) for _ in range(n)]
-            orders = torch.stack(orders).repeat(R // n, 1)
-        orders = orders.to(device)
+            orders = torch.stack([torch.randperm(L, generator=generator, device=generator.device) for _ in range(n)])
+        orders = orders.to(device).repeat(R // len(orders), 1)
         past = self.llm(context, pads, keep=1)[1]  # the context is read once; the image part is computed in every step
         tokens, masked_now = torch.zeros(R, L, latent_channels(self.config), device=device), L
         for s in range(steps):
@@ -537,10 +529,9 @@ class Harmon(nn.Module):
 
     def reconstruct(self, images, prompt="Describe the image in detail.", cfg=None, steps=None, temperature=1.0,
                     generator=None):
-        """images (B, 3, H, W) in [-1, 1] -> what the model draws when it is shown them. prompt: one, or one per image.
-        As in the published sampler the image follows "user\\n" at once, without the blank line of RecA's training."""
-        prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
-        rows = [insert_image(self.tokenizer, self.turn(self.encode("user\n" + text))) for text in prompts]
+        """images (B, 3, H, W) in [-1, 1] -> what the model draws when it is shown them. As in the published sampler,
+        the image follows "user\\n" at once, without the blank line of RecA's training."""
+        rows = [insert_image(self.tokenizer, self.turn(self.encode("user\n" + prompt)))] * len(images)
         return self.draw(rows, images, images.shape[2:], cfg, steps, temperature, generator=generator).clamp(-1, 1)
 
     def edit(self, images, instructions, cfg=None, steps=None, temperature=1.0, generator=None):
@@ -559,8 +550,7 @@ class Harmon(nn.Module):
 
     def context(self, rows, images=None, width=None):
         """Lists of ids, and images (R, 3, H, W) for their slots -> embeddings (R, W, h), pads (R,)."""
-        rows = left_pad(rows, width or max(map(len, rows)))
-        ids, pads = (x.to(self.llm.lm_head.weight.device) for x in rows)
+        ids, pads = (x.to(self.llm.lm_head.weight.device) for x in left_pad(rows, width or max(map(len, rows))))
         if images is not None:
             images = self.visual_features(self.precompute(images.to(ids.device))["latents"])[1]  # (R, L + S, h)
         return self.embed(ids, images), pads
@@ -604,7 +594,7 @@ class Harmon(nn.Module):
     # ---- what train.py needs
 
     def trainable_parameters(self, stage):
-        """Sets self.stage and requires_grad -> [(name, parameter)]: all but the VAE and class_emb, which nothing reads."""
+        """-> [(name, parameter)]: all but the VAE, and class_emb, which nothing reads. Sets stage and requires_grad."""
         if stage not in ("base", "sft", "reca"):
             raise ValueError(f"stage {stage!r}: expected base, sft or reca")
         self.stage = stage
@@ -703,8 +693,6 @@ class Harmon(nn.Module):
 
     def flops_per_sample(self, part, text=32):
         """Estimate for MFU at the mean mask rate: 6 operations per weight and token, and attention; text: tokens."""
-        if part in ("align", "words"):
-            return 0.0
         c, mar, L, S = self.config, self.mar, (self.config.image_size // self.stride) ** 2, self.config.buffer_size
         llm, encoder, decoder, projector, diffloss = (sum(p.numel() for p in module.parameters()) for module in (
             self.llm.model.layers, mar.encoder_blocks, mar.decoder_blocks, self.proj_in, mar.diffloss))
@@ -717,7 +705,7 @@ class Harmon(nn.Module):
         weights += draws * (L - visible) * c.diffusion_batch_mul * diffloss + answer * c.vocab_size * c.hidden_size
         scores = sequence ** 2 / 2 * c.hidden_size * c.num_layers + made ** 2 * c.decoder_dim * c.decoder_depth
         scores += (clean ** 2 + shown ** 2) * c.encoder_dim * c.encoder_depth
-        return 6 * weights + 12 * scores
+        return 0.0 if part in ("align", "words") else 6 * weights + 12 * scores
 
     # ---- published weights
 
