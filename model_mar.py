@@ -436,8 +436,8 @@ class Harmon(nn.Module):
     def i2t_loss(self, ids, pads, labels, latents=None, count=None):
         """Next-token cross entropy on the answers. ids (B, W), labels (B, A): of the last A positions."""
         images = None if latents is None else self.clean_features(latents)
-        hidden = self.llm(self.embed(ids, images), pads, keep=labels.shape[1])[0]  # (B, A, h)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.llm.lm_head.weight, labels.flatten(), count=count)
+        hidden = self.llm(self.embed(ids, images), pads, keep=labels.shape[1])[0].flatten(0, 1)  # (B*A, h)
+        return linear_cross_entropy(hidden, self.llm.lm_head.weight, labels.flatten(), None, IGNORE, count)
 
     def token_loss(self, z, latents, masked, t, noise, count=None):
         """DiffLoss of the masked tokens. z (B, V + k, E): conditions, the masked tokens' last."""
@@ -488,10 +488,10 @@ class Harmon(nn.Module):
     @torch.no_grad()
     def sample(self, context, pads, grid, cfg, steps=None, temperature=1.0, schedule="constant", orders=None,
                noise=None, generator=None):
-        """Masked autoregression after context (R, W, h) -> latents (n, m, n, C): n = R, or, with cfg != 1, R/2, the
-        second half of the rows being the unconditional partners of the first. schedule of guidance: "constant", or
-        "linear", from 1 to cfg as tokens are made. orders (R or n, L) in which tokens are made, and noise, per step
-        what DiffLoss.sample takes, come from the generator where they are absent."""
+        """Masked autoregression after context (R, W, h) -> latents (R, m, n, C), or, with cfg != 1, (R/2, m, n, C): the
+        second half of the rows are then the unconditional partners of the first. steps: passes through the model.
+        schedule of guidance: "constant", or "linear", from 1 to cfg as tokens are made. From the generator where
+        absent: orders (R, L), equal for partners, and noise, per step what DiffLoss.sample takes."""
         if schedule not in ("constant", "linear"):
             raise ValueError(f"schedule {schedule!r}: expected constant or linear")
         steps, generator = steps or self.config.mask_steps, generator or torch.default_generator
@@ -725,8 +725,7 @@ class Harmon(nn.Module):
             if not any(name.startswith(prefix) for name in state):
                 raise ValueError(f"{path}: no {prefix}* among its {len(state)} keys: {hint}")
         embed, head = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
-        tied = [state[name] for name in (embed, head) if name in state]
-        state |= {embed: tied[0], head: tied[0]} if tied else {}
+        state |= {new: state[old] for new, old in ((embed, head), (head, embed)) if old in state and new not in state}
         config = config or "harmon-0.5b"
         with torch.device("meta"):
             model = cls(CONFIGS[config] if isinstance(config, str) else config, tokenizer).to(dtype or torch.float32)
