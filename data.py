@@ -351,8 +351,7 @@ class Batches:
     def __init__(self, args, model, device="cpu", rank=0, world=1, view=None):
         self.args, self.parts, self.model = args, args.mix, model
         self.device, self.rank, self.world = device, rank, world
-        # a step's, in all processes
-        self.samples = {part: round(args.batch * share) for part, share in self.parts.items()}
+        self.samples = {part: round(args.batch * share) for part, share in self.parts.items()}  # of all processes
         self.view = (view or VIEWS[args.understanding]) if "recon" in self.parts else None
         sources, self.texts = self.sources()
         self.encodings, self.uncached, self.size = {}, {}, {"text": args.pool}
@@ -366,8 +365,7 @@ class Batches:
 
     def sources(self):
         """-> {pool: Scenes, uint8 pictures or Images} and {pool: texts}; sets pool_of."""
-        args = self.args
-        captioned = args.stage in ("sft", "base")
+        args, captioned = self.args, self.args.stage in ("sft", "base")
         self.pool_of = {"recon": "broad", "i2t": "broad", "words": "broad", "uncond": "broad", "t2i": "captioned",
                         "align": "captioned", "edit": "edits", "images": "crowded"}
         if args.data and captioned:
@@ -388,7 +386,7 @@ class Batches:
         sources, texts = self.shape_world(need - own)
         for name in own:
             sources[name] = Images(args.data, captions=captioned)
-            texts[name] = [s.caption for s in self.real_images.samples]
+            texts[name] = [s.caption for s in sources[name].samples]
         if args.i2t_data:
             sources["understanding"] = listed = Images(args.i2t_data, captions=True, image_root=args.image_root)
             texts["understanding"] = [s.turns or ((RECA_TEMPLATES[0], s.caption),) for s in listed.samples]
