@@ -67,6 +67,12 @@ def test_judge_rejects_wrong_color_count_and_relation():
     assert not fulfils(both, swapped)
 
 
+def test_relations():
+    assert [shape_world.relation(0, 2), shape_world.relation(5, 3)] == ["left of", "right of"]
+    assert [shape_world.relation(1, 7), shape_world.relation(8, 2)] == ["above", "below"]
+    assert shape_world.relation(7, 0) == "below" and shape_world.relation(0, 4) is None  # no direction dominates
+
+
 def test_a_picture_full_of_random_objects_scores_nothing():
     rows = shape_world.task_prompts(20, seed=0)
     found = judge(shape_world.crowded_pictures(len(rows), seed=0))
