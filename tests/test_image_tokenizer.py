@@ -48,7 +48,8 @@ TINY = sorted(n for n in TOKENIZERS if n.startswith("tiny"))
 SMALL_KL = AutoencoderConfig(ch=16, ch_mult=(1, 2), num_res_blocks=1, z_channels=4, resolution=32, encoder_attn_resolutions=(16,), groups=8)
 SMALL_LFQ = LFQConfig(ch=16, encoder_ch_mult=(1, 2), encoder_res_blocks=(1, 2), decoder_ch_mult=(1, 1), decoder_res_blocks=(2, 1), bits=5, groups=8)
 
-# ------------------------------------------------------------------------------------------------ golden numbers, published keys
+# ---------------------------------------------------------------------------------------------------------------------
+# golden numbers, published keys
 
 
 def golden(model, file="cases.safetensors"):
@@ -149,7 +150,8 @@ def test_keys(name, file, prefix):
     assert m.stride == {"kl16": 16, "flux": 8, "magvitv2": 16}[name]
 
 
-# ------------------------------------------------------------------------------------------------ encode, decode
+# ---------------------------------------------------------------------------------------------------------------------
+# encode, decode
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -204,7 +206,8 @@ def test_lfq_codes_are_sign_patterns():
     assert torch.equal(seen[0], torch.where(z > 0, 1.0, -1.0))
 
 
-# ------------------------------------------------------------------------------------------------ training
+# ---------------------------------------------------------------------------------------------------------------------
+# training
 
 
 def test_lfq_forward_is_decode_of_encode():
@@ -348,7 +351,8 @@ def test_calibrate_scalar_and_dead_latents():
         calibrate(dead, x)
 
 
-# ------------------------------------------------------------------------------------------------ reading
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
 
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2])}
@@ -453,7 +457,8 @@ def test_bad_files_are_named_in_one_line(tmp_path, name, kind):
     assert not os.path.exists(str(tmp_path / name) + ".folder")
 
 
-# ------------------------------------------------------------------------------------------------ loading
+# ---------------------------------------------------------------------------------------------------------------------
+# loading
 
 
 def test_load_strict_table():
@@ -520,7 +525,8 @@ def test_loaded_weights_do_not_depend_on_the_file(tmp_path):
         assert torch.equal(read_weights(path)["weight"], torch.ones(64, 64))
 
 
-# ------------------------------------------------------------------------------------------------ writing
+# ---------------------------------------------------------------------------------------------------------------------
+# writing
 
 
 def test_write_ties_and_views(tmp_path):
