@@ -25,9 +25,13 @@ SMALL_LFQ = LFQConfig(ch=16, encoder_ch_mult=(1, 2), encoder_res_blocks=(1, 2), 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2])}
 
 
+def same_tensor(got, want):
+    return torch.equal(got, want) and got.dtype == want.dtype
+
+
 def same(got, want=None):
     want = STATE if want is None else want
-    return got.keys() == want.keys() and all(torch.equal(got[k], t) and got[k].dtype == t.dtype for k, t in want.items())
+    return got.keys() == want.keys() and all(same_tensor(got[k], t) for k, t in want.items())
 
 
 def test_read_every_format(tmp_path):
