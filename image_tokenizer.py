@@ -63,8 +63,8 @@ TOKENIZERS = {
                               shift=0.1159),
     "magvitv2": LFQConfig(),
     # For 48x48 pictures of the shape world, whose 16x16 cells are independent: a residual MLP per cell (and one
-    # attention between cells) is the whole pyramid, and learns in minutes on a CPU what 3x3 convolutions at full
-    # resolution do not in an hour. 3x3 latents of 16 numbers, or 3x3 codes. scale 1 because calibrate() makes the
+    # attention between cells) is the whole pyramid, and learns on a CPU many times faster than 3x3 convolutions at full
+    # resolution. 3x3 latents of 16 numbers, or 3x3 codes. scale 1 because calibrate() makes the
     # latents standard through the 1x1 convolutions around them. MSE rules the codes: it asks for the few pixels that
     # part a small star from a triangle, where L1 spends the code on shades of large objects.
     "tiny-kl": AutoencoderConfig(ch=128, ch_mult=(1,), num_res_blocks=1, encoder_attn_resolutions=(), scale=1.0,
@@ -80,7 +80,7 @@ RECIPE = {  # of `train.py --stage tokenizer`; the keys are its flags
     "betas": (0.9, 0.95),  # squared gradients are averaged over 20 steps: at this rate they change fast
     "weight_decay": 0.0,  # nothing can be learned by heart: all that a cell can look like is in the pool
     "warmup": 50,  # until those averages hold
-    "clip": 1.0,  # for the rare batch in which many codes flip at once: its gradient is far larger than all others
+    "clip": 1.0,  # for the rare batches of the codes whose gradient is far larger than the rest
     "schedule": "cosine",  # down to zero: exact pixels need small steps at the end
     "steps": 4000,  # so that every picture of the pool is seen 13 times
     "batch": 64,
