@@ -1,10 +1,10 @@
-"""Vision encoders: what the models see with. The understanding side of Show-o is `CLIPVision` (CLIP ViT-L/14-336), that of BAGEL
-`SigLIPNaViT` (SigLIP so400m/14 with NaViT packing: pictures of any size side by side in one sequence). The tiny ones for 48x48 pictures
-are the same two classes with small configs. Harmon has no encoder of its own here: it understands with its MAR encoder.
+"""Vision encoders: what the models see with. The understanding side of Show-o is `CLIPVision` (CLIP ViT-L/14-336), that
+of BAGEL `SigLIPNaViT` (SigLIP so400m/14 for pictures of any size). The tiny ones for 48x48 pictures are the same two
+classes with small configs. Harmon has no encoder of its own here: it understands with its MAR encoder.
 
-Both are pre-norm ViTs of one kind of block and differ in the activation, the patch embedding, what surrounds the blocks, and which layer
-is read. Module names are the published state-dict keys. The preprocessing that belongs to the published weights (PIL image -> tensor) is
-at the end.
+Both are pre-norm ViTs of one kind of block and differ in the activation, the patch embedding, what surrounds the
+blocks, and which layer is read. Module names are the published state-dict keys. The preprocessing that belongs to the
+published weights (PIL image -> tensor) is in data.py.
 """
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from custom_kernels import attention, attention_plan
-from checkpoint import load_strict, read_weights
+# ---------------------------------------------------------------------------------------------------------------------
+# configurations
 
 
 @dataclass
@@ -48,6 +48,9 @@ VISION_ENCODERS = {
     "tiny-siglip": SigLIPConfig(width=128, layers=2, heads=4, mlp_width=256, patch=16, positions=6),
 }
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the block
+
 
 def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
@@ -62,16 +65,18 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.heads, self.activation = heads, activation
         self.layer_norm1 = nn.LayerNorm(width, eps=eps)
-        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
+        names = ("q_proj", "k_proj", "v_proj", "out_proj")
+        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in names})
         self.layer_norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp_width), "fc2": nn.Linear(mlp_width, width)})
 
-    def forward(self, x, plan=None):
-        """x (B, T, width); without a plan every row is one picture in which everything sees everything."""
+    def forward(self, x):
+        """x (B, T, width): every row is one picture, in which everything sees everything."""
         B, T, width = x.shape
         h = self.layer_norm1(x)
-        q, k, v = (self.self_attn[name](h).view(B, T, self.heads, -1).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
-        h = F.scaled_dot_product_attention(q, k, v) if plan is None else attention(q, k, v, None, None, plan)  # (B, heads, T, d)
+        q, k, v = (self.self_attn[name](h).view(B, T, self.heads, -1).transpose(1, 2)  # (B, heads, T, width / heads)
+                   for name in ("q_proj", "k_proj", "v_proj"))
+        h = F.scaled_dot_product_attention(q, k, v)
         x = x + self.self_attn["out_proj"](h.transpose(1, 2).reshape(B, T, width))
         return x + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x))))
 
@@ -95,11 +100,12 @@ class CLIPEmbeddings(nn.Module):
     def forward(self, pixels):
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, N, width), row by row
         first = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
-        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
+        return torch.cat([first, patches], dim=1) + self.position_embedding.weight  # (B, 1 + N, width)
 
 
 class CLIPVision(nn.Module):
-    """CLIP's vision tower as LLaVA and Show-o use it: patch features of the penultimate layer, no class token, no final norm."""
+    """CLIP's vision tower (arXiv 2103.00020) as LLaVA and Show-o use it: patch features of the penultimate layer, no
+    class token, no final norm."""
 
     def __init__(self, config):
         super().__init__()
@@ -118,57 +124,16 @@ class CLIPVision(nn.Module):
         return (self.config.image_size // self.config.patch) ** 2
 
     def forward(self, pixels):
-        """pixels (B, 3, image_size, image_size), normalised -> patch features (B, num_tokens, width), row by row."""
+        """pixels (B, 3, image_size, image_size), normalized -> patch features (B, num_tokens, width), row by row.
+        Raises ValueError for pictures of another size."""
         c, m = self.config, self.vision_model
         if pixels.shape[1:] != (3, c.image_size, c.image_size):
-            raise ValueError(f"CLIPVision: pixels {tuple(pixels.shape)}, expected (B, 3, {c.image_size}, {c.image_size}): resize first")
+            raise ValueError(f"CLIPVision: pixels {tuple(pixels.shape)}, expected "
+                             f"(B, 3, {c.image_size}, {c.image_size}): resize first")
         x = m["pre_layrnorm"](m["embeddings"](pixels))
         for layer in m["encoder"]["layers"][:c.layers - c.skip_last]:
             x = layer(x)
         return x[:, 1:]
-
-    def load_published(self, path):
-        """Loads `vision_model.*` of a CLIP checkpoint (file or folder), strictly; its text tower and projections are left out."""
-        state = {k: v for k, v in read_weights(path).items() if k.startswith("vision_model.") and not k.endswith(".position_ids")}
-        load_strict(self, state, f"CLIP vision tower from {path}")
-        return self
-
-
-def word_alignment(seen, words, embeddings, kind="contrast", scale=None, margin=0.3):
-    """What CLIP and SigLIP bring from their pre-training, for encoders that start from nothing: the words of a picture's caption should find a place
-    in it that looks like them. As the words are the language model's own embeddings, pictures and text come to be read alike.
-
-    seen (B, A, D): picture tokens as the language model gets them. words (B, V): 1 where the caption has the word. embeddings (V, D). A word is as
-    like a picture as it is (cosine) to the place that fits it best. -> a mean, 0-dim.
-    "presence": is the word in this picture's caption or not, each for itself (SigLIP's sigmoid loss, arXiv 2303.15343, a word at a time; `scale`, 20, and
-    `margin` are fixed). For captions that say everything. Words of all or none of the captions are not asked for.
-    "contrast": cross entropy of a word over the pictures of the batch (FILIP's late interaction, arXiv 2111.07783; scale 10). For captions that leave
-    things out. Words of more than half of the captions say nothing, nor do pictures without a caption."""
-    everybody = words
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        everybody = gather(words.contiguous(), gradient=False)
-        if kind == "contrast":  # the other processes' pictures are in it too
-            seen, words = gather(seen), everybody
-    seen, embeddings = F.normalize(seen.float(), dim=-1), F.normalize(embeddings.float(), dim=-1)
-    with torch.autocast(seen.device.type, enabled=False):  # these products stay float32
-        likeness = torch.stack([x @ embeddings.T for x in seen.unbind(1)]).amax(0)  # (B, V): at the place that fits best
-    share = everybody.mean(0)
-    if kind == "presence":
-        asked = ((share > 0) & (share < 1)).float().expand_as(words)
-        loss = F.binary_cross_entropy_with_logits((scale or 20.0) * (likeness - margin), words, weight=asked, reduction="sum")
-        return loss / asked.sum().clamp(min=1)
-    words, likeness = words * (share < 0.5), (scale or 10.0) * likeness
-    likeness = likeness.masked_fill(words.sum(1, keepdim=True) == 0, -1e4)
-    return -(words * likeness.log_softmax(0)).sum() / words.sum().clamp(min=1)
-
-
-def gather(x, gradient=True):
-    """The global batch of a tensor. Gradients reach this process's own rows, scaled up for the mean that DDP will take."""
-    n, parts = dist.get_world_size(), [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.detach().contiguous())
-    if gradient:
-        parts[dist.get_rank()] = x * n - (x * (n - 1)).detach()
-    return torch.cat(parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,10 +141,12 @@ def gather(x, gradient=True):
 
 
 def patchify(images, patch):
-    """images (..., C, H, W) -> (..., H/patch * W/patch, patch*patch*C): patches row by row, inside a patch (row, column, channel)."""
+    """images (..., C, H, W) -> (..., H/patch * W/patch, patch*patch*C): patches row by row, inside a patch (row,
+    column, channel). Raises ValueError where a side is no multiple of `patch`."""
     *lead, C, H, W = images.shape
     if H % patch or W % patch:
-        raise ValueError(f"patchify: {H}x{W} pixels cannot be cut into {patch}x{patch} patches: resize the picture to multiples of {patch}")
+        raise ValueError(f"patchify: {H}x{W} pixels cannot be cut into {patch}x{patch} patches: resize the picture to "
+                         f"multiples of {patch}")
     x = images.reshape(*lead, C, H // patch, patch, W // patch, patch)
     n = len(lead)
     x = x.permute(*range(n), n + 1, n + 3, n + 2, n + 4, n)  # (..., h, w, patch, patch, C)
@@ -187,15 +154,18 @@ def patchify(images, patch):
 
 
 def grid_ids(rows, columns, stride, device=None):
-    """Position ids (rows*columns,) of a grid in the top left corner of a table with `stride` columns: row * stride + column."""
+    """Position ids (rows*columns,) of a grid in the top left corner of a table with `stride` columns: row * stride +
+    column. Raises ValueError where the grid is larger than the table."""
     if max(rows, columns) > stride:
-        raise ValueError(f"grid_ids: a grid of {rows}x{columns} does not fit the {stride}x{stride} position table: shrink the picture")
+        raise ValueError(f"grid_ids: a grid of {rows}x{columns} does not fit the {stride}x{stride} position table: "
+                         "shrink the picture")
     return (torch.arange(rows, device=device)[:, None] * stride + torch.arange(columns, device=device)).flatten()
 
 
 class SigLIPNaViT(nn.Module):
-    """SigLIP's vision tower with a linear patch embedding and packing, as in BAGEL: all layers and the final norm; no pooling, no class
-    token."""
+    """SigLIP's vision tower (arXiv 2303.15343) with a linear patch embedding and positions for pictures of any size, as
+    in BAGEL: all layers and the final norm; no pooling, no class token. BAGEL packs pictures of several sizes into one
+    row; here a batch holds pictures of one size, which is the same computation without a mask."""
 
     def __init__(self, config):
         super().__init__()
@@ -208,25 +178,68 @@ class SigLIPNaViT(nn.Module):
         })
         nn.init.normal_(self.vision_model["embeddings"]["position_embedding"].weight, std=c.width ** -0.5)
 
-    def pack(self, images):
-        """List of pictures (3, H, W), normalised, of any sizes -> patches (N, patch*patch*3), position ids (N,), patches per picture."""
-        c = self.config
-        patches = [patchify(image, c.patch) for image in images]
-        ids = [grid_ids(i.shape[1] // c.patch, i.shape[2] // c.patch, c.positions, i.device) for i in images]
-        return torch.cat(patches), torch.cat(ids), torch.tensor([len(p) for p in patches], device=patches[0].device)
-
-    def forward(self, patches, position_ids, seqlens=None):
-        """Pictures of one size: patches (B, N, patch*patch*3), position_ids (N,) or (B, N) -> (B, N, width).
-        Packed: patches (N, patch*patch*3), position_ids (N,), seqlens = patches per picture -> (N, width); pictures see only themselves."""
+    def forward(self, patches, position_ids):
+        """patches (B, N, patch*patch*3) from patchify, position_ids (N,) or (B, N) from grid_ids -> (B, N, width)."""
         m = self.vision_model
         x = m["embeddings"]["patch_embedding"](patches) + m["embeddings"]["position_embedding"](position_ids)
-        plan = None
-        if seqlens is not None:
-            total = len(patches)
-            hi = torch.repeat_interleave(seqlens.cumsum(0), seqlens, output_size=total)  # output_size: no question to the GPU
-            lo = hi - torch.repeat_interleave(seqlens, seqlens, output_size=total)
-            plan, x = attention_plan(lo[None], hi[None], total), x[None]
         for layer in m["encoder"]["layers"]:
-            x = layer(x, plan)
-        x = m["post_layernorm"](x)
-        return x if seqlens is None else x[0]
+            x = layer(x)
+        return m["post_layernorm"](x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# base training from nothing: what CLIP and SigLIP bring from their pre-training, for encoders that bring nothing
+
+
+def caption_words(tokenizer, captions):
+    """n strings -> (n, tokenizer.vocab_size) float32: 1 where the caption has the id."""
+    words = torch.zeros(len(captions), tokenizer.vocab_size)
+    for row, caption in zip(words, captions):
+        row[tokenizer.encode_ordinary(caption)] = 1
+    return words
+
+
+def word_alignment(seen, words, embeddings, kind="contrast", scale=None, margin=0.3):
+    """The words of a picture's caption should find a place in the picture that looks like them. As the words are the
+    language model's own embeddings, pictures and text come to be read alike.
+
+    seen (B, A, D): picture tokens as the language model gets them. words (B, V): 1 where the caption has the word, see
+    caption_words. embeddings (V, D). A word is as like a picture as it is (cosine) to the place that fits it best. With
+    several processes the batch is that of all of them. -> a mean, 0-dim.
+
+    "contrast": cross entropy of a word over the pictures of the batch (FILIP's late interaction, arXiv 2111.07783;
+    scale 10). For captions that leave things out. Words of more than half of the captions say nothing, nor do pictures
+    without a caption.
+
+    "presence": is the word in this picture's caption or not, each for itself (SigLIP's sigmoid loss, arXiv 2303.15343,
+    a word at a time; `scale`, 20, and `margin` are fixed). For captions that say everything. Words of all or none of
+    the captions are not asked for."""
+    everybody = words
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        everybody = gather(words, gradient=False)
+        if kind == "contrast":  # the other processes' pictures are in it too
+            seen, words = gather(seen), everybody
+    seen, embeddings = F.normalize(seen.float(), dim=-1), F.normalize(embeddings.float(), dim=-1)
+    with torch.autocast(seen.device.type, enabled=False):  # these products stay float32
+        likeness = torch.stack([place @ embeddings.T for place in seen.unbind(1)])  # (A, B, V)
+    likeness = likeness.amax(0)  # (B, V): at the place that fits best
+    share = everybody.mean(0)  # (V,): of the captions that have the word
+    if kind == "presence":
+        asked = ((share > 0) & (share < 1)).float().expand_as(words)
+        logits = (scale or 20.0) * (likeness - margin)
+        loss = F.binary_cross_entropy_with_logits(logits, words, weight=asked, reduction="sum")
+        return loss / asked.sum().clamp(min=1)
+    words, likeness = words * (share < 0.5), (scale or 10.0) * likeness
+    likeness = likeness.masked_fill(words.sum(1, keepdim=True) == 0, -1e4)
+    return -(words * likeness.log_softmax(0)).sum() / words.sum().clamp(min=1)
+
+
+def gather(x, gradient=True):
+    """The global batch of a tensor. Gradients reach this process's own rows, scaled up for DDP's mean."""
+    world = dist.get_world_size()
+    own = x.detach().contiguous()
+    parts = [torch.empty_like(own) for _ in range(world)]
+    dist.all_gather(parts, own)
+    if gradient:
+        parts[dist.get_rank()] = x * world - (x * (world - 1)).detach()
+    return torch.cat(parts)
