@@ -274,6 +274,11 @@ def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer
     return model.eval()
 
 
+def architectures():
+    """The names X of the files model_X.py beside this one: what --arch takes."""
+    return sorted(name[6:-3] for name in os.listdir(HERE) if name.startswith("model_") and name.endswith(".py"))
+
+
 def default_weights(arch, stage="reca"):
     return os.path.join(HERE, "weights", f"{arch}-{stage}")
 
