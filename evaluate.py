@@ -1,15 +1,16 @@
-"""Scores in the shape world, where the content of every picture is known: an exact judge of pixels instead of a detector.
+"""Scores in the shape world, where the content of every picture is known: an exact judge of pixels, not a detector.
 
     python evaluate.py --arch mar                                # the shipped RecA weights
     python evaluate.py --arch diffusion --editing                # edits too, for models that were trained to edit
     python evaluate.py --arch mar --ckpt runs/x --n 1000 --json scores.json
-    python evaluate.py --arch mar --ckpt C --geneval evaluation_metadata.jsonl --out DIR    # pictures in GenEval's folders
+    python evaluate.py --arch mar --ckpt C --geneval evaluation_metadata.jsonl --out DIR    # GenEval's pictures
 
-Drawing is scored in the six tasks of GenEval (arXiv 2310.11513): single object, two objects, counting, colors, position,
-color attribution. A third of the prompts with two objects, colors, positions or attributes ask for a combination that no
-training caption ever named ("held out"), and these are scored apart. Held-out attributes are combinations of shape and
-color; which shapes stand together is free there, so one in five "seen" prompts of that task names a held-out pair of
-shapes. Intervals are 95 % Wilson intervals. Each kind of score draws from one generator of its own, in batches of 256.
+Drawing is scored in the six tasks of GenEval (arXiv 2310.11513): single object, two objects, counting, colors,
+position, color attribution. A third of the prompts with two objects, colors, positions or attributes ask for a
+combination that no training caption ever named ("held out"), and these are scored apart. Held-out attributes are
+combinations of shape and color; which shapes stand together is free there, so one in five "seen" prompts of that task
+names a held-out pair of shapes. Intervals are 95 % Wilson intervals. Each score but that of questions, which are
+answered greedily, draws its noise from one generator, in batches of 256 pictures.
 """
 import argparse
 import json
@@ -106,9 +107,9 @@ def score_questions(model, n=400, seed=0):
 
 @torch.no_grad()
 def score_reconstruction(model, n=128, seed=0, **sampler):
-    """Pictures through the model's own understanding and back: a dict with objects (agreement of shape, color and cell),
-    exact (share of pictures where all agree) and pixel_error (mean absolute, in levels of 0 to 255); the pictures drawn
-    and the true ones, uint8 (n, h, w, 3)."""
+    """Pictures through the model's own understanding and back: a dict with objects (agreement of shape, color and
+    cell), exact (share of pictures where all agree) and pixel_error (mean absolute, in levels of 0 to 255); the
+    pictures drawn and the true ones, uint8 (n, h, w, 3)."""
     scenes = Scenes(n, seed=91_000 + seed)
     truth = scenes.render()
     pictures = draw(model, model.reconstruct, truth, seed=2000 + seed, **sampler)
@@ -119,9 +120,9 @@ def score_reconstruction(model, n=128, seed=0, **sampler):
 
 @torch.no_grad()
 def score_editing(model, n=192, seed=0, **sampler):
-    """Edits by instruction, judged exactly: asked (the picture holds the object or ground that was asked for), kept
-    (agreement of all else), both (everything is right) and asked per kind of edit; the pictures drawn and their sources,
-    uint8 (n, h, w, 3)."""
+    """Edits by instruction, judged exactly: a dict with asked (the picture holds the object or ground that was asked
+    for), kept (agreement of all else), both (everything is right) and kinds (asked, per kind of edit); the pictures
+    drawn and their sources, uint8 (n, h, w, 3)."""
     scenes, rng = Scenes(n, seed=92_000 + seed), random.Random(seed)
     instructions, targets, kinds = zip(*[shape_world.edit(scenes.scene(i), rng) for i in range(n)])
     source, truth = scenes.render(), Scenes.of(targets).render()
@@ -215,8 +216,8 @@ def parse_args(argv=None):
     p.add_argument("--tokenizer-ckpt", help="published image tokenizer")
     p.add_argument("--vision-ckpt", help="published CLIP file (Show-o CLIP variants)")
     p.add_argument("--text-tokenizer", help="published text tokenizer: folder or file")
-    p.add_argument("--n", type=int, help="judged pictures, a sixth per task (default 600); with --geneval: pictures per "
-                                         "prompt (default 4)")
+    p.add_argument("--n", type=int, help="judged pictures, a sixth per task (default 600); with --geneval: pictures "
+                                         "per prompt (default 4)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--split", choices=("dev", "test"), default="test",
                    help="dev: prompts for choosing settings; test: for reporting")
@@ -224,7 +225,7 @@ def parse_args(argv=None):
     p.add_argument("--cfg", type=float)
     p.add_argument("--steps", type=int)
     p.add_argument("--json", metavar="FILE", help="write all numbers there")
-    p.add_argument("--geneval", metavar="JSONL", help="draw GenEval's prompts into its folder layout under --out instead")
+    p.add_argument("--geneval", metavar="JSONL", help="draw GenEval's prompts instead, in its folders, under --out")
     p.add_argument("--out", default="geneval")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
@@ -240,8 +241,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    model = checkpoint.load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer, args.device,
-                                  vision_ckpt=args.vision_ckpt)
+    model = checkpoint.load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer,
+                                  args.device, vision_ckpt=args.vision_ckpt)
     sampler = {k: v for k, v in dict(cfg=args.cfg, steps=args.steps).items() if v is not None}
     if args.geneval:
         return export_geneval(model, args.geneval, args.out, args.n, args.seed, **sampler)
@@ -256,8 +257,9 @@ def main(argv=None):
         print(line)
     if args.json:
         command = "python evaluate.py " + shlex.join(sys.argv[1:] if argv is None else argv)
-        checkpoint.write_text(args.json, json.dumps(dict(arch=args.arch, command=command, scores=scores,
-                                                         commit=checkpoint.git_commit(), torch=torch.__version__), indent=1))
+        record = dict(arch=args.arch, command=command, commit=checkpoint.git_commit(), torch=torch.__version__)
+        record["scores"] = scores
+        checkpoint.write_text(args.json, json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":
