@@ -98,8 +98,7 @@ def save_png(image, path):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--arch", choices=checkpoint.architectures(), default="mar")
-    p.add_argument("--ckpt", help="folder written by train.py, or a published checkpoint with --config "
-                                  "(default: weights/ARCH-reca)")
+    p.add_argument("--ckpt", help="folder of train.py, or published file with --config (default: weights/ARCH-reca)")
     p.add_argument("--config", help="published size, e.g. harmon-1.5b; not needed for our own folders")
     p.add_argument("--tokenizer-ckpt", help="published image tokenizer (kl16.ckpt, ae.safetensors, magvitv2)")
     p.add_argument("--vision-ckpt", help="published CLIP file (Show-o CLIP variants)")
@@ -188,7 +187,8 @@ def main(argv=None):
         captions = [prompt for prompt in args.prompt or DEFAULT_PROMPTS for _ in range(args.n)]
         pictures = data.to_uint8(call(model, args, "generate", captions, **options))
     sheet = grid(pictures, captions, min(8, len(pictures)), scale=max(1, 144 // pictures.shape[1]))
-    print(f"{len(pictures)} picture{'s' * (len(pictures) > 1)}: {os.path.abspath(save_png(sheet, args.out))}")
+    path = save_png(sheet, args.out)
+    print(f"{len(pictures)} picture{'s' * (len(pictures) > 1)}: {os.path.abspath(path)}")
 
 
 if __name__ == "__main__":
