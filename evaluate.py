@@ -121,8 +121,8 @@ def score_reconstruction(model, n=128, seed=0, **sampler):
 @torch.no_grad()
 def score_editing(model, n=192, seed=0, **sampler):
     """Edits by instruction, judged exactly: a dict with asked (the picture holds the object or ground that was asked
-    for), kept (agreement of all else), both (everything is right) and kinds (asked, per kind of edit); the pictures
-    drawn and their sources, uint8 (n, h, w, 3)."""
+    for), kept (share of the other objects that is still there, 0 where an edit leaves none), both (everything is
+    right) and kinds (asked, per kind of edit); the pictures drawn and their sources, uint8 (n, h, w, 3)."""
     scenes, rng = Scenes(n, seed=92_000 + seed), random.Random(seed)
     instructions, targets, kinds = zip(*[shape_world.edit(scenes.scene(i), rng) for i in range(n)])
     source, truth = scenes.render(), Scenes.of(targets).render()

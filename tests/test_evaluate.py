@@ -1,5 +1,6 @@
 """evaluate.py: models that do everything right, nothing, or the wrong thing get the scores that they deserve."""
 import json
+import os
 import random
 import sys
 
@@ -95,10 +96,14 @@ def test_a_model_that_does_everything_right_scores_one():
     assert scores["questions"]["accuracy"] == 1 and set(scores["questions"]["kinds"].values()) == {1.0}
     assert scores["reconstruction"] == dict(objects=1, exact=1, pixel_error=0, n=40)
     e = scores["editing"]
-    assert e["asked"] >= 0.99 and e["kept"] >= 0.99 and e["both"] >= 0.98 and e["n"] == 192
+    scenes = Scenes(192, seed=92_000)
+    stays = np.mean([bool(set(scenes.scene(i)[1]) & set(new)) for i, (_, (_, new), _) in enumerate(model.edits)])
+    assert e["asked"] >= 0.99 and e["both"] >= 0.98 and e["n"] == 192
+    assert stays - 0.01 <= e["kept"] <= stays < 1  # an edit that leaves no object as it was counts as 0
     assert model.training  # as it was
     text = evaluate.report(scores, "after: ").splitlines()
-    assert text[0].startswith("after: score 1.000  (95 % 0.949-1.000, 72 pictures)  seen 1.000  held-out 1.000  objects")
+    first = "after: score 1.000  (95 % 0.949-1.000, 72 pictures)  seen 1.000  held-out 1.000  objects/picture "
+    assert text[0].startswith(first)
     assert text[1] == "  " + "  ".join(f"{t} 1.00" for t in TASKS)
     assert text[2].startswith("  questions 1.000 (color 1.00 ") and "  reconstruction 1.000  editing asked " in text[2]
 
@@ -116,15 +121,16 @@ def test_an_editor_that_changes_nothing_keeps_all_and_does_nothing():
     model.edit = lambda images, instructions, generator=None: images
     scores, pictures, source = evaluate.score_editing(model)
     assert (pictures == source).all() and scores["asked"] < 0.02 and scores["both"] < 0.02
-    assert scores["kept"] > 0.99 and set(scores["kinds"]) == {"add", "color", "ground", "remove", "shape", "size"}
+    assert scores["kept"] > 0.9 and set(scores["kinds"]) == {"add", "color", "ground", "remove", "shape", "size"}
 
 
 def test_one_generator_draws_all_batches():
     """The numbers of older runs stay comparable: the seeds and the size of a batch are part of the measurement."""
     model = Blank()
     evaluate.score_generation(model, per_task=50, seed=7, cfg=2.0)
-    assert [(n, seed, sampler) for n, seed, _, sampler in model.calls] == [(256, 1007, {"cfg": 2.0}), (44, 1007, {"cfg": 2.0})]
-    assert not torch.equal(model.calls[0][2], model.calls[1][2])  # the second batch goes on where the first ended
+    (n, seed, state, sampler), (n2, seed2, state2, sampler2) = model.calls
+    assert (n, n2, seed, seed2) == (256, 44, 1007, 1007) and sampler == sampler2 == {"cfg": 2.0}
+    assert not torch.equal(state, state2)  # the second batch goes on where the first ended
     model.calls.clear()
     evaluate.score_editing(model, n=8, seed=7)
     assert model.calls[0][:2] == (8, 3007)
@@ -134,8 +140,8 @@ def test_one_generator_draws_all_batches():
     assert seeds == [2007, 2007]
 
 
+@pytest.mark.skipif(not os.path.isdir(checkpoint.default_weights("mar")), reason="weights/mar-reca is not there")
 def test_shipped_weights_score_above_chance(capsys, tmp_path):
-    checkpoint.load_model("mar")
     evaluate.main(["--arch", "mar", "--n", "24", "--steps", "8", "--device", "cpu", "--json", str(tmp_path / "s.json")])
     record = json.load(open(tmp_path / "s.json"))
     scores = record["scores"]
@@ -143,17 +149,20 @@ def test_shipped_weights_score_above_chance(capsys, tmp_path):
     assert record["arch"] == "mar" and "--steps 8" in record["command"] and record["torch"] == torch.__version__
     out = capsys.readouterr().out.splitlines()
     assert out[:3] == evaluate.report(scores).splitlines() and len(out) == 3 + len(TASKS)
-    assert out[3].startswith("  single_object  ") and " of 1" in out[-1] and "held-out" in out[-1]
+    assert out[3].startswith("  single_object  ") and out[-1].count(" of 2") == 2 and "held-out" in out[-1]
 
 
 def test_flags_reach_the_scores(monkeypatch):
     seen = []
     monkeypatch.setattr(checkpoint, "load_model", lambda *a, **k: Blank())
-    monkeypatch.setattr(evaluate, "report", lambda scores: "")
-    true_scores = evaluate.score_all
-    monkeypatch.setattr(evaluate, "score_all", lambda *a, **k: seen.append((a[1:], k)) or true_scores(Blank(), 6, questions=0))
-    evaluate.main(["--n", "12", "--seed", "3", "--split", "dev", "--editing", "--cfg", "2"])
-    evaluate.main([])
+    score_all = evaluate.score_all
+
+    def record(model, *args, **options):
+        seen.append((args, options))
+        return score_all(model, 6, questions=0, reconstructions=0)
+    monkeypatch.setattr(evaluate, "score_all", record)
+    evaluate.main(["--n", "12", "--seed", "3", "--split", "dev", "--editing", "--cfg", "2", "--device", "cpu"])
+    evaluate.main(["--device", "cpu"])
     assert seen == [((12, 3, "dev"), dict(editing=True, cfg=2.0)), ((600, 0, "test"), dict(editing=False))]
 
 
@@ -165,7 +174,8 @@ def test_geneval_folders(tmp_path, capsys, monkeypatch):
     rows = [dict(tag="counting", prompt=p) for p in ("two cats", "a dog", "three cups")]
     (tmp_path / "meta.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
     out = tmp_path / "out"
-    evaluate.main(["--geneval", str(tmp_path / "meta.jsonl"), "--out", str(out), "--seed", "5", "--steps", "3", "--n", "2"])
+    argv = ["--geneval", str(tmp_path / "meta.jsonl"), "--out", str(out), "--seed", "5", "--steps", "3", "--n", "2"]
+    evaluate.main([*argv, "--device", "cpu"])
     assert sorted(p.name for p in out.iterdir()) == ["00000", "00001", "00002", "recipe.json"]
     assert json.loads((out / "00002" / "metadata.jsonl").read_text()) == rows[2]
     assert sorted(p.name for p in (out / "00001" / "samples").iterdir()) == ["0000.png", "0001.png"]
