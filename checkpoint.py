@@ -277,6 +277,11 @@ def model_file(arch):
     return importlib.import_module(f"model_{arch}")
 
 
+def architectures():
+    """The names X of the files model_X.py beside this one: what --arch takes."""
+    return sorted(name[6:-3] for name in os.listdir(HERE) if name.startswith("model_") and name.endswith(".py"))
+
+
 def default_weights(arch, stage="reca"):
     return os.path.join(HERE, "weights", f"{arch}-{stage}")
 
