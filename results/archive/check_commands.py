@@ -1,16 +1,16 @@
-"""Do the commands that stored runs name agree with the arguments stored beside them, and is every base they start from stored?
+"""Do stored commands agree with the arguments stored beside them, and is every base that they start from stored, too?
 
     python results/archive/check_commands.py
 
 It reads all runs under results/ and compares each flag of a command with the stored argument of that name, the file's
 name with the run's architecture and seed, and each --ckpt with the --out folders of the other runs. It prints what
-differs and fails then. An argument that is not stored, or stored as null, was a default at that time: it is not compared.
+differs, and fails then. An argument that is not stored, or stored as null, was a default at that time: it is left out.
 
 It does not call train.py. Flags change, and these commands are written for commit ab7f33b, the last one whose train.py
 has all their flags and whose tests hold that each command means what was run. To repeat a run, check that commit out
 (`git worktree add ../archive ab7f33b`) and give the command there. The `commit` in a file is that of the code when the
-run started. Flags were added to some commands later, where a default had changed, so a command need not parse at its own
-commit.
+run started. Flags were added to some commands later, where a default had changed, so a command need not parse at the
+commit beside it.
 """
 
 import glob
