@@ -1,5 +1,5 @@
-"""The README's own commands and its budget: two set-up lines, and every command parses with flags that exist. The main job
-itself runs in .ci/run."""
+"""The README's own commands and its budget: two set-up lines, and every command parses with flags that exist. The main
+job itself runs in .ci/run."""
 import os
 import re
 import shlex
@@ -10,7 +10,8 @@ import train
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
 JOINED = re.sub(r"\\\n\s*", " ", README)  # lines that end in a backslash go on
-COMMANDS = [re.sub(r"\s+#.*", "", c).strip() for c in re.findall(r"^    ((?:pip|python|torchrun) [^\n]*)", JOINED, re.M)]
+COMMANDS = re.findall(r"^    ((?:pip|python|torchrun) [^\n]*)", JOINED, re.M)
+COMMANDS = [re.sub(r"\s+#.*", "", c).strip() for c in COMMANDS]
 
 
 def test_two_set_up_commands():

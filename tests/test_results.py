@@ -1,4 +1,4 @@
-"""results/: the README's table is what the stored runs give, the tables of results/README.md too, and every link leads to a file."""
+"""results/: the tables of README.md and results/README.md are what the stored runs give, and every link leads to a file."""
 import os
 import re
 
@@ -60,13 +60,13 @@ def test_the_table_of_the_readme_is_what_its_three_folders_give(row):
 
 
 def test_the_tables_of_both_readmes_are_what_the_stored_runs_give(capsys):
-    """Every row of results/README.md with three or more ±: its numbers stand side by side in what results/tables.py prints, bold
-    where that is. (The README's rows: the test above.)"""
+    """Every row of results/README.md with three or more ±: its numbers stand side by side in what results/tables.py
+    prints, bold where that is. (The README's rows: the test above.)"""
     for folder, _, names in os.walk(RESULTS):
         if any(name.endswith(".json") for name in names):
             tables.print_table(folder)
     printed = short(capsys.readouterr().out)
-    rows = [line for line in read("results", "README.md").splitlines() if line.startswith("|") and line.count("±") > 2]
+    rows = [line for line in read("results", "README.md").splitlines() if line[0:1] == "|" and line.count("±") > 2]
     assert len(rows) > 27
     for row in rows:
         numbers = " | ".join(cell for cell in cells(row) if "±" in cell)
@@ -78,7 +78,8 @@ def test_everything_that_the_readmes_name_exists():
     for folder in ("", "results", "weights"):
         text = read(folder, "README.md")
         named = re.findall(r"\]\(([^)#]+)\)", text)
-        named += [os.path.relpath(path, folder or ".") for path in re.findall(r"`((?:results|weights)/[\w./-]+)`", text)]
+        paths = re.findall(r"`((?:results|weights)/[\w./-]+)`", text)  # these are written from the project's root
+        named += [os.path.relpath(path, folder or ".") for path in paths]
         for path in named:
             assert path.startswith("https://") or os.path.exists(os.path.join(ROOT, folder, path)), (folder, path)
 
