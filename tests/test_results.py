@@ -1,4 +1,4 @@
-"""results/: the tables of README.md and results/README.md are what the stored runs give, and every link leads to a file."""
+"""results/: the tables of both READMEs are what the stored runs give, and every link in a README leads to a file."""
 import os
 import re
 
