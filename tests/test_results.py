@@ -1,9 +1,12 @@
 """results/: the tables of both READMEs are what the stored runs give, and every link in a README leads to a file."""
+import json
 import os
 import re
 
 import pytest
+from PIL import Image
 
+import shape_world
 from results import tables
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -95,3 +98,52 @@ def test_figures_can_be_made_again(tmp_path):
     tables.draw_changes(folders, str(tmp_path / "changes.png"))
     tables.draw_figure(os.path.join(RESULTS, "archive", "poor-captions"), str(tmp_path / "curves.png"))
     assert (tmp_path / "changes.png").stat().st_size > 1000 and (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def result(score, curve, seed=0, stage="reca", steps=20):
+    """A run's result.json, with made-up scores."""
+    def scores(value):
+        tasks = {task: {"score": value, "held_out": {"score": value / 4}} for task in shape_world.TASKS}
+        return {"generation": {"score": value, "seen": value, "held_out": value / 2, "objects": 2.0,
+                               "interval": (value - 0.1, value + 0.1), "tasks": tasks},
+                "questions": {"accuracy": 0.9, "interval": (0.8, 0.95)}}
+
+    return json.dumps({"arch": "ar", "stage": stage, "seed": seed, "args": {"steps": steps, "i2t_weight": 0.0},
+                       "scores": scores(score), "curve": [(i * 10, scores(value)) for i, value in enumerate(curve)]})
+
+
+def test_tables_and_figures_over_seeds(tmp_path, capsys):
+    runs = [("ar_reca_seed0", 0.5, (0.2, 0.3)), ("ar_reca_seed1", 0.7, (0.2, 0.5)), ("ar_reca_seed2", 0.6, ()),
+            ("ar_base_seed0", 0.2, ()), ("ar_base_seed1", 0.3, ()), ("ar_base_seed2", 0.25, ()),
+            ("ar_sft_seed1", 0.6, ()), ("ar_sft_seed2", 0.5, ())]
+    for name, score, curve in runs:
+        (tmp_path / f"{name}.json").write_text(result(score, curve, int(name[-1]), name.split("_")[1]))
+    (tmp_path / "ar_sft-long_seed0.json").write_text(result(0.1, (), 0, "sft", 40))  # no control: more steps
+    tables.main([str(tmp_path), "--figure", str(tmp_path / "f.png")])
+    out = capsys.readouterr().out
+    assert "| ar | reca | 3 | 0.60 0.60 0.60 0.60 0.60 0.60 | 0.600 ± 0.100 |" in out and "| ar | base | 3 |" in out
+    # captions alone: not of every seed, so not compared with
+    assert ("| ar | reca | score | 0.250 ± 0.050 | 0.600 ± 0.100 |  | **+0.350 ± 0.050** |  | 2.00 → 2.00 | "
+            "0.900 → 0.900 |  |") in out
+    assert "| ar | sft-long | held-out | 0.100 | 0.050 |  | -0.050 |" in out
+    (tmp_path / "ar_sft_seed0.json").write_text(result(0.5, (), 0, "sft"))
+    tables.print_table(tmp_path)
+    out = capsys.readouterr().out
+    # 0, .1, .1 over captions alone: less than twice their spread, so not bold
+    assert ("| ar | reca | score | 0.250 ± 0.050 | 0.600 ± 0.100 | 0.533 ± 0.058 | **+0.350 ± 0.050** | "
+            "+0.067 ± 0.058 |") in out
+    assert Image.open(tmp_path / "f.png").size == (720, 400)
+    for seed in (1, 2):
+        os.remove(tmp_path / f"ar_base_seed{seed}.json")  # one base for all seeds
+    tables.print_table(tmp_path)
+    out = capsys.readouterr().out
+    assert "| ar | reca* | score | 0.200 ± 0.000 | 0.600 ± 0.100 | 0.533 ± 0.058 | **+0.400 ± 0.100** |" in out
+    (tmp_path / "ar_zero_seed0.json").write_text('{"arch": "ar", "seed": 0, "scores": null}')  # a run with --eval-n 0
+    with pytest.raises(ValueError, match="ar_zero_seed0.json: no judged drawings"):
+        tables.print_table(tmp_path)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "ar_base_seed0.json").write_text(result(0.2, ()))
+    tables.print_table(tmp_path / "x")
+    assert "0.200 (0.100-0.300)" in capsys.readouterr().out  # one seed: its interval
+    with pytest.raises(ValueError, match="--eval-every"):
+        tables.main([str(tmp_path / "x"), "--figure", str(tmp_path / "g.png")])
