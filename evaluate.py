@@ -24,10 +24,11 @@ import time
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import checkpoint
 import shape_world
-from data import Progress, to_float, to_uint8
+from data import to_float, to_uint8
 from shape_world import QUESTION_KINDS, TASKS, Scenes, fulfils, judge, same_objects
 
 BATCH = 256  # rows in one call of a sampler; the noise of a picture depends on it, so it is no flag
@@ -148,12 +149,15 @@ def score_editing(model, n=192, seed=0, **sampler):
 
 
 def score_all(model, n=300, seed=0, split="test", questions=400, reconstructions=128, editing=False, **sampler):
-    """All scores in one dict (what train.py prints before and after); questions, reconstructions: how many, 0 for none;
-    editing: for models that were trained to edit. Also the pictures drawn and their prompt rows, for a grid."""
+    """All scores in one dict (what train.py prints before and after); questions, reconstructions: how many, 0 for
+    none; editing: for models that were trained to edit. An image tokenizer, which draws nothing, is scored by what it
+    keeps."""
     start, was_training = time.time(), model.training
     model.eval()
-    generation, pictures, rows = score_generation(model, max(1, n // len(TASKS)), seed, split, **sampler)
-    scores = dict(generation=generation)
+    if not hasattr(model, "generate"):
+        questions, reconstructions, scores = 0, n, {}
+    else:
+        scores = dict(generation=score_generation(model, max(1, n // len(TASKS)), seed, split, **sampler)[0])
     if questions:
         scores["questions"] = score_questions(model, questions, seed)
     if reconstructions:
@@ -162,11 +166,14 @@ def score_all(model, n=300, seed=0, split="test", questions=400, reconstructions
         scores["editing"] = score_editing(model, seed=seed, **sampler)[0]
     model.train(was_training)
     scores["seconds"] = time.time() - start
-    return scores, pictures, rows
+    return scores
 
 
 def report(scores, title=""):
     """The lines that a person reads."""
+    if "generation" not in scores:
+        line = "reconstruction: objects {objects:.3f}, exact pictures {exact:.3f}, pixel error {pixel_error:.2f} gray levels"
+        return title + line.format(**scores["reconstruction"])
     g, low_high = scores["generation"], "{:.3f}-{:.3f}".format(*scores["generation"]["interval"])
     lines = [f"{title}score {g['score']:.3f}  (95 % {low_high}, {g['n']} pictures)  "
              f"seen {g['seen']:.3f}  held-out {g['held_out']:.3f}  objects/picture {g['objects']:.2f}",
@@ -182,6 +189,16 @@ def report(scores, title=""):
     return "\n".join(lines + ["  " + "  ".join(tail)] * bool(tail))
 
 
+def report_change(before, after):
+    """The line that compares two score_all's."""
+    keys = dict(generation=("score", "seen", "held_out"), questions=("accuracy",))
+    if "generation" not in after:
+        keys = dict(reconstruction=("objects",))
+    changes = {key: after[of][key] - before[of][key] for of in keys if of in after for key in keys[of]}
+    names = dict(held_out="held-out", accuracy="questions")
+    return "change: " + "  ".join(f"{names.get(key, key)} {change:+.3f}" for key, change in changes.items())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # GenEval, and the command line
 def export_geneval(model, prompts_file, out, n=4, seed=0, **sampler):
@@ -194,7 +211,7 @@ def export_geneval(model, prompts_file, out, n=4, seed=0, **sampler):
     with open(prompts_file, encoding="utf-8") as f:
         rows = [json.loads(line) for line in f if line.strip()]
     device = next(model.parameters()).device
-    for i, row in enumerate(Progress(rows, "GenEval prompts")):
+    for i, row in enumerate(tqdm(rows, "GenEval prompts", disable=None)):
         folder = os.path.join(out, f"{i:05d}")
         os.makedirs(os.path.join(folder, "samples"), exist_ok=True)
         checkpoint.write_text(os.path.join(folder, "metadata.jsonl"), json.dumps(row))
@@ -209,13 +226,7 @@ def export_geneval(model, prompts_file, out, n=4, seed=0, **sampler):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--arch", choices=checkpoint.architectures(), default="mar")
-    p.add_argument("--ckpt", help="folder written by train.py, or a published checkpoint with --config "
-                                  "(default: weights/ARCH-reca)")
-    p.add_argument("--config", help="published size, with --geneval")
-    p.add_argument("--tokenizer-ckpt", help="published image tokenizer")
-    p.add_argument("--vision-ckpt", help="published CLIP file (Show-o CLIP variants)")
-    p.add_argument("--text-tokenizer", help="published text tokenizer: folder or file")
+    checkpoint.add_flags(p)
     p.add_argument("--n", type=int, help="judged pictures, a sixth per task (default 600); with --geneval: pictures "
                                          "per prompt (default 4)")
     p.add_argument("--seed", type=int, default=0)
@@ -227,11 +238,10 @@ def parse_args(argv=None):
     p.add_argument("--json", metavar="FILE", help="write all numbers there")
     p.add_argument("--geneval", metavar="JSONL", help="draw GenEval's prompts instead, in its folders, under --out")
     p.add_argument("--out", default="geneval")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
     if args.n is None:
         args.n = 4 if args.geneval else 600
-    if args.config not in (None, "tiny") and not args.geneval:
+    if args.config != "tiny" and not args.geneval:
         raise ValueError(f"--config {args.config}: the judge knows the shape world only; draw GenEval's prompts with "
                          "--geneval FILE and score them with its own tools")
     if args.n < (1 if args.geneval else len(TASKS)):
@@ -246,7 +256,7 @@ def main(argv=None):
     sampler = {k: v for k, v in dict(cfg=args.cfg, steps=args.steps).items() if v is not None}
     if args.geneval:
         return export_geneval(model, args.geneval, args.out, args.n, args.seed, **sampler)
-    scores = score_all(model, args.n, args.seed, args.split, editing=args.editing, **sampler)[0]
+    scores = score_all(model, args.n, args.seed, args.split, editing=args.editing, **sampler)
     print(report(scores))
     for task, t in scores["generation"]["tasks"].items():
         low, high = t["interval"]

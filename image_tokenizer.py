@@ -372,6 +372,15 @@ def tiny_name(config):
     raise ValueError(f"{config}: not a tiny image tokenizer; say with --tokenizer-ckpt where its weights are")
 
 
+def trained(config, name, folder=None):
+    """The config of a model with the settings of a trained tiny tokenizer under `name`, and that tokenizer's weights.
+    folder: where both are; None: the shipped one."""
+    settings = getattr(config, name)
+    folder = folder or os.path.join(checkpoint.HERE, "weights", tiny_name(settings))
+    settings = checkpoint.from_dict(type(settings), checkpoint.read_config(folder)["config"])
+    return replace(config, **{name: settings}), checkpoint.read_weights(folder)
+
+
 def tokenizer_loss(model, images, generator):
     """images (B, 3, H, W) -> (scalar loss, {name: detached scalar}): L1 + MSE per pixel (flat drawings need no
     perceptual or adversarial term); for an Autoencoder, whose posterior noise comes from `generator` (None: torch's
@@ -416,10 +425,12 @@ class TokenizerStage(nn.Module):
     """A tokenizer in the clothes of a model, so that train.py's one loop trains it: the methods are those of a model
     file. Its one part is "images", pictures that need no text."""
 
-    def __init__(self, name):
+    def __init__(self, name, ckpt=None):
         super().__init__()
         self.config = TOKENIZERS[name]
         self.tokenizer = (LFQTokenizer if isinstance(self.config, LFQConfig) else Autoencoder)(self.config)
+        if ckpt:
+            checkpoint.load_strict(self.tokenizer, checkpoint.read_weights(ckpt), ckpt)
 
     def forward(self, batch):
         """{"images": precompute's tensors} -> {"images": loss}. Posterior noise comes from torch's global generator,
@@ -447,7 +458,7 @@ class TokenizerStage(nn.Module):
         return []  # too small to shard or recompute
 
     def preprocess(self, image, purpose):
-        return data.preprocess_stretch(image, TINY_SIZE)
+        return preprocess_stretch(image, TINY_SIZE)
 
     def precompute(self, images):
         """(N, 3, H, W) in [-1, 1] -> the same as bytes: nothing is frozen, and a batch carries the pictures."""

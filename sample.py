@@ -86,6 +86,42 @@ def plot(series, x_label, size=(720, 400), bottom=0.0):
     return image
 
 
+def curves(history, parts):
+    """Loss curves of a run, one smoothed line per part -> PIL image."""
+    series = {}
+    for part in parts:
+        rows, smooth = [row for row in history if part in row], []
+        for row in rows:
+            smooth.append(0.9 * smooth[-1] + 0.1 * row[part] if smooth else row[part])
+        series[part] = [row["step"] for row in rows], smooth
+    return plot(series, "optimizer step")
+
+
+@torch.no_grad()
+def show(model, source, generator):
+    """What a run looks like now -> (pictures uint8, captions, source): reconstructions of `source`, uint8 (n, h, w, 3),
+    or, where that is None, drawings for fixed prompts."""
+    was_training, captions = model.training, DEFAULT_PROMPTS[:8] + DEFAULT_PROMPTS[12:16]
+    model.eval()
+    if source is None:
+        out = model.generate(captions, generator=generator)
+    else:
+        captions = [""] * len(source)
+        out = model.reconstruct(data.to_float(source, generator.device), generator=generator)
+    model.train(was_training)
+    return data.to_uint8(out), captions, source
+
+
+def before_after(before, after):
+    """Two results of `show`, the first perhaps None -> one PIL image with a row each, below a row of the sources."""
+    pictures, captions, source = after
+    rows = {"source": source, "before": before and before[0], "after": pictures}
+    rows = {name: row for name, row in rows.items() if row is not None}
+    titles = [f"{name}: {caption}" for name in rows for caption in captions]
+    scale = max(1, 120 // pictures.shape[1])
+    return grid(np.concatenate(list(rows.values())), titles, columns=len(pictures), scale=scale)
+
+
 def save_png(image, path):
     """Atomic: a reader never sees half a picture. Makes the folder; returns the path."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
@@ -97,12 +133,7 @@ def save_png(image, path):
 # The command line
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--arch", choices=checkpoint.architectures(), default="mar")
-    p.add_argument("--ckpt", help="folder of train.py, or published file with --config (default: weights/ARCH-reca)")
-    p.add_argument("--config", help="published size, e.g. harmon-1.5b; not needed for our own folders")
-    p.add_argument("--tokenizer-ckpt", help="published image tokenizer (kl16.ckpt, ae.safetensors, magvitv2)")
-    p.add_argument("--vision-ckpt", help="published CLIP file (Show-o CLIP variants)")
-    p.add_argument("--text-tokenizer", help="published text tokenizer: folder or file")
+    checkpoint.add_flags(p)
     p.add_argument("--prompt", action="append", help="what to draw; may be repeated, but not with --image")
     p.add_argument("--image", help="picture for one of the next five flags")
     job = p.add_mutually_exclusive_group()
@@ -119,7 +150,6 @@ def parse_args(argv=None):
     p.add_argument("--max-new-tokens", type=int, default=128)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="sample.png")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
     painting = args.inpaint or args.extrapolate
     if bool(args.image) != bool(args.question or args.edit or args.reconstruct or painting):
@@ -167,7 +197,7 @@ def use_image(model, args, pixels, **options):
 @torch.inference_mode()
 def main(argv=None):
     args = parse_args(argv)
-    dtype = torch.bfloat16 if args.device.startswith("cuda") and args.config else None
+    dtype = torch.bfloat16 if args.device.startswith("cuda") and args.config != "tiny" else None
     model = checkpoint.load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer,
                                   args.device, dtype, args.vision_ckpt)
     options = {k: v for k in ("cfg", "steps", "temperature") if (v := getattr(args, k)) is not None}

@@ -420,6 +420,9 @@ def same_objects(found, scene):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The flags of train.py that belong to this world
+SHARES = ("wrong_captions", "sparse_captions", "altered_share")  # the flags from 0 to 1
+
+
 def add_flags(parser):
     """Adds them to an argparse parser, as one group."""
     add = parser.add_argument_group("shape world (practice pictures, used where no data is given)").add_argument

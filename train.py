@@ -182,7 +182,7 @@ def build(args):
     file = checkpoint.model_file(args.arch)
     tokenizer = file.Model.image_tokenizer  # the frozen autoencoder's name, in the model and in its config
     if args.stage == "tokenizer":
-        return image_tokenizer.TokenizerStage(getattr(file.CONFIGS["tiny"], tokenizer), args.ckpt)
+        return image_tokenizer.TokenizerStage(image_tokenizer.tiny_name(getattr(file.CONFIGS["tiny"], tokenizer)), args.ckpt)
     if args.stage == "base" and not args.ckpt:
         config, text_tokenizer = file.CONFIGS[args.config], checkpoint.load_tokenizer(args.text_tokenizer or "tiny")
         config, weights = image_tokenizer.trained(config, tokenizer, args.tokenizer_ckpt)
@@ -337,7 +337,7 @@ def scores(run, step, title):
     if not args.eval_n or args.config != "tiny" or run.rank > 0:
         return None
     s = evaluate.score_all(run.model, args.eval_n, seed=0, split=args.eval_split, questions=min(400, args.eval_n + 100),
-                           editing="edit" in run.weights)[0]
+                           editing="edit" in run.weights)
     run.log.write(dict(step=step, scores=s), title + evaluate.report(s))
     run.history.append(dict(step=step, scores=s))
     return s

@@ -4,14 +4,16 @@ classes with small configs. Harmon has no encoder of its own here: it understand
 
 Both are pre-norm ViTs of one kind of block and differ in the activation, the patch embedding, what surrounds the
 blocks, and which layer is read. Module names are the published state-dict keys. The preprocessing that belongs to the
-published weights (PIL image -> tensor) is in data.py.
+published weights (PIL image -> tensor) is at the end.
 """
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configurations
@@ -185,6 +187,98 @@ class SigLIPNaViT(nn.Module):
         for layer in m["encoder"]["layers"]:
             x = layer(x)
         return m["post_layernorm"](x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# preprocessing: PIL image -> normalized tensor, exactly as the published weights were trained
+
+
+def on_white(image):
+    """PIL image -> RGB, what is transparent put on white."""
+    if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+
+def to_pixels(image, mean=0.5, std=0.5):
+    """PIL image -> float32 (3, H, W), x/255 normalized with mean and std (numbers, or one per channel). The defaults
+    give [-1, 1]."""
+    x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    return ((x - torch.as_tensor(mean).view(-1, 1, 1)) / torch.as_tensor(std).view(-1, 1, 1)).contiguous()
+
+
+def _resize_shorter(image, size):
+    w, h = image.size
+    w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
+    return image.resize((w, h), Image.Resampling.BICUBIC)
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def clip_pixels(image, size=336):
+    """CLIP: shorter side to `size` (bicubic), center crop (odd margins: the smaller one left and above), CLIP's mean
+    and deviation."""
+    image = _resize_shorter(image.convert("RGB"), size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    image = image.crop((left, top, left + size, top + size))
+    return to_pixels(image, mean=CLIP_MEAN, std=CLIP_STD)
+
+
+def magvit_pixels(image, size):
+    """Show-o's image tokenizer: as above into [-1, 1]; here an odd margin is halved with rounding to even."""
+    image = _resize_shorter(image.convert("RGB"), size)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return to_pixels(image.crop((left, top, left + size, top + size)))
+
+
+def square_pixels(image, size):
+    """Show-o's RecA data: resized to a square without cropping (bicubic; the aspect ratio is not kept), [-1, 1]."""
+    return to_pixels(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+
+
+def bagel_size(w, h, max_size, min_size, stride, max_pixels=14 * 14 * 9 * 1024, num_images=1):
+    """BAGEL's rule for the size of a picture -> (w, h), multiples of `stride`: long side at most max_size, short side
+    at least min_size if that is possible, at most max_pixels / num_images pixels (scaled by the ratio, not by its
+    root: so the weights were trained)."""
+    def scaled(s):
+        return tuple(max(stride, round(round(v * s) / stride) * stride) for v in (w, h))
+
+    w, h = scaled(max(min(max_size / max(w, h), 1.0), min_size / min(w, h)))
+    if w * h > max_pixels / num_images:
+        w, h = scaled(max_pixels / num_images / (w * h))
+    if max(w, h) > max_size:
+        w, h = scaled(max_size / max(w, h))
+    return w, h
+
+
+def bagel_resize(image, max_size, min_size, stride, max_pixels=14 * 14 * 9 * 1024, num_images=1):
+    """PIL image -> RGB PIL image of BAGEL's size (bicubic); transparent pictures are put on white. to_pixels() of it
+    feeds both towers. Settings: autoencoder (1024, 512, 16); SigLIP (980, 224, 14), in the editing benchmarks (980,
+    378, 14), in RecA (224, 224, 14)."""
+    image = on_white(image)
+    size = bagel_size(*image.size, max_size, min_size, stride, max_pixels, num_images)
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+# Harmon's training data: Pillow's bicubic (which anti-aliases) and its rounding to 8 bits after every step are part of
+# the recipe.
+def preprocess_stretch(image, size):
+    """Reconstruction data: stretched (no crop, no pad) to a square of the longer side, then resized."""
+    square = image.convert("RGB").resize((max(image.size), max(image.size)), Image.Resampling.BICUBIC)
+    return to_pixels(square.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def preprocess_pad(image, size):
+    """Image-to-text data and questions: padded to a square with gray 127 around (odd margin: less above and left),
+    then resized."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), (127, 127, 127))
+    square.paste(image.convert("RGB"), ((side - image.width) // 2, (side - image.height) // 2))
+    return to_pixels(square.resize((size, size), Image.Resampling.BICUBIC))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
