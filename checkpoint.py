@@ -268,18 +268,12 @@ def add_flags(parser):
 
 
 def architectures():
-    """The X of every model_X.py beside this file: what --arch takes."""
-    files = [name for name in os.listdir(HERE) if name.startswith("model_") and name.endswith(".py")]
-    return sorted(name[len("model_"):-len(".py")] for name in files)
+    """The names X of the files model_X.py beside this one: what --arch takes."""
+    return sorted(name[6:-3] for name in os.listdir(HERE) if name.startswith("model_") and name.endswith(".py"))
 
 
 def model_file(arch):
     return importlib.import_module(f"model_{arch}")
-
-
-def architectures():
-    """The names X of the files model_X.py beside this one: what --arch takes."""
-    return sorted(name[6:-3] for name in os.listdir(HERE) if name.startswith("model_") and name.endswith(".py"))
 
 
 def default_weights(arch, stage="reca"):

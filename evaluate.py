@@ -172,7 +172,7 @@ def score_all(model, n=300, seed=0, split="test", questions=400, reconstructions
 def report(scores, title=""):
     """The lines that a person reads."""
     if "generation" not in scores:
-        line = "reconstruction: objects {objects:.3f}, exact pictures {exact:.3f}, pixel error {pixel_error:.2f} gray levels"
+        line = "reconstruction: objects {objects:.3f}, exact {exact:.3f}, pixel error {pixel_error:.2f} gray levels"
         return title + line.format(**scores["reconstruction"])
     g, low_high = scores["generation"], "{:.3f}-{:.3f}".format(*scores["generation"]["interval"])
     lines = [f"{title}score {g['score']:.3f}  (95 % {low_high}, {g['n']} pictures)  "

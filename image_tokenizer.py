@@ -7,14 +7,16 @@ ones for 48x48 pictures, by config. Module names are the published state-dict ke
 
 Images are float (B, 3, H, W) in [-1, 1] everywhere in this file.
 """
+import os
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import data
+import checkpoint
+from vision_encoder import preprocess_stretch
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configurations and the recipe of the tiny ones

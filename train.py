@@ -182,7 +182,8 @@ def build(args):
     file = checkpoint.model_file(args.arch)
     tokenizer = file.Model.image_tokenizer  # the frozen autoencoder's name, in the model and in its config
     if args.stage == "tokenizer":
-        return image_tokenizer.TokenizerStage(image_tokenizer.tiny_name(getattr(file.CONFIGS["tiny"], tokenizer)), args.ckpt)
+        name = image_tokenizer.tiny_name(getattr(file.CONFIGS["tiny"], tokenizer))
+        return image_tokenizer.TokenizerStage(name, args.ckpt)
     if args.stage == "base" and not args.ckpt:
         config, text_tokenizer = file.CONFIGS[args.config], checkpoint.load_tokenizer(args.text_tokenizer or "tiny")
         config, weights = image_tokenizer.trained(config, tokenizer, args.tokenizer_ckpt)
@@ -321,14 +322,13 @@ def report_step(run, done, totals, norm, seconds):
     r["images_per_s"] = sum(n for part, n in samples.items() if part != "text") / seconds
     flops = sum(run.model.flops_per_sample(part) * n for part, n in samples.items())
     r["mfu"] = flops / seconds / run.world / peak_flops(run.device)
-    losses = " ".join(f"{part} {r[part]:.4f}" for part in totals)
+    losses = f"loss {r['loss']:.4f} " + " ".join(f"{part} {r[part]:.4f}" for part in totals)
     if not math.isfinite(r["loss"]):
-        raise ValueError(f"step {done}: the loss is {r['loss']} ({losses}): lower --lr; the last checkpoint is "
-                         "untouched")
+        raise ValueError(f"step {done}: {losses}: lower --lr ({args.lr:g}); the last checkpoint is untouched")
     run.history.append(r)
     mfu, eta = f" MFU {100 * r['mfu']:.1f}%" if r["mfu"] else "", int(seconds * (args.steps - done))
-    run.log.write(r, f"step {done}/{args.steps} loss {r['loss']:.4f} {losses} lr {r['lr']:.1e} norm {r['grad_norm']:.2f}"
-                     f" {r['ms']:.0f} ms {r['images_per_s']:.0f} img/s{mfu} ETA {eta // 60}:{eta % 60:02d}")
+    run.log.write(r, f"step {done}/{args.steps} {losses} lr {r['lr']:.1e} norm {r['grad_norm']:.2f} {r['ms']:.0f} ms "
+                     f"{r['images_per_s']:.0f} img/s{mfu} ETA {eta // 60}:{eta % 60:02d}")
 
 
 def scores(run, step, title):
