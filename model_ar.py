@@ -1,21 +1,19 @@
-"""Show-o: one transformer that writes text from left to right and paints pictures by filling in masked image codes.
-RecA: arXiv 2509.07295.
+"""Show-o: one transformer that writes text from left to right and paints pictures by filling in masked image codes. RecA: arXiv 2509.07295.
 
-A phi-1.5 decoder reads text ids and the integer codes of an image tokenizer (MAGVIT-v2) from ONE vocabulary. Text is
-learned by next-token prediction, pictures by mask prediction as in MaskGIT: some codes are replaced by a mask id, and
-the place of a mask predicts its own code. How it differs from a textbook decoder: attention and MLP side by side
-behind one LayerNorm; a LayerNorm per head on queries and keys before the rotation; only the first half of each head
-is rotated; biases everywhere; an untied head with a bias. Pictures are understood through CLIP features and a
-two-layer MLP (`show-o-clip-*`, `tiny`), or through their own codes (`show-o-*`).
+A phi-1.5 decoder reads text ids and the integer codes of an image tokenizer (MAGVIT-v2) from ONE vocabulary. Text is learned by next-token
+prediction, pictures by mask prediction as in MaskGIT: some codes are replaced by a mask id, and the place of a mask predicts its own code.
+How it differs from a textbook decoder: attention and MLP side by side behind one LayerNorm; a LayerNorm per head on queries and keys before
+the rotation; only the first half of each head is rotated; biases everywhere; an untied head with a bias. Pictures are understood through
+CLIP features and a two-layer MLP (`show-o-clip-*`, `tiny`), or through their own codes (`show-o-*`).
 
-RecA (`ShowO.reca_loss`): [mmu][soi] CLIP features [eoi] "describe this image" [soi] masked codes of the SAME picture
-[eoi], with cross entropy on the masked codes. No captions.
+RecA (`ShowO.reca_loss`): [mmu][soi] CLIP features [eoi] "describe this image" [soi] masked codes of the SAME picture [eoi], with cross
+entropy on the masked codes. No captions.
 
 Memory order. Positions are given explicitly, so the order in which a row is stored is free, and this one
     [ target picture: eoi, codes, soi | CLIP features | text, right-padded ]
-makes every mask of the model an interval of keys [lo, hi) per query (`custom_kernels.attention`) and puts what a loss
-reads into fixed slots. The published rows pad the text on the left or in the middle: those pads are dropped here, and
-the positions still count them. """
+makes every mask of the model an interval of keys [lo, hi) per query (`custom_kernels.attention`) and puts what a loss reads into fixed
+slots. The published rows pad the text on the left or in the middle: those pads are dropped here, and the positions still count them.
+"""
 import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -67,12 +65,10 @@ class ShowOConfig:
     assistant: str = "ASSISTANT:"
     max_prompt: int = 129  # text-to-image: [t2i] bos text eos
     max_dialogue: int = 381  # image-to-text: what follows the picture
-    # RecA: [mmu][soi][eoi] bos text eos and pads, behind which the target picture always starts at the same place
-    max_request: int = 128
+    max_request: int = 128  # RecA: [mmu][soi][eoi] bos text eos and pads, behind which the target picture always starts at the same place
     pad_multiple: int = 64  # rows are padded to a multiple of this, so that shapes take few values
     # RecA
-    # CLIP variant: let the loss reach projector and embeddings (published: the row is built under no_grad)
-    prefix_grad: bool = False
+    prefix_grad: bool = False  # CLIP variant: let the loss reach projector and embeddings (published: the row is built under no_grad)
     reca_down_scale: int = 2  # VQ variant: how much smaller the copy is whose codes are the context,
     reca_resize_back: bool = False  # ... and whether it is enlarged again before encoding (a blur)
     # samplers
@@ -80,8 +76,7 @@ class ShowOConfig:
     mask_steps: int = 50
     reca_steps: int = 30  # reconstruction and editing
 
-    # Four of the ten special ids are used here. [PAD] is the first of them, then come <|soi|>, <|eoi|>, two of video,
-    # <|t2i|>, <|mmu|>.
+    # Four of the ten special ids are used here. [PAD] is the first of them, then come <|soi|>, <|eoi|>, two of video, <|t2i|>, <|mmu|>.
     pad = property(lambda c: c.text_vocab)
     soi = property(lambda c: c.text_vocab + 1)  # start of image
     eoi = property(lambda c: c.text_vocab + 2)  # end of image
@@ -93,8 +88,8 @@ class ShowOConfig:
 
 
 CONFIGS = {
-    # 48x48 pictures of the shape world: 9 codes of 11 bits, 9 CLIP tokens. No system prompt and template words that
-    # are one token each, because at this size a text token costs as much as an image token.
+    # 48x48 pictures of the shape world: 9 codes of 11 bits, 9 CLIP tokens. No system prompt and template words that are one token each,
+    # because at this size a text token costs as much as an image token.
     "tiny": ShowOConfig(
         hidden_size=128, num_layers=4, num_heads=4, intermediate_size=224, text_vocab=1024, eos=1018, codebook_size=2048, image_size=48,
         vq=TOKENIZERS["tiny-lfq"], clip=VISION_ENCODERS["tiny-clip"], clip_mean=(0.5,) * 3, clip_std=(0.5,) * 3, train_clip=True,
@@ -112,8 +107,7 @@ CONFIGS = {
 
 
 def rotate(x, rope):
-    """x (B, T, heads, d), rope = cos, sin (B or 1, T, 1, r/2): turns the pairs (i, i + r/2) of the first r dimensions
-    only."""
+    """x (B, T, heads, d), rope = cos, sin (B or 1, T, 1, r/2): turns the pairs (i, i + r/2) of the first r dimensions only."""
     cos, sin = rope
     half = cos.shape[-1]
     a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
@@ -153,8 +147,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(LN x) + mlp(LN x): both read the same normalised input. Only the slots `read` (a slice) come
-    out."""
+    """x + attention(LN x) + mlp(LN x): both read the same normalised input. Only the slots `read` (a slice) come out."""
 
     def __init__(self, c):
         super().__init__()
@@ -186,9 +179,8 @@ class Backbone(nn.Module):
         self.final_layernorm = nn.LayerNorm(c.hidden_size, eps=c.norm_eps)
 
     def forward(self, x, layout, read=slice(None), cache=None, slots=None):
-        """Embeddings x (B, T, D) -> hidden states of the slots `read` (a slice) after the final norm. With a cache
-        (inference) the keys and values are written to its `slots` (B, T), and the layout's lo and hi count cache
-        slots."""
+        """Embeddings x (B, T, D) -> hidden states of the slots `read` (a slice) after the final norm. With a cache (inference) the keys
+        and values are written to its `slots` (B, T), and the layout's lo and hi count cache slots."""
         frequency = self.theta ** (-torch.arange(0, self.rotary_dim, 2, device=x.device).float() / self.rotary_dim)
         angle = (layout.positions[..., None].float() * frequency)[:, :, None]  # (B or 1, T, 1, r/2)
         rope = angle.cos(), angle.sin()
@@ -196,8 +188,7 @@ class Backbone(nn.Module):
         plan = attention_plan(layout.lo, layout.hi, num_keys)
         for i, layer in enumerate(self.layers):
             more = {} if cache is None else {"cache": cache[i], "slots": slots}
-            # nobody attends to the last layer's output: compute what is asked for
-            if i == len(self.layers) - 1 and read != slice(None):
+            if i == len(self.layers) - 1 and read != slice(None):  # nobody attends to the last layer's output: compute what is asked for
                 more["read"], plan = read, attention_plan(*layout.part(read)[1:], num_keys)
             x = layer(x, rope, plan, **more)
         return self.final_layernorm(x)
@@ -212,8 +203,7 @@ def with_bos(text, c):
 
 
 def t2i_prompt(text, c, limit=None, drop=False):
-    """[t2i] bos text eos, at most `limit` ids (the end is cut, eos stays). drop: the unconditional prompt, that of
-    the empty text."""
+    """[t2i] bos text eos, at most `limit` ids (the end is cut, eos stays). drop: the unconditional prompt, that of the empty text."""
     ids, limit = [c.t2i, *with_bos([] if drop else text, c), c.eos], limit or c.max_prompt
     return ids if len(ids) <= limit else [*ids[:limit - 1], c.eos]
 
@@ -237,28 +227,24 @@ def pad_rows(rows, fill, length, device=None):
     """Lists of ids -> (B, length) int64, right-padded with `fill`. Raises ValueError if one is longer."""
     longest = max(map(len, rows))
     if longest > length:
-        raise ValueError(f"a prompt of {longest} ids does not fit into {length}: shorten the text, or raise pad_to "
-                         "or the config's maximum")
+        raise ValueError(f"a prompt of {longest} ids does not fit into {length}: shorten the text, or raise pad_to or the config's maximum")
     return torch.tensor([[*r, *[fill] * (length - len(r))] for r in rows], device=device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# masks. n (B,) = ids of each row that are no pads, T = ids with pads, N = codes of the target, A = slots of the
-# picture in the context. Each line of a layout is one stretch of memory: where its slots stand in the published row,
-# then which slots [lo, hi) they see.
+# masks. n (B,) = ids of each row that are no pads, T = ids with pads, N = codes of the target, A = slots of the picture in the context.
+# Each line of a layout is one stretch of memory: where its slots stand in the published row, then which slots [lo, hi) they see.
 
 
 def make_layout(rows, *stretches):
-    """Stretches (positions (rows or 1, k), lo, hi), one behind the other -> Layout; lo and hi are ints or (rows or 1,
-    k or 1)."""
+    """Stretches (positions (rows or 1, k), lo, hi), one behind the other -> Layout; lo and hi are ints or (rows or 1, k or 1)."""
     full = lambda v, like: (v if torch.is_tensor(v) else torch.full((1, 1), v, device=like.device)).expand(rows, like.shape[1])
     return Layout(*(torch.cat([full(s[i], s[0]) for s in stretches], dim=1) for i in range(3)))
 
 
 def t2i_layout(n, T, N, start):
-    """Text-to-image; published order PAD.. text [soi] codes [eoi], soi at the place `start`. Text is causal; soi,
-    codes, eoi see all but pads. (Pads, which nobody reads, see the pads before them: so the published masks are met
-    to the last entry. Likewise below.)"""
+    """Text-to-image; published order PAD.. text [soi] codes [eoi], soi at the place `start`. Text is causal; soi, codes, eoi see all but
+    pads. (Pads, which nobody reads, see the pads before them: so the published masks are met to the last entry. Likewise below.)"""
     n, j, i, S = n[:, None], torch.arange(T, device=n.device)[None], torch.arange(N + 2, device=n.device)[None], N + 2
     text = j < n
     return make_layout(len(n),
@@ -267,36 +253,31 @@ def t2i_layout(n, T, N, start):
 
 
 def reca_clip_layout(n, T, N, A, block):
-    """RecA with CLIP; published order [mmu][soi] features [eoi] bos text eos PAD.. [soi] codes [eoi]; ids and pads
-    take `block` places. All is causal, and besides: everybody sees the features, codes see each other but not the
-    closing eoi, nobody sees a pad."""
+    """RecA with CLIP; published order [mmu][soi] features [eoi] bos text eos PAD.. [soi] codes [eoi]; ids and pads take `block` places.
+    All is causal, and besides: everybody sees the features, codes see each other but not the closing eoi, nobody sees a pad."""
     n, j, i, S = n[:, None], torch.arange(T, device=n.device)[None], torch.arange(N, device=n.device)[None], N + 2
     end, start = S + A + n, A + block
     return make_layout(len(n),
                        (start + N + 1 + i[:, :1], 0, end),  # eoi
                        (start + 1 + i, 1, end),  # codes
                        (start + i[:, :1], N + 1, end),  # soi
-                       # features: see themselves, mmu and soi
-                       (2 + torch.arange(A, device=n.device)[None], S, S + A + 2),
+                       (2 + torch.arange(A, device=n.device)[None], S, S + A + 2),  # features: see themselves, mmu and soi
                        (torch.where(j < 2, j, j + A), S, torch.minimum(S + A + 1 + j, end)))  # ids, pads
 
 
 def reca_vq_layout(n, T, N, A, limit):
-    """RecA with image codes as context; published order PAD.. [mmu][soi] given codes [eoi] bos text eos [soi] codes
-    [eoi]; given codes, ids, pads take A + limit places. mmu and text are causal; soi, given codes, eoi see mmu to
-    eoi; the target sees all but pads."""
+    """RecA with image codes as context; published order PAD.. [mmu][soi] given codes [eoi] bos text eos [soi] codes [eoi]; given codes,
+    ids, pads take A + limit places. mmu and text are causal; soi, given codes, eoi see mmu to eoi; the target sees all but pads."""
     n, j, i, S = n[:, None] - 3, torch.arange(T - 3, device=n.device)[None], torch.arange(N + 2, device=n.device)[None], N + 2
     text, given, pads, C = j < n, torch.arange(A + 3, device=n.device)[None], limit - 3 - n, A + 3
     return make_layout(len(n),
                        (A + limit + torch.where(i == 0, N + 1, i % (N + 1)), 0, S + C + n),  # eoi, codes, soi
                        (pads + given, S, torch.where(given == 0, S + 1, S + C)),  # mmu, soi, given codes, eoi
-                       # text, pads
-                       (torch.where(text, pads + C + j, j - n), torch.where(text, S, S + C + n), S + C + 1 + j))
+                       (torch.where(text, pads + C + j, j - n), torch.where(text, S, S + C + n), S + C + 1 + j))  # text, pads
 
 
 def mmu_clip_layout(T, A, before, device=None):
-    """Image-to-text with CLIP; published order: `before` ids (mmu, system, soi), features, eoi, chat, PAD.. Causal;
-    all see features."""
+    """Image-to-text with CLIP; published order: `before` ids (mmu, system, soi), features, eoi, chat, PAD.. Causal; all see features."""
     j = torch.arange(T, device=device)[None]
     return make_layout(1, (before + torch.arange(A, device=device)[None], 0, A + before), (torch.where(j < before, j, j + A), 0, A + 1 + j))
 
@@ -323,14 +304,13 @@ def stack_rows(a, b):
 
 
 def mask_ratio(t):
-    """Share of codes that are masked at time t in [0, 1], a cosine; in training t ~ U(0, 1), in sampling t = steps
-    done / steps."""
+    """Share of codes that are masked at time t in [0, 1], a cosine; in training t ~ U(0, 1), in sampling t = steps done / steps."""
     return torch.cos(t * math.pi * 0.5).clamp(min=0)
 
 
 def mask_codes(codes, u, r, c):
-    """codes (B, N), u (B,) and r (B, N) uniform in [0, 1) -> input ids and labels (B, N). Masked are the places where
-    argsort(r) is below max(1, round(N * mask_ratio(u))): a uniformly random subset."""
+    """codes (B, N), u (B,) and r (B, N) uniform in [0, 1) -> input ids and labels (B, N). Masked are the places where argsort(r) is below
+    max(1, round(N * mask_ratio(u))): a uniformly random subset."""
     count = (codes.shape[1] * mask_ratio(u)).round().clamp(min=1)  # rounds half to even
     masked, ids = r.argsort(dim=1) < count[:, None], codes + c.image_offset
     return ids.masked_fill(masked, c.mask_id), ids.masked_fill(~masked, IGNORE)
@@ -341,17 +321,15 @@ def mask_codes(codes, u, r, c):
 
 
 class ShowO(nn.Module):
-    """config: ShowOConfig; tokenizer: a text tokenizer (encode_ordinary, decode, eos, vocab_size), needed only where
-    text is a string."""
+    """config: ShowOConfig; tokenizer: a text tokenizer (encode_ordinary, decode, eos, vocab_size), needed only where text is a string."""
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         c = config
         if tokenizer is not None and (tokenizer.eos != c.eos or tokenizer.vocab_size > c.text_vocab):
-            raise ValueError(f"text tokenizer with {tokenizer.vocab_size} ids, <|endoftext|> {tokenizer.eos}; "
-                             f"expected at most {c.text_vocab} ids, <|endoftext|> {c.eos}: give the one that the "
-                             "model was trained with (--text-tokenizer)")
+            raise ValueError(f"text tokenizer with {tokenizer.vocab_size} ids, <|endoftext|> {tokenizer.eos}; expected at most "
+                             f"{c.text_vocab} ids, <|endoftext|> {c.eos}: give the one that the model was trained with (--text-tokenizer)")
         self.system_ids = self.encode(c.system_prompt) if tokenizer is not None and c.system_prompt else []
         self.showo = nn.Module()
         self.showo.model, self.showo.lm_head = Backbone(c), nn.Linear(c.hidden_size, c.vocab_size)
@@ -363,8 +341,7 @@ class ShowO(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """From scratch: N(0, 0.02), zero biases; smaller for what writes into the residual stream, so that depth does
-        not scale it up."""
+        """From scratch: N(0, 0.02), zero biases; smaller for what writes into the residual stream, so that depth does not scale it up."""
         for name, p in self.showo.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -373,8 +350,8 @@ class ShowO(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.num_layers) if out else 0.02)
 
     def trainable_parameters(self, stage):
-        """stage base | sft | reca -> [(name, parameter)] to train, and sets requires_grad: all but the image
-        tokenizer and CLIP. A CLIP that did not come pre-trained (config.train_clip) learns in the base stage."""
+        """stage base | sft | reca -> [(name, parameter)] to train, and sets requires_grad: all but the image tokenizer and CLIP. A CLIP
+        that did not come pre-trained (config.train_clip) learns in the base stage."""
         if stage not in ("base", "sft", "reca"):
             raise ValueError(f"stage {stage!r}: expected base, sft or reca")
         frozen = ("vq.",) if stage == "base" and self.config.train_clip else ("vq.", "clip.")
@@ -388,13 +365,11 @@ class ShowO(nn.Module):
 
     @staticmethod
     def learning_rate_factor(step, max_steps, warmup=1000):
-        """The published schedule, as a factor on the learning rate: linear from 0, then half a cosine to 0 at
-        max_steps."""
+        """The published schedule, as a factor on the learning rate: linear from 0, then half a cosine to 0 at max_steps."""
         return step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / (max_steps - warmup))))
 
     def target_count(self, part, tensors):
-        """How many labels a batch of this part has in its loss, 0-dim: what "count" is made of where a batch is
-        spread over processes."""
+        """How many labels a batch of this part has in its loss, 0-dim: what "count" is made of where a batch is spread over processes."""
         if "labels" in tensors:
             return (tensors["labels"][:, 1:] != IGNORE).sum().float()
         labels = mask_codes(tensors["codes"], tensors["u"], tensors["r"], self.config)[1]
@@ -411,8 +386,8 @@ class ShowO(nn.Module):
         return (self.config.image_size // self.vq.stride) ** 2
 
     def preprocess(self, image, purpose):
-        """PIL image -> (3, H, W) in [-1, 1], sized as published: for "understand" and "generate" cropped to the
-        central square, for all else ("recon", "edit") squashed to a square."""
+        """PIL image -> (3, H, W) in [-1, 1], sized as published: for "understand" and "generate" cropped to the central square, for all
+        else ("recon", "edit") squashed to a square."""
         c = self.config
         if purpose == "understand" and c.w_clip_vit:
             mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
@@ -420,8 +395,8 @@ class ShowO(nn.Module):
         return magvit_pixels(image, c.image_size) if purpose in ("understand", "generate") else square_pixels(image, c.image_size)
 
     def clip_features(self, images, chat=False):
-        """images (B, 3, H, W) in [-1, 1] -> (B, A, width). For RecA resized bilinearly, pixels as they are; chat:
-        with CLIP's mean and deviation, as its own preprocessing has it."""
+        """images (B, 3, H, W) in [-1, 1] -> (B, A, width). For RecA resized bilinearly, pixels as they are; chat: with CLIP's mean and
+        deviation, as its own preprocessing has it."""
         c, size = self.config, (self.config.clip.image_size,) * 2
         if images.shape[2:] != size:
             images = F.interpolate(images, size, mode="bicubic" if chat else "bilinear", align_corners=False, antialias=chat)
@@ -431,17 +406,16 @@ class ShowO(nn.Module):
         return self.clip(images.to(self.mm_projector[0].weight.dtype))
 
     def shrunken(self, images):
-        """The degraded copy whose codes are RecA's context in the VQ variant: an information bottleneck, or the model
-        learns to copy."""
+        """The degraded copy whose codes are RecA's context in the VQ variant: an information bottleneck, or the model learns to copy."""
         c, (H, W) = self.config, images.shape[2:]
         small = F.interpolate(images, (H // c.reca_down_scale, W // c.reca_down_scale), mode="bilinear", align_corners=False)
         return F.interpolate(small, (H, W), mode="bilinear", align_corners=False) if c.reca_resize_back else small
 
     @torch.no_grad()
     def precompute(self, images, stage="base"):
-        """images (B, 3, H, W) in [-1, 1] -> all that is frozen in the stage: codes (B, N) int64, and what a picture
-        is understood from: pixels (uint8, where CLIP trains), features (and chat_features, where the two flows
-        normalise differently) (B, A, width), or small_codes (B, A)."""
+        """images (B, 3, H, W) in [-1, 1] -> all that is frozen in the stage: codes (B, N) int64, and what a picture is understood from:
+        pixels (uint8, where CLIP trains), features (and chat_features, where the two flows normalise differently) (B, A, width), or
+        small_codes (B, A)."""
         c = self.config
         with torch.autocast(images.device.type, enabled=False):  # a code is made of signs: rounding would flip some
             out = {"codes": self.vq.encode(images.float()).flatten(1)}
@@ -466,15 +440,13 @@ class ShowO(nn.Module):
         return self.tokenizer.encode_ordinary(text)
 
     def dialogue(self, question, answer=None):
-        """`USER: question ASSISTANT: answer<eos>` -> ids, labels (IGNORE up to `ASSISTANT:`). Without answer: what is
-        to be continued."""
+        """`USER: question ASSISTANT: answer<eos>` -> ids, labels (IGNORE up to `ASSISTANT:`). Without answer: what is to be continued."""
         ids = self.encode(f"{self.config.user} {question} {self.config.assistant}")
         reply = [] if answer is None else [*self.encode(" " + answer.strip()), self.config.eos]
         return ids + reply, [IGNORE] * len(ids) + reply
 
     def prompt_ids(self, part, sample, limit=None):
-        """One sample -> ids and labels of its row, or ids and None. Several turns come as sample["turns"] =
-        [(question, answer), ...]."""
+        """One sample -> ids and labels of its row, or ids and None. Several turns come as sample["turns"] = [(question, answer), ...]."""
         c = self.config
         if part == "t2i":
             return t2i_prompt(self.encode(sample["caption"]), c, limit, sample.get("drop", False)), None
@@ -491,9 +463,9 @@ class ShowO(nn.Module):
         return ids[:limit], labels[:limit]
 
     def collate(self, part, samples, pad_to=None):
-        """Samples (dicts) -> ids (B, T), right-padded to T = pad_to, or to the longest row, rounded up to
-        pad_multiple and at most the config's maximum; with labels (B, T) for i2t and text, lengths (B,) for the
-        others. Captions and dialogues that are too long are cut; a request that is too long raises ValueError."""
+        """Samples (dicts) -> ids (B, T), right-padded to T = pad_to, or to the longest row, rounded up to pad_multiple and at most the
+        config's maximum; with labels (B, T) for i2t and text, lengths (B,) for the others. Captions and dialogues that are too long are
+        cut; a request that is too long raises ValueError."""
         c, dialogue = self.config, part in ("i2t", "text")
         limit = c.max_dialogue + 3 + len(self.system_ids) if dialogue else c.max_prompt if part == "t2i" else c.max_request
         rows, labels = zip(*[self.prompt_ids(part, s, min(pad_to or limit, limit)) for s in samples])
@@ -502,8 +474,7 @@ class ShowO(nn.Module):
         return out | ({"labels": pad_rows(labels, IGNORE, width)} if dialogue else {"lengths": torch.tensor([len(row) for row in rows])})
 
     def draw(self, part, generator, rate_generator=None):
-        """Randomness of one sample, on the CPU: u () decides how many codes are masked, r (N,) which. A batch shares
-        nothing."""
+        """Randomness of one sample, on the CPU: u () decides how many codes are masked, r (N,) which. A batch shares nothing."""
         if part in ("i2t", "text"):
             return {}
         return {"u": torch.rand((), generator=generator), "r": torch.rand(self.image_tokens, generator=generator)}
@@ -517,21 +488,19 @@ class ShowO(nn.Module):
         return self.showo.model.embed_tokens(torch.cat(ids, dim=1))
 
     def with_target(self, image, context):
-        """Puts the target picture, ids (B, N), before the context (B, T, D): the slots are [eoi, N codes, soi,
-        context]."""
+        """Puts the target picture, ids (B, N), before the context (B, T, D): the slots are [eoi, N codes, soi, context]."""
         return torch.cat([self.embed(self.config.eoi, image, self.config.soi), context], dim=1)
 
     def project(self, features=None, pixels=None):
-        """CLIP features (B, A, width), or the uint8 pixels they come from -> (B, A, D); in fp32 as published,
-        whatever autocast says."""
+        """CLIP features (B, A, width), or the uint8 pixels they come from -> (B, A, D); in fp32 as published, whatever autocast says."""
         if features is None:
             features = self.clip(pixels.float() / 127.5 - 1)
         with torch.autocast(features.device.type, enabled=False):
             return self.mm_projector(features.to(self.mm_projector[0].weight.dtype))
 
     def cross_entropy(self, x, layout, read, labels, count=None):
-        """Runs the rows and scores their slots `read` against labels (B, k), over the whole vocabulary: words as well
-        as image codes. count: the denominator, if it is not the number of labels."""
+        """Runs the rows and scores their slots `read` against labels (B, k), over the whole vocabulary: words as well as image codes.
+        count: the denominator, if it is not the number of labels."""
         hidden, head = self.showo.model(x, layout, read), self.showo.lm_head
         return linear_cross_entropy(hidden.flatten(0, 1), head.weight, labels.flatten(), bias=head.bias, ignore_index=IGNORE, count=count)
 
@@ -545,19 +514,16 @@ class ShowO(nn.Module):
         return context, reca_vq_layout(lengths, T, N, small_codes.shape[1], c.max_request)
 
     def reca_loss(self, codes, ids, lengths, u, r, features=None, pixels=None, small_codes=None, prefix_grad=None, count=None, **_):
-        """Reconstruction alignment: understand a picture, then reproduce it. The picture's own understanding features
-        stand where a very dense caption would; the target is the same picture as image codes, of which a random part
-        is masked. The row, in published order:
+        """Reconstruction alignment: understand a picture, then reproduce it. The picture's own understanding features stand where a very
+        dense caption would; the target is the same picture as image codes, of which a random part is masked. The row, in published order:
             [mmu][soi] picture [eoi] bos USER: \\n describe this ASSISTANT: eos PAD.. [soi] masked codes [eoi]
-        Only masked codes are in the loss, and each predicts itself: no shift. Codes see each other and all before
-        them.
+        Only masked codes are in the loss, and each predicts itself: no shift. Codes see each other and all before them.
 
-        codes (B, N): the target. ids (B, T), lengths (B,): the request (collate "recon"). u (B,), r (B, N): how many
-        codes are masked, and which. What is understood: features (B, A, width), or the pixels that CLIP makes them
-        from, or small_codes (B, A), those of a degraded copy. prefix_grad False is the published convention of the
-        CLIP variant: the whole INPUT row (projected features and all embeddings, the mask's included) is built
-        without gradients, so this loss trains blocks, final norm and head, while projector and embeddings learn from
-        image-to-text alone. The VQ variant lets gradients through to the embeddings."""
+        codes (B, N): the target. ids (B, T), lengths (B,): the request (collate "recon"). u (B,), r (B, N): how many codes are masked,
+        and which. What is understood: features (B, A, width), or the pixels that CLIP makes them from, or small_codes (B, A), those of a
+        degraded copy. prefix_grad False is the published convention of the CLIP variant: the whole INPUT row (projected features and all
+        embeddings, the mask's included) is built without gradients, so this loss trains blocks, final norm and head, while projector and
+        embeddings learn from image-to-text alone. The VQ variant lets gradients through to the embeddings."""
         c, N = self.config, codes.shape[1]
         image, labels = mask_codes(codes, u, r, c)
         if prefix_grad is None:
@@ -568,9 +534,8 @@ class ShowO(nn.Module):
         return self.cross_entropy(x, layout, slice(1, N + 1), labels, count)
 
     def edit_loss(self, codes, ids, lengths, u, r, count=None, **source):
-        """Editing, which the published model lacks. Our layout: RecA's row with the SOURCE picture as context, the
-        instruction as request and the codes of the EDITED picture as target. The row is built with gradients, like
-        everything in base training."""
+        """Editing, which the published model lacks. Our layout: RecA's row with the SOURCE picture as context, the instruction as request
+        and the codes of the EDITED picture as target. The row is built with gradients, like everything in base training."""
         source = {k: source.get(f"source_{k}") for k in ("features", "pixels", "small_codes")}
         return self.reca_loss(codes, ids, lengths, u, r, **source, prefix_grad=True, count=count)
 
@@ -578,8 +543,8 @@ class ShowO(nn.Module):
         return self.embed(ids), t2i_layout(lengths, ids.shape[1], N, self.config.max_prompt)
 
     def t2i_loss(self, codes, ids, lengths, u, r, count=None, **_):
-        """Text-to-image: codes (B, N), captions ids (B, T) and lengths (B,), masking u (B,), r (B, N). As published,
-        soi and eoi are in the loss with their own ids: two trivial terms per row in the mean."""
+        """Text-to-image: codes (B, N), captions ids (B, T) and lengths (B,), masking u (B,), r (B, N). As published, soi and eoi are in
+        the loss with their own ids: two trivial terms per row in the mean."""
         c, N = self.config, codes.shape[1]
         image, labels = mask_codes(codes, u, r, c)
         labels = torch.cat([torch.full_like(labels[:, :1], c.eoi), labels, torch.full_like(labels[:, :1], c.soi)], dim=1)
@@ -587,8 +552,7 @@ class ShowO(nn.Module):
         return self.cross_entropy(self.with_target(image, context), layout, slice(0, N + 2), labels, count)
 
     def mmu_context(self, ids, codes=None, features=None, pixels=None):
-        """[mmu] system [soi] picture [eoi] chat -> (B, T', D), layout; ids (B, T) lack the picture: features, pixels
-        or codes (B, A)."""
+        """[mmu] system [soi] picture [eoi] chat -> (B, T', D), layout; ids (B, T) lack the picture: features, pixels or codes (B, A)."""
         c, before = self.config, 2 + len(self.system_ids)  # mmu, system, soi
         if c.w_clip_vit:
             picture = self.project(features, pixels)
@@ -597,21 +561,19 @@ class ShowO(nn.Module):
         return x, causal_layout(x.shape[1], before + codes.shape[1] + 1, ids.device)
 
     def i2t_loss(self, ids, labels, codes=None, features=None, chat_features=None, pixels=None, count=None, **_):
-        """Image-to-text: ids and labels (B, T) (collate "i2t"); each slot predicts the id behind it. What is
-        understood: chat_features where there are any, else features, pixels or codes."""
+        """Image-to-text: ids and labels (B, T) (collate "i2t"); each slot predicts the id behind it. What is understood: chat_features
+        where there are any, else features, pixels or codes."""
         x, layout = self.mmu_context(ids, codes, features if chat_features is None else chat_features, pixels)
         first = x.shape[1] - ids.shape[1]  # the slots before hold the picture and what precedes it: no labels
         return self.cross_entropy(x, layout, slice(first, x.shape[1] - 1), labels[:, 1:], count)
 
     def text_loss(self, ids, labels, count=None, **_):
-        """Text alone, ids and labels (B, T): a question and the answer that is learned, or the published lm rows
-        (labels = ids)."""
+        """Text alone, ids and labels (B, T): a question and the answer that is learned, or the published lm rows (labels = ids)."""
         T = ids.shape[1]
         return self.cross_entropy(self.embed(ids), causal_layout(T, 0, ids.device), slice(0, T - 1), labels[:, 1:], count)
 
     def align_loss(self, words, features=None, pixels=None, kind="contrast", **_):
-        """Base training only, for a CLIP that did not come pre-trained: see word_alignment. words (B, V): 1 where the
-        caption has the id."""
+        """Base training only, for a CLIP that did not come pre-trained: see word_alignment. words (B, V): 1 where the caption has the id."""
         return word_alignment(self.project(features, pixels), words, self.showo.model.embed_tokens.weight[:words.shape[1]], kind)
 
     def forward(self, batch):
@@ -637,20 +599,18 @@ class ShowO(nn.Module):
 
     @torch.no_grad()
     def sample(self, context, layout, image, guidance, steps, temperature=1.0, generator=None, exponential=None, gumbel_u=None, trace=None):
-        """Parallel decoding: MaskGIT with Show-o's details. Every step draws all unknown codes, keeps the most
-        confident ones, masks the others again.
+        """Parallel decoding: MaskGIT with Show-o's details. Every step draws all unknown codes, keeps the most confident ones, masks the
+        others again.
 
-        context (b, T, D) with the layout of its row, target included, or 2b rows, the unconditional ones second;
-        image (b, N) ids, mask_id = to be painted. Guidance g: logits = (1 + g) cond - g uncond. Noise, from the
-        generator if not given: exponential (steps, b, N, codebook), since argmax(p / e) with e ~ Exp(1) is a draw
-        from p, and gumbel_u (steps, b, N), uniform. trace: a list that gets a dict per step. Returns the codes of the
-        last step, (b, N)."""
+        context (b, T, D) with the layout of its row, target included, or 2b rows, the unconditional ones second; image (b, N) ids,
+        mask_id = to be painted. Guidance g: logits = (1 + g) cond - g uncond. Noise, from the generator if not given: exponential (steps,
+        b, N, codebook), since argmax(p / e) with e ~ Exp(1) is a draw from p, and gumbel_u (steps, b, N), uniform. trace: a list that
+        gets a dict per step. Returns the codes of the last step, (b, N)."""
         c, (b, N), rows, model = self.config, image.shape, len(context), self.showo.model
         S, codebook, source = N + 2, slice(c.image_offset, c.mask_id), image.device if generator is None else generator.device
         slots = torch.arange(S + context.shape[1], device=image.device).expand(rows, -1)
         cache = self.new_cache(rows, slots.shape[1])
-        # the context never sees the target: once is enough
-        model(context, layout.part(slice(S, None)), cache=cache, slots=slots[:, S:])
+        model(context, layout.part(slice(S, None)), cache=cache, slots=slots[:, S:])  # the context never sees the target: once is enough
         for k in range(steps):
             x = self.embed(c.eoi, image, c.soi).repeat(rows // b, 1, 1)
             hidden = model(x, layout.part(slice(S)), slice(1, N + 1), cache, slots[:, :S])
@@ -663,8 +623,7 @@ class ShowO(nn.Module):
             codes = torch.where(unknown, (p / e.to(p)).argmax(dim=-1), image - c.image_offset)
             confidence = torch.where(unknown, p.gather(2, codes[..., None]).squeeze(2), torch.finfo(p.dtype).max)
             done = (k + 1) / steps
-            # on the CPU: no sync; in float32 as published, for the same rounding
-            planned = int(N * mask_ratio(torch.tensor(done)))
+            planned = int(N * mask_ratio(torch.tensor(done)))  # on the CPU: no sync; in float32 as published, for the same rounding
             count = (unknown.sum(dim=1, keepdim=True) - 1).clamp(max=planned).clamp(min=1)  # (b, 1) codes to mask again
             temperature = temperature * (1 - done)  # a running product: falls much faster than linearly, to 0
             w = torch.rand(image.shape, device=source, generator=generator).to(p) if gumbel_u is None else gumbel_u[k]
@@ -684,9 +643,9 @@ class ShowO(nn.Module):
         return self.t2i_context(ids, torch.tensor([len(p) for p in prompts], device=self.device), N)
 
     def paint(self, context, image, cfg, steps, temperature, generator):
-        """image (b, h, w) ids -> codes (b, h, w). cfg as in the other models: 1 = none. Unconditional is the empty
-        text-to-image row, also where a picture is the condition (the published demo's row for that is only partly
-        known); that it then stands at other positions is no matter, since rotation is relative."""
+        """image (b, h, w) ids -> codes (b, h, w). cfg as in the other models: 1 = none. Unconditional is the empty text-to-image row,
+        also where a picture is the condition (the published demo's row for that is only partly known); that it then stands at other
+        positions is no matter, since rotation is relative."""
         b, h, w = image.shape
         if cfg != 1:
             context = stack_rows(context, self.text_context([""] * b, h * w))
@@ -708,8 +667,7 @@ class ShowO(nn.Module):
 
     @torch.no_grad()
     def edit(self, images, instructions, cfg=None, steps=None, temperature=None, generator=None):
-        """Pictures and what to change -> changed pictures. For models whose base training had edit pairs; the
-        published one's had none."""
+        """Pictures and what to change -> changed pictures. For models whose base training had edit pairs; the published one's had none."""
         c, images = self.config, images.to(self.device)
         request = {k: v.to(self.device) for k, v in self.collate("edit", [{"instruction": i} for i in instructions]).items()}
         seen, side = self.precompute(images, "reca"), c.image_size // self.vq.stride
@@ -724,16 +682,16 @@ class ShowO(nn.Module):
 
     @torch.no_grad()
     def inpaint(self, images, mask, prompts, **how):
-        """mask (B, 1, H, W), 1 = paint anew: resized to the grid of codes (bicubic); from 0.5 on a code is masked.
-        how: cfg, steps, temperature, generator."""
+        """mask (B, 1, H, W), 1 = paint anew: resized to the grid of codes (bicubic); from 0.5 on a code is masked. how: cfg, steps,
+        temperature, generator."""
         codes = self.vq.encode(images.to(self.device).float())  # (B, h, w)
         hole = F.interpolate(mask.to(self.device).float(), codes.shape[1:], mode="bicubic").squeeze(1) >= 0.5
         return self.decode_codes(self.paint_text(prompts, (codes + self.config.image_offset).masked_fill(hole, self.config.mask_id), **how))
 
     @torch.no_grad()
     def extrapolate(self, images, prompts, side="right", **how):
-        """Pictures -> half as large again towards `side` (left, right, up, down): the near half of the grid is given,
-        as much beyond it is painted."""
+        """Pictures -> half as large again towards `side` (left, right, up, down): the near half of the grid is given, as much beyond it
+        is painted."""
         if side not in ("left", "right", "up", "down"):
             raise ValueError(f"extrapolate: side {side!r}, expected left, right, up or down")
         dim, flip = 2 if side in ("left", "right") else 1, side in ("left", "up")
@@ -747,9 +705,9 @@ class ShowO(nn.Module):
 
     @torch.no_grad()
     def write(self, x, layout, lengths, max_new_tokens, temperature=0.0, top_k=None, generator=None, trace=None):
-        """Continues rows whose first lengths (B,) slots are no pads -> ids (B, at most max_new_tokens), eos from
-        where a row has ended. Temperature 0 is greedy. A row's new ids overwrite its pads, so that every mask stays
-        an interval. trace: a list that gets the logits of each step."""
+        """Continues rows whose first lengths (B,) slots are no pads -> ids (B, at most max_new_tokens), eos from where a row has ended.
+        Temperature 0 is greedy. A row's new ids overwrite its pads, so that every mask stays an interval. trace: a list that gets the
+        logits of each step."""
         (B, T), model = x.shape[:2], self.showo.model
         cache = self.new_cache(B, T + max_new_tokens)
         hidden = model(x, layout, cache=cache, slots=torch.arange(T, device=x.device).expand(B, -1))
@@ -796,11 +754,10 @@ class ShowO(nn.Module):
     @classmethod
     def load_published(cls, path, config="show-o-clip-512", tokenizer_path=None, vision_path=None, tokenizer=None, device="cpu",
                        dtype=None):
-        """Show-o or Show-o-RecA (file or folder: pytorch_model.bin or safetensors) with magvitv2 (tokenizer_path)
-        and, for show-o-clip-*, clip-vit-large-patch14-336 (vision_path) -> model in eval mode. config: a name in
-        CONFIGS, or a ShowOConfig. The model is built without memory and filled in `dtype` (None: float32); the image
-        tokenizer is float32 always. Raises FileNotFoundError, and ValueError with a table of the keys that do not
-        fit."""
+        """Show-o or Show-o-RecA (file or folder: pytorch_model.bin or safetensors) with magvitv2 (tokenizer_path) and, for show-o-clip-*,
+        clip-vit-large-patch14-336 (vision_path) -> model in eval mode. config: a name in CONFIGS, or a ShowOConfig. The model is built
+        without memory and filled in `dtype` (None: float32); the image tokenizer is float32 always. Raises FileNotFoundError, and
+        ValueError with a table of the keys that do not fit."""
         c = CONFIGS[config] if isinstance(config, str) else config
         for what, flag, needed, given in (("magvitv2", "--tokenizer-ckpt", True, tokenizer_path),
                                           ("clip-vit-large-patch14-336", "--vision-ckpt", c.w_clip_vit, vision_path)):

@@ -1,10 +1,10 @@
-"""BAGEL: a transformer with two complete sets of weights that reads, sees and, by rectified flow, paints; and its
-RecA post-training (arXiv 2509.07295).
+"""BAGEL: a transformer with two complete sets of weights that reads, sees and, by rectified flow, paints; and its RecA post-training
+(arXiv 2509.07295).
 
-Mixture of transformers: each layer holds an understanding expert (names as in Qwen2.5) and a generation expert
-(`_moe_gen`). There is no router, a token's TYPE decides: text, SigLIP features and all special tokens, also the two
-that frame a painted image, go to understanding, latents to generation. Both attend in one sequence: text is causal,
-the tokens of an image see each other and all before, and share one rotary position.
+Mixture of transformers: each layer holds an understanding expert (names as in Qwen2.5) and a generation expert (`_moe_gen`). There is no
+router, a token's TYPE decides: text, SigLIP features and all special tokens, also the two that frame a painted image, go to understanding,
+latents to generation. Both attend in one sequence: text is causal, the tokens of an image see each other and all before, and share one
+rotary position.
 
     image --SigLIP--> features --connector--> | understanding expert | --lm_head--> answer
     text, special tokens ----> embedding ---> |          |           |
@@ -12,16 +12,15 @@ the tokens of an image see each other and all before, and share one rotary posit
                                               |          |           |
     latents, 2x2 to a token, + time + place > |  generation expert   | --llm2vae--> velocity noise - image at x_t = (1 - t) image + t noise
 
-RecA (`Bagel.reca_loss`): the SigLIP features of an image, taken at the smallest size, are the prompt from which the
-SAME image is painted. Only the generation expert learns; the understanding stream is detached, so that its half of
-the model has neither gradients nor optimizer state. Editing is the same loss with the source picture, as clean
-latents and as features, and an instruction in the context.
+RecA (`Bagel.reca_loss`): the SigLIP features of an image, taken at the smallest size, are the prompt from which the SAME image is painted.
+Only the generation expert learns; the understanding stream is detached, so that its half of the model has neither gradients nor optimizer
+state. Editing is the same loss with the source picture, as clean latents and as features, and an instruction in the context.
 
-Conventions. B rows, U understanding and G generation tokens per row, two tensors through all layers: each expert
-works on one slice and no layer scatters. Only keys and values are joined, and those that a query sees are an
-interval, because `layout` puts them in memory in the right order, padding first. W width of the model, P numbers per
-latent token. Images are (B, 3, H, W) in [-1, 1]. Everything random is an argument: `noise` (B, G, P), and `u` (B,
-images), normal, which gives each image its flow time; -inf (t = 0) where it is clean context. """
+Conventions. B rows, U understanding and G generation tokens per row, two tensors through all layers: each expert works on one slice and no
+layer scatters. Only keys and values are joined, and those that a query sees are an interval, because `layout` puts them in memory in the
+right order, padding first. W width of the model, P numbers per latent token. Images are (B, 3, H, W) in [-1, 1]. Everything random is an
+argument: `noise` (B, G, P), and `u` (B, images), normal, which gives each image its flow time; -inf (t = 0) where it is clean context.
+"""
 import math
 import os
 from dataclasses import dataclass, field, replace
@@ -56,19 +55,16 @@ class BagelConfig:
     num_kv_heads: int = 4
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
-    # <|im_start|> <|im_end|> <|vision_start|> <|vision_end|>; a text tokenizer's own win
-    special: tuple = (151644, 151645, 151652, 151653)
+    special: tuple = (151644, 151645, 151652, 151653)  # <|im_start|> <|im_end|> <|vision_start|> <|vision_end|>; a text tokenizer's own win
     # images
     vit: SigLIPConfig = field(default_factory=lambda: VISION_ENCODERS["siglip-so400m-14-980"])
     vae: AutoencoderConfig = field(default_factory=lambda: TOKENIZERS["flux"])
     latent_patch_size: int = 2
     max_latent_size: int = 64  # rows and columns of the table of latent places
     image_size: int = 1024  # pixels, training and default of the sampler
-    # largest long and smallest short side of a picture that is edited or reconstructed,
-    vae_resize: tuple = (1024, 512)
+    vae_resize: tuple = (1024, 512)  # largest long and smallest short side of a picture that is edited or reconstructed,
     vit_resize: tuple = (980, 224)  # ... of what SigLIP sees of it to answer or to edit,
-    # ... and as RecA's prompt: the smallest size it knows, so that there are no pixels to copy
-    reca_resize: tuple = (224, 224)
+    reca_resize: tuple = (224, 224)  # ... and as RecA's prompt: the smallest size it knows, so that there are no pixels to copy
     # training
     timestep_shift: float = 1.0
     max_prompt: int = 128  # text tokens, markers included, of a caption,
@@ -110,8 +106,7 @@ def rotate(x, cos, sin):
 
 
 def pick(x, index):
-    """x (B, N, c), index (B, K) -> the rows x[b, index[b]], (B, K, c). As an embedding, whose backward is quicker
-    than that of gather."""
+    """x (B, N, c), index (B, K) -> the rows x[b, index[b]], (B, K, c). As an embedding, whose backward is quicker than that of gather."""
     first = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
     return F.embedding(index + first, x.flatten(0, 1))
 
@@ -145,8 +140,7 @@ class View:
     """What all layers share; the lists have one entry per stream, understanding first."""
     rope: list  # (cos, sin)
     masks: list  # AttentionPlan, or a dense bool mask (B, T, keys)
-    # (B*(U+G),) place in [understanding | generation] of each key in memory; None where they are the same
-    order: torch.Tensor = None
+    order: torch.Tensor = None  # (B*(U+G),) place in [understanding | generation] of each key in memory; None where they are the same
     inverse: torch.Tensor = None
     detach: bool = False
 
@@ -171,10 +165,9 @@ class MoTLayer(nn.Module):
             self.add_module("post_attention_layernorm" + e, RMSNorm(W, c.rms_norm_eps))
 
     def forward(self, streams, view, past=None, wanted=EXPERTS):
-        """streams: understanding (B, U, W) and, unless there is none, generation (B, G, W). past: keys and values of
-        earlier tokens, each (B, kv_heads, n, dim). -> the streams (None for one that is not `wanted`), and keys and
-        values of past and present in memory order. With view.detach the understanding stream is computed without a
-        graph: nothing is learned by it or through it."""
+        """streams: understanding (B, U, W) and, unless there is none, generation (B, G, W). past: keys and values of earlier tokens, each
+        (B, kv_heads, n, dim). -> the streams (None for one that is not `wanted`), and keys and values of past and present in memory order.
+        With view.detach the understanding stream is computed without a graph: nothing is learned by it or through it."""
         attn, q, k, v = self.self_attn, [], [], []
         for e, x, rope in zip(EXPERTS, streams, view.rope):
             with view.grad(e):
@@ -214,11 +207,9 @@ class MoT(nn.Module):
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)  # not tied
 
     def forward(self, streams, view, past=None, wanted=EXPERTS, keep=False):
-        """-> the wanted streams after the final norm, None for the other; with keep, also keys and values of all so
-        far per layer."""
+        """-> the wanted streams after the final norm, None for the other; with keep, also keys and values of all so far per layer."""
         layers, cache = self.model["layers"], []
-        # nobody attends to the last layer's output, so there only what is wanted is computed
-        for i, layer in enumerate(layers):
+        for i, layer in enumerate(layers):  # nobody attends to the last layer's output, so there only what is wanted is computed
             streams, kv = layer(streams, view, None if past is None else past[i], wanted if i == len(layers) - 1 else EXPERTS)
             if keep:
                 cache.append(kv)
@@ -249,9 +240,8 @@ class TimeEmbedder(nn.Module):
 
 
 class PositionTable(nn.Module):
-    """Fixed sine-cosine table (side*side, width) of a grid, row by row; the first half of the channels encodes the
-    column, the second the row. The published files hold it rounded to bfloat16: it is computed in float64 and kept in
-    float32 instead."""
+    """Fixed sine-cosine table (side*side, width) of a grid, row by row; the first half of the channels encodes the column, the second the
+    row. The published files hold it rounded to bfloat16: it is computed in float64 and kept in float32 instead."""
 
     def __init__(self, side, width):
         super().__init__()
@@ -298,27 +288,24 @@ def _tokens(n, *columns):
 
 
 def layout(c, samples, packed=False, pad_to=0):
-    """Where the tokens of samples lie, and what they see. A sample is a list of segments, in the order of the rotary
-    positions:
+    """Where the tokens of samples lie, and what they see. A sample is a list of segments, in the order of the rotary positions:
         ("text", ids) or ("answer", ids): <|im_start|> ids <|im_end|>, causal; of an answer, ids and <|im_end|> are to be predicted;
         ("vit", (h, w)): h*w SigLIP tokens;  ("clean", (h, w)): a picture's h*w latents, as context;  ("noise", (h, w)): latents to be
         painted; each between two special tokens, bidirectional. Nothing outside sees a noisy image, and it takes up no rotary position.
-    An image with a third entry False is left out (conditioning dropout): its rotary position, and its place among the
-    features or latents that are given, stay. One row per sample, padded on the left to `pad_to` understanding tokens
-    (0: the longest), or, packed, all samples side by side in one row.
+    An image with a third entry False is left out (conditioning dropout): its rotary position, and its place among the features or latents
+    that are given, stay. One row per sample, padded on the left to `pad_to` understanding tokens (0: the longest), or, packed, all samples
+    side by side in one row.
 
-    -> int64 tensors: ids (B, U), where vocab_size + j is the row's j-th SigLIP token;  labels (B, U), IGNORE where
-    nothing is predicted; und_pos, und_lo, und_hi (B, U), gen_pos, gen_lo, gen_hi (B, G): rotary position and interval
-    of the keys seen, empty for padding; gen_grid, gen_image, gen_noisy (B, G): place in the table of latents, number
-    of the image in the row, 1 if to be painted;  vit_grid (B, V);  start, rope (B,): first key that is no padding,
-    next rotary position. Only where needed: order, inverse (B, U+G) between [understanding | generation] and memory;
-    und_mask, gen_mask (B, U or G, U+G) bool, where something follows a noisy image (multi-turn editing), which makes
-    what it sees no interval. Raises ValueError for a row longer than pad_to or a grid larger than its table."""
+    -> int64 tensors: ids (B, U), where vocab_size + j is the row's j-th SigLIP token;  labels (B, U), IGNORE where nothing is predicted;
+    und_pos, und_lo, und_hi (B, U), gen_pos, gen_lo, gen_hi (B, G): rotary position and interval of the keys seen, empty for padding;
+    gen_grid, gen_image, gen_noisy (B, G): place in the table of latents, number of the image in the row, 1 if to be painted;  vit_grid
+    (B, V);  start, rope (B,): first key that is no padding, next rotary position. Only where needed: order, inverse (B, U+G) between
+    [understanding | generation] and memory; und_mask, gen_mask (B, U or G, U+G) bool, where something follows a noisy image (multi-turn
+    editing), which makes what it sees no interval. Raises ValueError for a row longer than pad_to or a grid larger than its table."""
     bos, eos, *markers = c.special
     rows, labelled, multi_turn = [], False, False
     for row in [samples] if packed else [[s] for s in samples]:
-        # parts: stream, slot, value, position, lo, hi, label or noisy, image
-        parts, vit_grid, painted = [], [np.zeros(0, np.int64)], []
+        parts, vit_grid, painted = [], [np.zeros(0, np.int64)], []  # parts: stream, slot, value, position, lo, hi, label or noisy, image
         at = images = features = 0  # `at`: the next free slot
         for sample in row:
             start, rope = at, 0
@@ -350,12 +337,10 @@ def layout(c, samples, packed=False, pad_to=0):
     streams = [[r[0][r[0][:, 0] == s, 1:] for r in rows] for s in (0, 1)]
     U, G = (max(map(len, stream)) for stream in streams)
     if pad_to and U > pad_to:
-        raise ValueError(f"a row of {U} text and SigLIP tokens does not fit pad_to = {pad_to}: shorten its text or "
-                         "raise pad_to")
+        raise ValueError(f"a row of {U} text and SigLIP tokens does not fit pad_to = {pad_to}: shorten its text or raise pad_to")
     U = max(U, pad_to)
     B, T, V = len(rows), U + G, max(len(r[1]) for r in rows)
-    # slot, value, position, lo, hi, label or noisy, image
-    tokens, place = np.zeros((B, T, 7), np.int64), np.full((B, T), -1)
+    tokens, place = np.zeros((B, T, 7), np.int64), np.full((B, T), -1)  # slot, value, position, lo, hi, label or noisy, image
     tokens[:, :U, 5] = IGNORE
     for b, (und, gen) in enumerate(zip(*streams)):
         pads = T - rows[b][3]
@@ -422,10 +407,9 @@ class Bagel(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """From scratch: N(0, 0.02) in the transformer, whose generation expert starts as a copy of the other;
-        PyTorch's own, larger, for what is added to the position tables (amplitude 1) at its entrance, with biases
-        that take away what the tables have in common at all places of a picture: it would drown what was seen, and
-        where; velocity 0."""
+        """From scratch: N(0, 0.02) in the transformer, whose generation expert starts as a copy of the other; PyTorch's own, larger, for
+        what is added to the position tables (amplitude 1) at its entrance, with biases that take away what the tables have in common at all
+        places of a picture: it would drown what was seen, and where; velocity 0."""
         for module in self.language_model.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -442,9 +426,8 @@ class Bagel(nn.Module):
             bias.sub_(table(grid_ids(n, n, table.side)).mean(0))
 
     def trainable_parameters(self, stage):
-        """stage base | sft | reca -> [(name, parameter)] to train, and sets requires_grad. base: all but the
-        autoencoder. sft and reca: the generation expert, latent projections and time embedder, with the understanding
-        stream detached: the rest needs no gradient."""
+        """stage base | sft | reca -> [(name, parameter)] to train, and sets requires_grad. base: all but the autoencoder. sft and reca: the
+        generation expert, latent projections and time embedder, with the understanding stream detached: the rest needs no gradient."""
         if stage not in ("base", "sft", "reca"):
             raise ValueError(f"stage {stage!r}: expected base, sft or reca")
         self.detach = stage != "base"
@@ -472,9 +455,8 @@ class Bagel(nn.Module):
     # ---- data side
 
     def preprocess(self, image, purpose):
-        """PIL image -> (3, H, W) in [-1, 1]. "understand": SigLIP's size; "edit", "reconstruct": the autoencoder's,
-        proportions kept; for all else, training batches, the shorter side becomes image_size and the centre is
-        cropped, so that pictures can be stacked."""
+        """PIL image -> (3, H, W) in [-1, 1]. "understand": SigLIP's size; "edit", "reconstruct": the autoencoder's, proportions kept; for
+        all else, training batches, the shorter side becomes image_size and the centre is cropped, so that pictures can be stacked."""
         c = self.config
         if purpose == "understand":
             return to_pixels(bagel_resize(image, *c.vit_resize, c.vit.patch))
@@ -483,8 +465,7 @@ class Bagel(nn.Module):
         return magvit_pixels(image, c.image_size)
 
     def resized(self, images, limits, stride):
-        """images (B, 3, H, W) in the size that bagel_size gives them (bicubic; PIL would round to whole grey
-        levels)."""
+        """images (B, 3, H, W) in the size that bagel_size gives them (bicubic; PIL would round to whole grey levels)."""
         w, h = bagel_size(images.shape[3], images.shape[2], *limits, stride)
         if (h, w) == tuple(images.shape[2:]):
             return images
@@ -501,8 +482,7 @@ class Bagel(nn.Module):
         return self.vit_model(patches.to(self.connector.fc1.weight.dtype), grid_ids(*grid, self.config.vit.positions, patches.device))
 
     def latent_tokens(self, latents):
-        """(B, C, H, W) -> (B, h*w, P), squares of latents row by row, channel fastest; an odd row or column is cut
-        off."""
+        """(B, C, H, W) -> (B, h*w, P), squares of latents row by row, channel fastest; an odd row or column is cut off."""
         p = self.config.latent_patch_size
         return patchify(latents[..., :latents.shape[-2] // p * p, :latents.shape[-1] // p * p], p)
 
@@ -520,14 +500,13 @@ class Bagel(nn.Module):
     def decode_latents(self, tokens, grid):
         """tokens (B, h*w, P) of a grid (h, w) -> images (B, 3, H, W), not clamped."""
         p = self.config.latent_patch_size
-        # (B, C, h*p, w*p)
-        x = tokens.unflatten(1, grid).unflatten(-1, (p, p, -1)).permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+        x = tokens.unflatten(1, grid).unflatten(-1, (p, p, -1)).permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # (B, C, h*p, w*p)
         return self.vae.decode(x.to(self.vae.decoder.conv_in.weight.dtype)).float()
 
     @torch.no_grad()
     def precompute(self, images, stage="base"):
-        """images (N, 3, H, W) in [-1, 1] -> moments (N, G, 2*P), and what SigLIP sees: in base, where it trains,
-        patches (uint8); later, at reca_resize, features."""
+        """images (N, 3, H, W) in [-1, 1] -> moments (N, G, 2*P), and what SigLIP sees: in base, where it trains, patches (uint8); later, at
+        reca_resize, features."""
         patches, grid = self.patches(images, self.config.vit_resize if stage == "base" else self.config.reca_resize)
         if stage == "base":
             return {"moments": self.moments(images), "patches": ((patches + 1) * 127.5).round().clamp(0, 255).byte()}
@@ -538,9 +517,9 @@ class Bagel(nn.Module):
         return self.tokenizer.encode_ordinary(text)[:None if limit is None else max(0, limit - 2)]
 
     def collate(self, part, samples, pad_to=None):
-        """Samples (dicts) -> tensors of `layout`, a row for each. Texts get room for `pad_to` tokens (None: the
-        config's maximum, 0: that of the longest), what is longer is cut. "drop": True leaves out the text,
-        "drop_image" the source of an edit. labels (B, A) are of the last A tokens."""
+        """Samples (dicts) -> tensors of `layout`, a row for each. Texts get room for `pad_to` tokens (None: the config's maximum, 0: that
+        of the longest), what is longer is cut. "drop": True leaves out the text, "drop_image" the source of an edit. labels (B, A) are of
+        the last A tokens."""
         c = self.config
         limit = {"t2i": c.max_prompt, "recon": c.max_request, "edit": c.max_request}.get(part, c.max_dialogue)
         limit = min(pad_to or limit, limit)
@@ -566,14 +545,13 @@ class Bagel(nn.Module):
         fixed = (vit[1][0] * vit[1][1] + 2) * (part in ("recon", "edit", "i2t")) + {"t2i": 2, "recon": 2, "edit": 4}.get(part, 0)
         out = layout(c, rows, pad_to=0 if pad_to == 0 else fixed + limit)
         if "labels" in out:
-            # from the first answer on
-            tail = max(sum(len(text) + 2 for _, text in r[1 + (part == "i2t"):]) for r in rows)
+            tail = max(sum(len(text) + 2 for _, text in r[1 + (part == "i2t"):]) for r in rows)  # from the first answer on
             out["labels"] = out["labels"][:, -(-(-tail // 8) * 8):]  # few different shapes
         return {k: v for k, v in out.items() if k not in ("start", "rope")}
 
     def draw(self, part, generator, rate_generator=None):
-        """Randomness of one sample, on the CPU: u () for the time, noise (G, P), posterior (G, P) for sample_latents,
-        source_posterior for the picture to be edited. Nothing has to be equal within a batch."""
+        """Randomness of one sample, on the CPU: u () for the time, noise (G, P), posterior (G, P) for sample_latents, source_posterior for
+        the picture to be edited. Nothing has to be equal within a batch."""
         if part in ("i2t", "text"):
             return {}
         shape = (self.config.image_size // self.stride) ** 2, self.llm2vae.out_features
@@ -618,8 +596,7 @@ class Bagel(nn.Module):
         return self.config.timestep_shift * s / (1 + (self.config.timestep_shift - 1) * s)
 
     def flow_loss(self, und, view, latents, noise, u, count, row):
-        """Rectified flow: mean of (velocity - (noise - latents))^2 over the tokens to be painted; count: so many are
-        divided by."""
+        """Rectified flow: mean of (velocity - (noise - latents))^2 over the tokens to be painted; count: so many are divided by."""
         t = self.flow_time(u)  # (B, images)
         at = t.gather(1, row["gen_image"])[..., None]  # (B, G, 1)
         v = self.velocity(und, (1 - at) * latents + at * noise, t, row, view)
@@ -627,37 +604,31 @@ class Bagel(nn.Module):
         return rows.sum() / (row["gen_noisy"].sum() if count is None else count)
 
     def t2i_loss(self, latents, noise, u, features=None, detach=None, count=None, **row):
-        """Flow matching in whatever context `row` describes: text-to-image; with features, and clean latents before
-        the others, editing."""
+        """Flow matching in whatever context `row` describes: text-to-image; with features, and clean latents before the others, editing."""
         view = self.view(row, detach=self.detach if detach is None else detach)
         with view.grad(UND):
             und = self.embed(row["ids"], features, row.get("vit_grid"))
         return self.flow_loss(und, view, latents, noise, u, count, row)
 
     def reca_loss(self, features, latents, noise, u, detach=None, count=None, **row):
-        """Reconstruction alignment: what SigLIP saw of an image at its smallest size is the prompt for painting that
-        image.
+        """Reconstruction alignment: what SigLIP saw of an image at its smallest size is the prompt for painting that image.
 
-        features (B, V, width): SigLIP's of the image at reca_resize, never dropped. latents (B, G, P): the same image
-        at full size. noise (B, G, P), u (B, 1): see the top of the file. row: `layout` of [("vit", ..), ("text",
-        request), ("noise", ..)], the request left out of a tenth of the samples. Sequence: <|vision_start|> V
-        features <|vision_end|> <|im_start|> request <|im_end|> <|vision_start|> G noisy latents <|vision_end|>. The
-        flow's loss is all: no captions, no image-to-text data, as understanding has weights of its own.
+        features (B, V, width): SigLIP's of the image at reca_resize, never dropped. latents (B, G, P): the same image at full size. noise
+        (B, G, P), u (B, 1): see the top of the file. row: `layout` of [("vit", ..), ("text", request), ("noise", ..)], the request left out
+        of a tenth of the samples. Sequence: <|vision_start|> V features <|vision_end|> <|im_start|> request <|im_end|> <|vision_start|> G
+        noisy latents <|vision_end|>. The flow's loss is all: no captions, no image-to-text data, as understanding has weights of its own.
 
-        detach (None: self.detach, which trainable_parameters sets): the understanding stream is computed without a
-        graph from end to end: features, embeddings, in each layer its q, k, v, attention and MLP. It costs no memory
-        for the backward pass, and no gradient passes THROUGH it, not even through the two markers of the painted
-        image, which do attend to the latents. Merely freezing its weights (detach=False) leaves that path open and
-        gives the generation expert slightly different gradients."""
+        detach (None: self.detach, which trainable_parameters sets): the understanding stream is computed without a graph from end to end:
+        features, embeddings, in each layer its q, k, v, attention and MLP. It costs no memory for the backward pass, and no gradient passes
+        THROUGH it, not even through the two markers of the painted image, which do attend to the latents. Merely freezing its weights
+        (detach=False) leaves that path open and gives the generation expert slightly different gradients."""
         view = self.view(row, detach=self.detach if detach is None else detach)
         with view.grad(UND):
-            # (B, U, W): the image as seen, the request, two markers
-            context = self.embed(row["ids"], features, row["vit_grid"])
+            context = self.embed(row["ids"], features, row["vit_grid"])  # (B, U, W): the image as seen, the request, two markers
         return self.flow_loss(context, view, latents, noise, u, count, row)
 
     def i2t_loss(self, ids, labels, features=None, vit_grid=None, count=None, **row):
-        """Next-token cross entropy on the answers (labels (B, A): of the last A tokens), with the picture in the
-        context or text only."""
+        """Next-token cross entropy on the answers (labels (B, A): of the last A tokens), with the picture in the context or text only."""
         view = self.view(row, detach=self.detach)
         with view.grad(UND):
             hidden = self.language_model([self.embed(ids, features, vit_grid)], view)[0][0][:, -labels.shape[1]:]
@@ -665,8 +636,7 @@ class Bagel(nn.Module):
             return linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), ignore_index=IGNORE, count=count)
 
     def align_loss(self, words, patches, kind="contrast"):
-        """Base training only, for a SigLIP that did not come pre-trained: see word_alignment. words (B, V): 1 where
-        the caption has the id."""
+        """Base training only, for a SigLIP that did not come pre-trained: see word_alignment. words (B, V): 1 where the caption has the id."""
         side = self.config.vit_resize[0] // self.config.vit.patch
         seen = self.connector(self.features(patches / 127.5 - 1, (side, side)))
         places = self.vit_pos_embed(grid_ids(side, side, self.vit_pos_embed.side, patches.device))
@@ -702,8 +672,7 @@ class Bagel(nn.Module):
 
     @torch.no_grad()
     def context(self, samples, features=None, latents=None):
-        """Reads samples (see `layout`) that are to be continued -> Cache. features (B, V, width), latents (B, G, P):
-        of their images."""
+        """Reads samples (see `layout`) that are to be continued -> Cache. features (B, V, width), latents (B, G, P): of their images."""
         row = {k: v.to(self.device) for k, v in layout(self.config, samples).items()}
         streams = [self.embed(row["ids"], features, row.get("vit_grid"))]
         if "gen_pos" in row:
@@ -716,10 +685,9 @@ class Bagel(nn.Module):
                trace=None):
         """Integrates the flow from noise (B, h*w, P) to latents of a grid (h, w).
 
-        cache: contexts of B rows; then, for guidance, of B rows without the last text; then, if images guide too, of
-        B rows without images. steps: points in time, one more than evaluations; shift > 1 spends more of them near
-        noise; interval (low, high]: times that are guided; renorm: see `guide`. trace: a list that collects (x,
-        velocity) of every step. All branches of a step are one forward."""
+        cache: contexts of B rows; then, for guidance, of B rows without the last text; then, if images guide too, of B rows without images.
+        steps: points in time, one more than evaluations; shift > 1 spends more of them near noise; interval (low, high]: times that are
+        guided; renorm: see `guide`. trace: a list that collects (x, velocity) of every step. All branches of a step are one forward."""
         c, (B, n, _), R = self.config, noise.shape, len(cache.rope)
         steps, shift, (low, high) = steps or c.steps, shift or c.shift, interval or c.interval
         past = cache.kv[0][0].shape[2]
@@ -751,8 +719,7 @@ class Bagel(nn.Module):
 
     @torch.no_grad()
     def paint(self, contexts, size, cfg, cfg_image=1.0, temperature=1.0, generator=None, features=None, latents=None, **how):
-        """contexts: B samples in full, without the last text, without images; the last two only if cfg > 1 and
-        cfg_image > 1 want them."""
+        """contexts: B samples in full, without the last text, without images; the last two only if cfg > 1 and cfg_image > 1 want them."""
         if any(side % self.stride for side in size):
             raise ValueError(f"size {tuple(size)}: both sides must be multiples of {self.stride} pixels")
         contexts = contexts[:1 if cfg <= 1 else 2 if cfg_image <= 1 else 3]
@@ -767,10 +734,9 @@ class Bagel(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, cfg=None, steps=None, temperature=1.0, generator=None, size=None, think=False, **how):
-        """Captions -> images (B, 3, H, W) in [-1, 1]. size: pixels, one number or (H, W); cfg, steps, size: the
-        config's where None; temperature: factor on the noise at the start; think: first writes a plan and reads it
-        too; how: shift, interval, renorm, renorm_min of `sample`. Guidance leads away from an empty context, not from
-        an empty text."""
+        """Captions -> images (B, 3, H, W) in [-1, 1]. size: pixels, one number or (H, W); cfg, steps, size: the config's where None;
+        temperature: factor on the noise at the start; think: first writes a plan and reads it too; how: shift, interval, renorm, renorm_min
+        of `sample`. Guidance leads away from an empty context, not from an empty text."""
         size, before = size or self.config.image_size, [("text", self.encode(THINK_PAINT))] * think
         full = [[*before, ("text", self.encode(p))] for p in prompts]
         without_text = [before] * len(full)
@@ -780,8 +746,7 @@ class Bagel(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images, prompt="Describe the image in detail.", cfg=None, steps=None, temperature=1.0, generator=None, **how):
-        """images (B, 3, H, W) in [-1, 1] -> what the model paints when SigLIP shows it them at reca_resize, with a
-        request."""
+        """images (B, 3, H, W) in [-1, 1] -> what the model paints when SigLIP shows it them at reca_resize, with a request."""
         patches, grid = self.patches(images, self.config.reca_resize)
         prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
         full = [[("vit", grid), ("text", self.encode(p))] for p in prompts]
@@ -791,9 +756,8 @@ class Bagel(nn.Module):
 
     @torch.no_grad()
     def edit(self, images, instructions, cfg=None, steps=None, temperature=1.0, generator=None, cfg_image=None, think=False, **how):
-        """images (B, 3, H, W) in [-1, 1] and one instruction for each -> edited images in the size of vae_resize.
-        Context: the picture as clean latents, then as SigLIP sees it, then the text; guidance leads away from
-        pictures (cfg) and from text (cfg_image) alone."""
+        """images (B, 3, H, W) in [-1, 1] and one instruction for each -> edited images in the size of vae_resize. Context: the picture as
+        clean latents, then as SigLIP sees it, then the text; guidance leads away from pictures (cfg) and from text (cfg_image) alone."""
         c = self.config
         images = self.resized(images, c.vae_resize, self.stride)
         patches, vit = self.patches(images, c.vit_resize)
@@ -810,9 +774,8 @@ class Bagel(nn.Module):
 
     @torch.no_grad()
     def generate_tokens(self, cache, max_new_tokens, temperature=0.0, generator=None, trace=None):
-        """Continues contexts with an answer, greedily at temperature 0 -> ids (B, at most max_new_tokens); rows that
-        have had <|im_end|> run on until all have. trace: a list that collects the logits (B, vocabulary) of every
-        step."""
+        """Continues contexts with an answer, greedily at temperature 0 -> ids (B, at most max_new_tokens); rows that have had <|im_end|>
+        run on until all have. trace: a list that collects the logits (B, vocabulary) of every step."""
         kv, (bos, eos, *_), written = cache.kv, self.config.special, []
         token = torch.full_like(cache.rope, bos)[:, None]  # (B, 1)
         done = torch.zeros_like(token, dtype=torch.bool)
@@ -845,8 +808,7 @@ class Bagel(nn.Module):
 
     @torch.no_grad()
     def answer(self, images, questions, max_new_tokens=32, temperature=0.0, generator=None, think=False):
-        """images (B, 3, H, W) in [-1, 1], or None, and a question for each row -> list of answers; think: with the
-        reasoning in front."""
+        """images (B, 3, H, W) in [-1, 1], or None, and a question for each row -> list of answers; think: with the reasoning in front."""
         patches, grid = (None, None) if images is None else self.patches(images, self.config.vit_resize)
         before = [("text", self.encode(THINK_ANSWER))] * think + ([] if images is None else [("vit", grid)])
         samples = [[*before, ("text", self.encode(q))] for q in questions]
@@ -857,15 +819,13 @@ class Bagel(nn.Module):
 
     @classmethod
     def load_published(cls, path, config="bagel-7b-mot", tokenizer_path=None, tokenizer=None, device="cpu", dtype=None):
-        """path: ema.safetensors (BAGEL-7B-MoT), model_bf16.safetensors (BAGEL-RecA) or the folder of one of them;
-        tokenizer_path: ae.safetensors (None: the one beside it). Strict. The model is built without memory, then each
-        tensor goes from the file straight to `device` and `dtype` (None: float32). The autoencoder is float32 always.
-        Raises FileNotFoundError, and ValueError with a table of the keys that do not fit."""
+        """path: ema.safetensors (BAGEL-7B-MoT), model_bf16.safetensors (BAGEL-RecA) or the folder of one of them; tokenizer_path:
+        ae.safetensors (None: the one beside it). Strict. The model is built without memory, then each tensor goes from the file straight to
+        `device` and `dtype` (None: float32). The autoencoder is float32 always. Raises FileNotFoundError, and ValueError with a table of the keys that do not fit."""
         if os.path.isdir(path):
             found = [n for n in ("ema.safetensors", "model_bf16.safetensors") if os.path.exists(os.path.join(path, n))]
             if len(found) != 1:
-                raise FileNotFoundError(f"{path}: holds {len(found)} of ema.safetensors, model_bf16.safetensors: "
-                                        "name the file to read")
+                raise FileNotFoundError(f"{path}: holds {len(found)} of ema.safetensors, model_bf16.safetensors: name the file to read")
             path = os.path.join(path, found[0])
         tokenizer_path = tokenizer_path or os.path.join(os.path.dirname(path), "ae.safetensors")
         with torch.device("meta"):
@@ -879,8 +839,7 @@ class Bagel(nn.Module):
         return model.eval()
 
     def flops_per_sample(self, part):
-        """Estimate for MFU with the longest text: 2 operations per weight and token forward, 4 more backward where
-        there is a graph."""
+        """Estimate for MFU with the longest text: 2 operations per weight and token forward, 4 more backward where there is a graph."""
         c, dim = self.config, self.config.hidden_size // self.config.num_heads
         vit = (min((c.reca_resize if self.detach else c.vit_resize)[0], c.image_size) // c.vit.patch) ** 2 + 2
         text = {"t2i": c.max_prompt, "recon": c.max_request, "edit": c.max_request}.get(part, c.max_dialogue)
@@ -894,10 +853,9 @@ class Bagel(nn.Module):
 def guide(v, v_text, v_image=None, cfg=1.0, cfg_image=1.0, renorm="global", renorm_min=0.0):
     """Classifier-free guidance of velocities (B, n, P): with the full context, without the last text, without images.
 
-    g = v_text + cfg (v - v_text), then g = v_image + cfg_image (g - v_image). Guidance makes velocities longer, so
-    they are shrunk by |v| / |g|, between renorm_min and 1: of each picture ("global"; the published sampler takes the
-    norm over a batch, which is the same for one picture), of each token ("channel"), or of each token before images
-    guide ("text_channel")."""
+    g = v_text + cfg (v - v_text), then g = v_image + cfg_image (g - v_image). Guidance makes velocities longer, so they are shrunk by
+    |v| / |g|, between renorm_min and 1: of each picture ("global"; the published sampler takes the norm over a batch, which is the same for
+    one picture), of each token ("channel"), or of each token before images guide ("text_channel")."""
     def shrink(g, dims):
         norm = lambda x: torch.linalg.vector_norm(x, dim=dims, keepdim=True)
         return g * (norm(v) / (norm(g) + 1e-8)).clamp(renorm_min, 1.0)

@@ -1,25 +1,23 @@
 """Harmon: a unified multimodal model on masked autoregression (MAR), and its RecA post-training (arXiv 2509.07295).
 
-One MAR encoder (a ViT over continuous VAE latents and a few "buffer" tokens) is both the understanding encoder, on
-all latents of a clean image, and the generation encoder, on the latents that are known so far. A causal Qwen2.5
-decoder reads text and those features; a MAR decoder fills the grid; a small MLP per token (DiffLoss) turns the
-decoder's output into a latent by diffusion.
+One MAR encoder (a ViT over continuous VAE latents and a few "buffer" tokens) is both the understanding encoder, on all latents of a clean
+image, and the generation encoder, on the latents that are known so far. A causal Qwen2.5 decoder reads text and those features; a MAR
+decoder fills the grid; a small MLP per token (DiffLoss) turns the decoder's output into a latent by diffusion.
 
     clean latents ----> MAR encoder --proj_in--> |
     text ----> embedding ----------------------> | causal LLM --lm_head--> answer
     visible latents --> MAR encoder --proj_in--> |            --proj_out--> + encoder output --> MAR decoder --> DiffLoss per masked token
 
-RecA (`Harmon.reca_loss`): the clean features of an image stand in the context as a very dense prompt, and the model
-learns to fill the masked latents of the SAME image. No captions. Editing is the same loss with the clean features of
-the SOURCE image and the latents of the target.
+RecA (`Harmon.reca_loss`): the clean features of an image stand in the context as a very dense prompt, and the model learns to fill the
+masked latents of the SAME image. No captions. Editing is the same loss with the clean features of the SOURCE image and the latents of the
+target.
 
-Conventions. B rows, (m, n) latent grid, L = m*n tokens, S buffers, V visible and k masked tokens (V + k = L, equal in
-a batch), D / E widths of encoder / decoder, h of the LLM, C numbers per latent token. Images are (B, 3, H, W) in [-1,
-1]. Text rows are left-padded: `pads` (B,) counts the slots before the first token, so query i of row b sees the keys
-[pads[b], i], and its rotary position is i - pads[b]. Everything random is an argument: `masked` (B, k) and `visible`
-(B, V) are positions in the grid, t (B, M, k) and noise (B, M, k, C) belong to M diffusion draws of each masked token,
-in the order of `masked`. (Two tensors, not one cut at k: a length like L - k, a difference of two that vary, is what
-torch.compile's dynamic shapes stumble over.)
+Conventions. B rows, (m, n) latent grid, L = m*n tokens, S buffers, V visible and k masked tokens (V + k = L, equal in a batch), D / E
+widths of encoder / decoder, h of the LLM, C numbers per latent token. Images are (B, 3, H, W) in [-1, 1]. Text rows are left-padded:
+`pads` (B,) counts the slots before the first token, so query i of row b sees the keys [pads[b], i], and its rotary position is i -
+pads[b]. Everything random is an argument: `masked` (B, k) and `visible` (B, V) are positions in the grid, t (B, M, k) and noise (B, M, k, C)
+belong to M diffusion draws of each masked token, in the order of `masked`. (Two tensors, not one cut at k: a length like L - k, a difference of
+two that vary, is what torch.compile's dynamic shapes stumble over.)
 """
 import math
 from dataclasses import dataclass, field
@@ -81,10 +79,8 @@ class HarmonConfig:
     vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     # training
     mask_ratio_min: float = 0.7
-    # the number of masked tokens is rounded to multiples of this, so that shapes take few values (1 = exact)
-    mask_bucket: int = 32
-    # on the clean features' gradient in RecA: damps proj_in and the encoder there, not the masked branch
-    grad_scale: float = 0.1
+    mask_bucket: int = 32  # the number of masked tokens is rounded to multiples of this, so that shapes take few values (1 = exact)
+    grad_scale: float = 0.1  # on the clean features' gradient in RecA: damps proj_in and the encoder there, not the masked branch
     max_prompt: int = 128  # text tokens of a generation row
     max_dialogue: int = 1472  # text tokens of an understanding row
     pad_multiple: int = 64  # rows are padded to a multiple of this, so that shapes take few values
@@ -144,14 +140,12 @@ class DecoderLayer(nn.Module):
                                   "down_proj": nn.Linear(inner, h, bias=False)})
 
     def forward(self, x, cos, sin, plan, past=None, keep=None):
-        """x (B, T, h) -> (x, (k, v)). keep: the queries, and so the rows that come out, are the last `keep` ones
-        only."""
+        """x (B, T, h) -> (x, (k, v)). keep: the queries, and so the rows that come out, are the last `keep` ones only."""
         a, mlp = self.self_attn, self.mlp
         # one product for q, k and v: joining the weights is cheap next to three passes over x
         weight = torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight])
         bias = torch.cat([a.q_proj.bias, a.k_proj.bias, a.v_proj.bias])
-        # (B, Hq + 2 Hkv, T, dim)
-        qkv = F.linear(self.input_layernorm(x), weight, bias).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        qkv = F.linear(self.input_layernorm(x), weight, bias).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, Hq + 2 Hkv, T, dim)
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
         q, k = rotate(qk, cos, sin).split([self.heads, self.kv_heads], 1)
         if past is not None:
@@ -174,9 +168,9 @@ class Qwen2(nn.Module):
         self.lm_head.weight = self.model.embed_tokens.weight  # tied; both names are in the published files
 
     def forward(self, x, pads, past=None, keep=None):
-        """x (B, T, h), pads (B,) -> hidden states after the final norm, of the last `keep` positions (None: all), and
-        per layer the keys and values of everything so far. past: that list from an earlier call; x continues it.
-        Causal; rotary positions do not count the pads."""
+        """x (B, T, h), pads (B,) -> hidden states after the final norm, of the last `keep` positions (None: all), and per layer the keys
+        and values of everything so far. past: that list from an earlier call; x continues it. Causal; rotary positions do not count the
+        pads."""
         c = self.config
         start = past[0][0].shape[2] if past is not None else 0
         total = start + x.shape[1]
@@ -188,8 +182,7 @@ class Qwen2(nn.Module):
         cache = []
         for i, layer in enumerate(self.model.layers):
             last = {}
-            # nobody attends to the last layer's output: compute what is asked for
-            if keep is not None and i == c.num_layers - 1:
+            if keep is not None and i == c.num_layers - 1:  # nobody attends to the last layer's output: compute what is asked for
                 last, plan = {"keep": keep}, attention_plan(lo[:, -keep:], hi[:, -keep:], total)
             x, kv = layer(x, cos, sin, plan, past[i] if past is not None else None, **last)
             cache.append(kv)
@@ -213,8 +206,7 @@ class Block(nn.Module):
 
     def forward(self, x):  # (B, N, dim)
         p = self.dropout if self.training else 0.0
-        # each (B, heads, N, dim/heads)
-        q, k, v = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, dim/heads)
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2).flatten(2)
         x = x + F.dropout(self.attn.proj(y), p)
         y = F.dropout(F.gelu(self.mlp.fc1(self.norm2(x))), p)
@@ -246,8 +238,7 @@ class MAR(nn.Module):
         self.diffloss = DiffLoss(c)
 
     def positions(self, table, grid):
-        """Learned table (1, [S +] native*native, dim) -> buffer rows (S, dim) and image rows (m*n, dim), resized to
-        the grid."""
+        """Learned table (1, [S +] native*native, dim) -> buffer rows (S, dim) and image rows (m*n, dim), resized to the grid."""
         side = self.config.native_grid
         buffers, image = table[0].split([table.shape[1] - side * side, side * side])
         if tuple(grid) != (side, side):
@@ -256,8 +247,8 @@ class MAR(nn.Module):
         return buffers, image
 
     def encode(self, latents, visible=None):
-        """latents (B, m, n, C); visible (B, V) positions in raster order, None for all -> (B, S + V, D). The clean
-        branch and the masked one."""
+        """latents (B, m, n, C); visible (B, V) positions in raster order, None for all -> (B, S + V, D). The clean branch and the masked
+        one."""
         buffer_pos, image_pos = self.positions(self.encoder_pos_embed_learned, latents.shape[1:3])
         tokens = latents.flatten(1, 2).to(self.z_proj.weight.dtype)
         if visible is None:
@@ -271,9 +262,8 @@ class MAR(nn.Module):
         return self.encoder_norm(x)
 
     def decode(self, x, visible, masked, grid):
-        """x (B, S + V, D), positions visible (B, V) and masked (B, k) -> conditions of DiffLoss (B, V + k, E), in the
-        order [visible, masked]. Attention is blind to order, so the mask tokens simply follow the visible ones and
-        everybody brings its own position."""
+        """x (B, S + V, D), positions visible (B, V) and masked (B, k) -> conditions of DiffLoss (B, V + k, E), in the order [visible,
+        masked]. Attention is blind to order, so the mask tokens simply follow the visible ones and everybody brings its own position."""
         order = torch.cat([visible, masked], 1)
         buffer_pos, image_pos = self.positions(self.decoder_pos_embed_learned, grid)
         pos = torch.cat([buffer_pos.expand(len(x), -1, -1), F.embedding(order, image_pos)], 1)
@@ -293,16 +283,15 @@ def latent_channels(c):
 
 
 def kept_steps(spacing):
-    """Which of the 1000 steps a sampler keeps: "" all; "100" that many, evenly from 0 to 999; "a,b,c" that many in
-    each of equal sections. """
+    """Which of the 1000 steps a sampler keeps: "" all; "100" that many, evenly from 0 to 999; "a,b,c" that many in each of equal sections.
+    """
     if not spacing:
         return list(range(T))
     counts, steps, start = [int(n) for n in str(spacing).split(",")], [], 0
     for i, count in enumerate(counts):
         size = T // len(counts) + (i < T % len(counts))  # the first sections take the remainder
         if count > size:
-            raise ValueError(f"num_sampling_steps {spacing!r}: {count} steps asked of a section of {size} of the {T} "
-                             "trained ones")
+            raise ValueError(f"num_sampling_steps {spacing!r}: {count} steps asked of a section of {size} of the {T} trained ones")
         stride, at = (size - 1) / (count - 1) if count > 1 else 1, 0.0
         for _ in range(count):
             steps.append(start + round(at))
@@ -312,8 +301,7 @@ def kept_steps(spacing):
 
 
 def noise_process(spacing):
-    """The cosine schedule (Nichol & Dhariwal), respaced to kept_steps(spacing): dict of float64 tables, one entry per
-    kept step."""
+    """The cosine schedule (Nichol & Dhariwal), respaced to kept_steps(spacing): dict of float64 tables, one entry per kept step."""
     level = lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     betas = torch.tensor([min(1 - level((i + 1) / T) / level(i / T), 0.999) for i in range(T)], dtype=torch.float64)
     kept = torch.tensor(kept_steps(spacing))
@@ -337,12 +325,10 @@ def _tables_on(spacing, device):
         return diffusion_tables(p["betas"]).to(device), sampling.float().to(device), p["timestep_map"].tolist()
 
 
-# constants to a compiled model, which would otherwise trace through the cache and break its graph
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # constants to a compiled model, which would otherwise trace through the cache and break its graph
 def tables_on(spacing, device):
-    """-> float32 tables on the device: for the loss (steps, 5), for sampling (steps, 6), and the original index of
-    each step as a list. Not buffers of a module: no checkpoint holds them, and a model from the meta device would
-    lose them."""
+    """-> float32 tables on the device: for the loss (steps, 5), for sampling (steps, 6), and the original index of each step as a list.
+    Not buffers of a module: no checkpoint holds them, and a model from the meta device would lose them."""
     return _tables_on(spacing, device)
 
 
@@ -378,8 +364,7 @@ class Denoiser(nn.Module):
         return self.time_embed.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(self.input_proj.weight.dtype))
 
     def forward(self, x, t, z):
-        """x (..., C), t and z (..., E) broadcast over the leading axes of x -> (..., 2C): epsilon, then the variance
-        value."""
+        """x (..., C), t and z (..., E) broadcast over the leading axes of x -> (..., 2C): epsilon, then the variance value."""
         h = self.input_proj(x.to(self.input_proj.weight.dtype))
         y = F.silu(self.time(t) + self.cond_embed(z)).expand_as(h).flatten(0, -2)
         shape, h = h.shape, h.flatten(0, -2)  # (N, width)
@@ -395,19 +380,17 @@ class DiffLoss(nn.Module):
         self.net, self.spacing = Denoiser(c), c.num_sampling_steps
 
     def loss_rows(self, z, x0, t, noise):
-        """Conditions z (B, k, E), latents x0 (B, k, C), t (B, M, k), noise (B, M, k, C) -> mse, vb, each (B*M*k,)
-        float32: epsilon prediction, and the variational bound in bits, from which only the variance learns."""
+        """Conditions z (B, k, E), latents x0 (B, k, C), t (B, M, k), noise (B, M, k, C) -> mse, vb, each (B*M*k,) float32: epsilon
+        prediction, and the variational bound in bits, from which only the variance learns."""
         tables = tables_on("", str(z.device))[0]
         x0, noise, t_rows = x0[:, None].expand_as(noise).flatten(0, 2).float(), noise.flatten(0, 2), t.flatten()
         x_t = add_noise(x0, noise, t_rows, tables).view(*t.shape, -1)
         return diffusion_loss_rows(self.net(x_t, t, z[:, None]).flatten(0, 2), x0, noise, t_rows, tables)
 
     def step(self, out, x, i, noise, temperature, spacing):
-        """One ancestral step x_i -> x_{i-1} of the respaced process: net output (N, 2C), x (N, C), i an index or (N,)
-        indices into the kept steps -> sample, mean, log variance, estimate of x0, each (N, C). The last step (i = 0)
-        adds no noise; x0 is not clipped."""
-        # each (1,) or (N, 1)
-        upper, lower, a, b, c1, c2 = tables_on(spacing, str(x.device))[1][i][..., None, :].unbind(-1)
+        """One ancestral step x_i -> x_{i-1} of the respaced process: net output (N, 2C), x (N, C), i an index or (N,) indices into the
+        kept steps -> sample, mean, log variance, estimate of x0, each (N, C). The last step (i = 0) adds no noise; x0 is not clipped."""
+        upper, lower, a, b, c1, c2 = tables_on(spacing, str(x.device))[1][i][..., None, :].unbind(-1)  # each (1,) or (N, 1)
         noisy = (i > 0)[:, None] if torch.is_tensor(i) else i > 0
         epsilon, v = out.float().chunk(2, -1)
         log_variance = lower + 0.5 * (v + 1) * (upper - lower)
@@ -417,9 +400,9 @@ class DiffLoss(nn.Module):
 
     @torch.no_grad()
     def sample(self, z, temperature=1.0, cfg=1.0, noise=None, generator=None, spacing=None):
-        """Conditions z (N, E) -> tokens (N, C). With cfg != 1 z is [conditional rows, as many unconditional rows]:
-        epsilon is guided, the variance is not, and the first half is the result. noise: (initial (N or N/2, C), per
-        step (steps, N, C), first executed first), or from the generator."""
+        """Conditions z (N, E) -> tokens (N, C). With cfg != 1 z is [conditional rows, as many unconditional rows]: epsilon is guided, the
+        variance is not, and the first half is the result. noise: (initial (N or N/2, C), per step (steps, N, C), first executed first), or
+        from the generator."""
         spacing = self.spacing if spacing is None else spacing
         timesteps = tables_on(spacing, str(z.device))[2]
         n = len(z) // 2 if cfg != 1 else len(z)
@@ -447,8 +430,8 @@ UNCONDITIONAL = "Generate an image."
 
 
 def insert_image(tokenizer, ids):
-    """Puts the image slot behind the first token that ends a line: after "<|im_start|>user\\n", or after the "\\n\\n"
-    that is one token for Qwen."""
+    """Puts the image slot behind the first token that ends a line: after "<|im_start|>user\\n", or after the "\\n\\n" that is one token
+    for Qwen."""
     at = 1 + next(i for i, token in enumerate(ids) if "\n" in tokenizer.decode([token]))
     return ids[:at] + [IMAGE] + ids[at:]
 
@@ -488,8 +471,8 @@ class Harmon(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """From scratch: N(0, 0.02) in the LLM and the learned tables, Xavier in MAR and the projections; DiffLoss
-        starts as the identity. """
+        """From scratch: N(0, 0.02) in the LLM and the learned tables, Xavier in MAR and the projections; DiffLoss starts as the identity.
+        """
         for name, module in self.named_modules():
             if name.startswith("vae"):
                 continue
@@ -505,14 +488,13 @@ class Harmon(nn.Module):
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
         for name, p in self.mar.named_parameters():
-            # 0.5: beside latents of deviation 1, 0.02 would not be seen
-            if name.endswith("_learned") or name in ("fake_latent", "mask_token"):
+            if name.endswith("_learned") or name in ("fake_latent", "mask_token"):  # 0.5: beside latents of deviation 1, 0.02 would not be seen
                 nn.init.normal_(p, std=0.5 if name == "encoder_pos_embed_learned" else 0.02)
 
     def trainable_parameters(self, stage):
-        """stage base | sft | reca -> [(name, parameter)] to train, and sets requires_grad: everything but the VAE and
-        class_emb, which nothing reads. Base training from scratch keeps the full gradient of the clean features;
-        post-training damps it to config.grad_scale."""
+        """stage base | sft | reca -> [(name, parameter)] to train, and sets requires_grad: everything but the VAE and class_emb, which
+        nothing reads. Base training from scratch keeps the full gradient of the clean features; post-training damps it to
+        config.grad_scale."""
         if stage not in ("base", "sft", "reca"):
             raise ValueError(f"stage {stage!r}: expected base, sft or reca")
         self.grad_scale = 1.0 if stage == "base" else self.config.grad_scale
@@ -521,8 +503,7 @@ class Harmon(nn.Module):
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
     def no_decay(self, name, p):
-        """The published recipe's exemptions from weight decay. Embeddings, positional tables and mask tokens do
-        decay."""
+        """The published recipe's exemptions from weight decay. Embeddings, positional tables and mask tokens do decay."""
         return p.ndim == 1 or name.endswith(".bias") or "diffloss" in name
 
     def target_count(self, part, tensors):
@@ -536,8 +517,8 @@ class Harmon(nn.Module):
         return self.vae.stride * self.config.patch_size
 
     def preprocess(self, image, purpose):
-        """PIL image -> (3, S, S) in [-1, 1]. "understand": padded to a square; "recon": stretched to a square of the
-        longer side, then resized, as in the published training; anything else: resized at once, as in its sampler."""
+        """PIL image -> (3, S, S) in [-1, 1]. "understand": padded to a square; "recon": stretched to a square of the longer side, then
+        resized, as in the published training; anything else: resized at once, as in its sampler."""
         size = self.config.image_size
         if purpose in ("understand", "recon"):
             return (preprocess_pad if purpose == "understand" else preprocess_stretch)(image, size)
@@ -545,8 +526,8 @@ class Harmon(nn.Module):
 
     @torch.no_grad()
     def precompute(self, images, stage="base"):
-        """images (N, 3, H, W) in [-1, 1] -> {"latents": (N, m, n, C)}: the posterior's mean, never a sample. The VAE
-        is frozen in every stage."""
+        """images (N, 3, H, W) in [-1, 1] -> {"latents": (N, m, n, C)}: the posterior's mean, never a sample. The VAE is frozen in every
+        stage."""
         images = images.to(self.vae.encoder.conv_in.weight.dtype)
         return {"latents": F.pixel_unshuffle(self.vae.encode(images), self.config.patch_size).permute(0, 2, 3, 1)}
 
@@ -557,9 +538,8 @@ class Harmon(nn.Module):
         return self.vae.decode(F.pixel_shuffle(latents, self.config.patch_size)).float()
 
     def prompt_ids(self, part, sample):
-        """One sample -> ids and labels of its row (IGNORE but for answers with their <|im_end|>; the newline after
-        them is not in the loss), or ids and None. Several turns come as sample["turns"] = [(question, answer),
-        ...]."""
+        """One sample -> ids and labels of its row (IGNORE but for answers with their <|im_end|>; the newline after them is not in the loss), or ids
+        and None. Several turns come as sample["turns"] = [(question, answer), ...]."""
         encode = self.tokenizer.encode
         if part in ("recon", "edit"):  # the image stays when the request is dropped
             text = UNCONDITIONAL if sample.get("drop") else "\n" + sample["prompt" if part == "recon" else "instruction"]
@@ -579,9 +559,9 @@ class Harmon(nn.Module):
         return ids, labels
 
     def collate(self, part, samples, pad_to=None):
-        """Samples (dicts) -> ids (B, W) and pads (B,), left-padded to W = pad_to, or to the longest row, rounded up
-        to pad_multiple and at most the config's maximum; what is longer is cut at its end. i2t and text also get
-        labels (B, A): the next token for each of the last A positions, IGNORE where none is trained."""
+        """Samples (dicts) -> ids (B, W) and pads (B,), left-padded to W = pad_to, or to the longest row, rounded up to pad_multiple and at
+        most the config's maximum; what is longer is cut at its end. i2t and text also get labels (B, A): the next token for each of the
+        last A positions, IGNORE where none is trained."""
         c, dialogue = self.config, part in ("i2t", "text")
         rows, labels = zip(*[self.prompt_ids(part, s) for s in samples])
         longest, up = max(map(len, rows)), lambda n: -(-n // c.pad_multiple) * c.pad_multiple
@@ -595,9 +575,8 @@ class Harmon(nn.Module):
         return {"ids": ids, "pads": pads, "labels": labels[:, -min(width, up(tail + 1)):] if longest <= width else labels}
 
     def draw(self, part, generator, rate_generator):
-        """Randomness of one sample, on the CPU: masked (k,), visible (V,), t (M, k), noise (M, k, C). The mask rate,
-        from `rate_generator`, is a truncated normal on [mask_ratio_min, 1] with mode 1 and scale 0.25; all samples of
-        a batch must share it."""
+        """Randomness of one sample, on the CPU: masked (k,), visible (V,), t (M, k), noise (M, k, C). The mask rate, from `rate_generator`, is a
+        truncated normal on [mask_ratio_min, 1] with mode 1 and scale 0.25; all samples of a batch must share it."""
         if part in ("i2t", "text"):
             return {}
         c = self.config
@@ -613,8 +592,8 @@ class Harmon(nn.Module):
     # ---- losses
 
     def embed(self, ids, images=None):
-        """ids (B, W) with one IMAGE slot per row, images (B, N, h) -> embeddings (B, W - 1 + N, h), the images in the
-        place of the slots. """
+        """ids (B, W) with one IMAGE slot per row, images (B, N, h) -> embeddings (B, W - 1 + N, h), the images in the place of the slots.
+        """
         text = self.llm.model.embed_tokens(ids.clamp(min=0))
         if images is None:
             return text
@@ -625,15 +604,14 @@ class Harmon(nn.Module):
         return pick(torch.cat([text, images.to(text.dtype)], 1), source)
 
     def visual_features(self, latents, visible=None):
-        """latents (B, m, n, C) -> encoder output (B, S + V, D), buffers first, and the LLM's input (B, V + S, h),
-        buffers last."""
+        """latents (B, m, n, C) -> encoder output (B, S + V, D), buffers first, and the LLM's input (B, V + S, h), buffers last."""
         x, S = self.mar.encode(latents, visible), self.config.buffer_size
         z = self.proj_in(x)
         return x, torch.cat([z[:, S:], z[:, :S]], 1)
 
     def fuse(self, latents, visible, pads, context=None, past=None):
-        """Visible latents, read by the LLM after the context (B, W, h) or after its cached keys and values -> (B, S +
-        V, D), buffers first."""
+        """Visible latents, read by the LLM after the context (B, W, h) or after its cached keys and values -> (B, S + V, D), buffers
+        first."""
         x, z = self.visual_features(latents, visible)
         embeds = z if context is None else torch.cat([context, z], 1)
         hidden, S = self.llm(embeds, pads, past, keep=z.shape[1])[0], self.config.buffer_size
@@ -641,8 +619,8 @@ class Harmon(nn.Module):
         return x + self.proj_out(hidden)
 
     def generation_loss(self, context, pads, latents, masked, visible, t, noise, count=None):
-        """Masked autoregression: DiffLoss of the k masked tokens, given the context and the visible tokens. count:
-        masked tokens to divide by."""
+        """Masked autoregression: DiffLoss of the k masked tokens, given the context and the visible tokens. count: masked tokens to divide
+        by."""
         x = self.fuse(latents, visible, pads, context)
         z = self.mar.decode(x, visible, masked, latents.shape[1:3])[:, -masked.shape[1]:]  # (B, k, E)
         mse, vb = self.mar.diffloss.loss_rows(z, pick(latents.flatten(1, 2), masked), t, noise)
@@ -654,22 +632,20 @@ class Harmon(nn.Module):
         return self.generation_loss(self.embed(ids), pads, latents, masked, visible, t, noise, count)
 
     def reca_loss(self, latents, ids, pads, masked, visible, t, noise, source_latents=None, grad_scale=None, count=None):
-        """Reconstruction alignment: the image's own clean features, seen by the understanding branch, are the prompt
-        for its generation.
+        """Reconstruction alignment: the image's own clean features, seen by the understanding branch, are the prompt for its generation.
 
-        latents (B, m, n, C): what is generated. ids (B, W), pads (B,): the request with an image slot.
-        source_latents: what is understood, the same image where absent (RecA), another one for editing. masked,
-        visible, t, noise: see the top of the file. grad_scale: factor on the gradient that reaches the clean branch
-        (None: self.grad_scale). LLM sequence: [pads | prefix | L + S clean | request | V visible + S]."""
+        latents (B, m, n, C): what is generated. ids (B, W), pads (B,): the request with an image slot. source_latents: what is understood,
+        the same image where absent (RecA), another one for editing. masked, visible, t, noise: see the top of the file. grad_scale: factor
+        on the gradient that reaches the clean branch (None: self.grad_scale). LLM sequence: [pads | prefix | L + S clean | request | V visible +
+        S]."""
         scale = self.grad_scale if grad_scale is None else grad_scale
-        # (B, L + S, h): all tokens, buffers last
-        clean = self.visual_features(latents if source_latents is None else source_latents)[1]
+        clean = self.visual_features(latents if source_latents is None else source_latents)[1]  # (B, L + S, h): all tokens, buffers last
         context = self.embed(ids, scale_gradient(clean, scale))
         return self.generation_loss(context, pads, latents, masked, visible, t, noise, count)
 
     def i2t_loss(self, ids, pads, labels, latents=None, grad_scale=None, count=None):
-        """Next-token cross entropy on the answers (labels (B, A): of the last A positions), with the image in the
-        context; without it text only."""
+        """Next-token cross entropy on the answers (labels (B, A): of the last A positions), with the image in the context; without it text
+        only."""
         scale = self.grad_scale if grad_scale is None else grad_scale
         images = None if latents is None else scale_gradient(self.visual_features(latents)[1], scale)
         hidden = self.llm(self.embed(ids, images), pads, keep=labels.shape[1])[0]
@@ -677,8 +653,7 @@ class Harmon(nn.Module):
 
     def align_loss(self, words, latents, kind="contrast"):
         """Base training from scratch only, see word_alignment. words (B, V): 1 where the caption has the id."""
-        # without buffers: they are no places
-        seen = self.visual_features(latents)[1][:, :latents.shape[1] * latents.shape[2]]
+        seen = self.visual_features(latents)[1][:, :latents.shape[1] * latents.shape[2]]  # without buffers: they are no places
         return word_alignment(seen, words, self.llm.model.embed_tokens.weight[:words.shape[1]], kind)
 
     def forward(self, batch):
@@ -692,11 +667,11 @@ class Harmon(nn.Module):
     @torch.no_grad()
     def sample(self, context, pads, grid, cfg=None, steps=None, temperature=1.0, schedule="constant", orders=None, noise=None,
                generator=None):
-        """Masked autoregression -> latents (R, m, n, C), or (R/2, m, n, C) where cfg != 1: then the first half of the
-        rows is conditional, the second half their unconditional partners. context (R, W, h), pads (R,): embeddings of
-        the rows' contexts; grid (m, n); steps: passes over the grid; schedule: guidance "constant", or "linear",
-        which grows from 1 to cfg with the number of tokens made. Randomness, drawn from `generator` where absent:
-        orders (R, L), equal for partners, and noise, per step what DiffLoss.sample takes. """
+        """Masked autoregression -> latents (R, m, n, C), or (R/2, m, n, C) where cfg != 1: then the first half of the rows is conditional,
+        the second half their unconditional partners. context (R, W, h), pads (R,): embeddings of the rows' contexts; grid (m, n); steps:
+        passes over the grid; schedule: guidance "constant", or "linear", which grows from 1 to cfg with the number of tokens made.
+        Randomness, drawn from `generator` where absent: orders (R, L), equal for partners, and noise, per step what DiffLoss.sample takes.
+        """
         if schedule not in ("constant", "linear"):
             raise ValueError(f"schedule {schedule!r}: expected constant or linear")
         cfg, steps = self.config.cfg if cfg is None else cfg, steps or self.config.mask_steps
@@ -706,8 +681,7 @@ class Harmon(nn.Module):
             where = generator.device if generator is not None else "cpu"
             orders = torch.stack([torch.randperm(L, generator=generator, device=where) for _ in range(n)]).repeat(R // n, 1)
         orders = orders.to(device)
-        # the context is read once; the image part is computed anew in every step
-        past = self.llm(context, pads, keep=1)[1]
+        past = self.llm(context, pads, keep=1)[1]  # the context is read once; the image part is computed anew in every step
         tokens, masked_now = torch.zeros(R, L, latent_channels(self.config), device=device), L
         for s in range(steps):
             masked_next = max(1, min(masked_now - 1, math.floor(L * math.cos(math.pi / 2 * (s + 1) / steps))))
@@ -736,8 +710,7 @@ class Harmon(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, cfg=None, steps=None, temperature=1.0, generator=None, size=None, schedule="constant"):
-        """Captions -> images (B, 3, H, W) in [-1, 1]. size: pixels, one number or (H, W); cfg, steps, size: the
-        config's where None."""
+        """Captions -> images (B, 3, H, W) in [-1, 1]. size: pixels, one number or (H, W); cfg, steps, size: the config's where None."""
         size = size or self.config.image_size
         size = (size, size) if isinstance(size, int) else tuple(size)
         if any(side % self.stride for side in size):
@@ -751,8 +724,8 @@ class Harmon(nn.Module):
 
     @torch.no_grad()
     def sample_with_image(self, images, rows, unconditional, cfg=None, **options):
-        """images (B, 3, H, W), rows of ids with an image slot, ids of the unconditional row (text only), options of
-        `sample` -> images, not clamped."""
+        """images (B, 3, H, W), rows of ids with an image slot, ids of the unconditional row (text only), options of `sample` -> images, not
+        clamped."""
         latents = self.precompute(images.to(self.device))["latents"]
         context, pads = self.context(rows, latents)
         if cfg != 1:
@@ -762,9 +735,8 @@ class Harmon(nn.Module):
 
     def reconstruct(self, images, prompt="Describe the image in detail.", cfg=None, steps=None, temperature=1.0, generator=None,
                     schedule="constant"):
-        """images (B, 3, H, W) in [-1, 1] -> what the model draws when it is shown them; prompt: one, or one per
-        image. As in the published sampler the image follows "user\\n" at once, without the blank line of RecA's
-        training rows."""
+        """images (B, 3, H, W) in [-1, 1] -> what the model draws when it is shown them; prompt: one, or one per image. As in the published
+        sampler the image follows "user\\n" at once, without the blank line of RecA's training rows."""
         prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
         rows = [insert_image(self.tokenizer, self.tokenizer.encode(TEMPLATE.format(p))) for p in prompts]
         unconditional = self.prompt_ids("t2i", {"drop": True})[0]
@@ -772,8 +744,7 @@ class Harmon(nn.Module):
                                       generator=generator).clamp(-1, 1)
 
     def edit(self, images, instructions, cfg=None, steps=None, temperature=1.0, generator=None, schedule="constant"):
-        """images (B, 3, H, W) in [-1, 1] and one instruction for each -> edited images. The rows are those of the
-        `edit` loss."""
+        """images (B, 3, H, W) in [-1, 1] and one instruction for each -> edited images. The rows are those of the `edit` loss."""
         rows = [self.prompt_ids("edit", {"instruction": text})[0] for text in instructions]
         unconditional = self.prompt_ids("t2i", {"drop": True})[0]
         return self.sample_with_image(images, rows, unconditional, cfg, steps=steps, temperature=temperature, schedule=schedule,
@@ -781,8 +752,8 @@ class Harmon(nn.Module):
 
     @torch.no_grad()
     def generate_tokens(self, context, pads, max_new_tokens, temperature=0.0, generator=None, stop=None):
-        """Continues the rows (B, W, h), greedily at temperature 0 -> ids (B, at most max_new_tokens). Ends once every
-        row has had the id `stop`."""
+        """Continues the rows (B, W, h), greedily at temperature 0 -> ids (B, at most max_new_tokens). Ends once every row has had the id
+        `stop`."""
         x, past, out, done = context, None, [], torch.zeros(len(context), dtype=torch.bool, device=context.device)
         while len(out) < max_new_tokens and not bool(done.all()):
             hidden, past = self.llm(x, pads, past, keep=1)
@@ -811,31 +782,26 @@ class Harmon(nn.Module):
 
     @classmethod
     def load_published(cls, path, config=None, tokenizer_path=None, tokenizer=None, device="cpu", dtype=None):
-        """path: harmon_*.pth together with tokenizer_path = kl16.ckpt, or a checkpoint (file or folder, sharded or
-        not) that holds the VAE under `vae.` -> model in eval mode. Strict, but one of the two names of the tied
-        embedding may be absent. config: a name, a HarmonConfig, or None for the published one that fits. The model is
-        built without memory and filled in `dtype` (None: float32) on `device`; the VAE is float32 always. Raises
-        FileNotFoundError, and ValueError with a table of the keys that do not fit."""
+        """path: harmon_*.pth together with tokenizer_path = kl16.ckpt, or a checkpoint (file or folder, sharded or not) that holds the VAE
+        under `vae.` -> model in eval mode. Strict, but one of the two names of the tied embedding may be absent. config: a name, a
+        HarmonConfig, or None for the published one that fits. The model is built without memory and filled in `dtype` (None: float32) on
+        `device`; the VAE is float32 always. Raises FileNotFoundError, and ValueError with a table of the keys that do not fit."""
         state = read_weights(path, device)
         embed, head = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
         if embed not in state and head not in state:
-            raise ValueError(f"{path}: no {embed} among its {len(state)} keys ({', '.join(list(state)[:3])}, ...): "
-                             "not a Harmon checkpoint")
+            raise ValueError(f"{path}: no {embed} among its {len(state)} keys ({', '.join(list(state)[:3])}, ...): not a Harmon checkpoint")
         state[embed] = state.get(embed, state.get(head))
         state[head] = state[embed]
         if config is None:
             sizes = {c.hidden_size: name for name, c in CONFIGS.items() if name != "tiny"}
             if state[embed].shape[1] not in sizes:
-                raise ValueError(f"{path}: hidden size {state[embed].shape[1]}, published: {sizes}: pass "
-                                 "config=HarmonConfig(...)")
+                raise ValueError(f"{path}: hidden size {state[embed].shape[1]}, published: {sizes}: pass config=HarmonConfig(...)")
             config = sizes[state[embed].shape[1]]
         if tokenizer_path is not None:
-            # the file may hold its training loss as well
-            parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+            parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the file may hold its training loss as well
             state |= {f"vae.{k}": v for k, v in read_weights(tokenizer_path, device).items() if k.startswith(parts)}
         elif not any(k.startswith("vae.") for k in state):
-            raise ValueError(f"{path}: {len(state)} keys and no vae.*: the VAE is a file of its own, give kl16.ckpt "
-                             "with --tokenizer-ckpt")
+            raise ValueError(f"{path}: {len(state)} keys and no vae.*: the VAE is a file of its own, give kl16.ckpt with --tokenizer-ckpt")
         with torch.device("meta"):
             model = cls(CONFIGS[config] if isinstance(config, str) else config, tokenizer).to(dtype or torch.float32)
         model.vae.float()
@@ -844,14 +810,12 @@ class Harmon(nn.Module):
         return model.eval()
 
     def flops_per_sample(self, part, text_tokens=32):
-        """Estimate for MFU: 6 operations per weight and token plus attention, forward and backward, one sample at the
-        mean mask rate."""
+        """Estimate for MFU: 6 operations per weight and token plus attention, forward and backward, one sample at the mean mask rate."""
         c, weights = self.config, lambda module: sum(p.numel() for p in module.parameters())
         generates, L, S = part in ("recon", "edit", "t2i"), (c.image_size // self.stride) ** 2, c.buffer_size
         clean = 0 if part in ("t2i", "text") else L + S
         unit, edge = NormalDist(), (1 - c.mask_ratio_min) / 0.25
-        # share of visible tokens under the truncated normal
-        mean = 0.25 * (unit.pdf(0) - unit.pdf(edge)) / (unit.cdf(edge) - 0.5)
+        mean = 0.25 * (unit.pdf(0) - unit.pdf(edge)) / (unit.cdf(edge) - 0.5)  # share of visible tokens under the truncated normal
         shown = mean * L + S if generates else 0
         encoder, decoder, sequence = weights(self.mar.encoder_blocks), weights(self.mar.decoder_blocks), text_tokens + clean + shown
         total = sequence * weights(self.llm.model.layers) + (clean + 2 * shown) * weights(self.proj_in) + (clean + shown) * encoder
