@@ -363,6 +363,7 @@ class Log:
         self.file = self.extra = None
         if not first:
             return
+        os.makedirs(args.out, exist_ok=True)
         self.file = open(os.path.join(args.out, "log.jsonl"), "a" if args.resume else "w")
         if args.log == "wandb":
             import wandb
