@@ -1,25 +1,24 @@
 """Show-o: one transformer that writes text from left to right and paints pictures by filling in masked image codes.
 
-A phi-1.5 decoder reads text ids and the integer codes of an image tokenizer (MAGVIT-v2) from ONE vocabulary. Text is
-learned by next-token prediction, pictures by mask prediction as in MaskGIT: some codes are replaced by a mask id, and the
-place of a mask predicts its own code. How it differs from a textbook decoder: attention and MLP stand side by side behind
-one LayerNorm; queries and keys get a LayerNorm per head before the rotation; only the first half of each head is rotated;
-there are biases everywhere, and an untied head. Pictures are understood through CLIP features and a two-layer MLP
-(`show-o-clip-*`, `tiny`), or through their own codes (`show-o-*`).
+A phi-1.5 decoder reads text ids and the codes of an image tokenizer (MAGVIT-v2) from ONE vocabulary. Text is learned by
+next-token prediction, pictures by mask prediction as in MaskGIT: the place of a mask predicts its own code.
+It differs from a textbook decoder: attention and MLP stand side by side behind one LayerNorm; queries and keys get a LayerNorm per
+head before the rotation; only half of each head is rotated; biases everywhere; an untied head. Pictures are understood
+through CLIP features and a two-layer MLP (`show-o-clip-*`, `tiny`), or through their own codes (`show-o-*`).
 
-RecA (arXiv 2509.07295; `ShowO.reca_loss`) is cross entropy on the masked codes of this row. It needs no captions.
+RecA (arXiv 2509.07295; `ShowO.reca_loss`) is cross entropy on the masked codes of this row, without a caption:
     [mmu][soi] CLIP features [eoi] "describe this image" [soi] masked codes of the SAME picture [eoi]
 
-Memory order. Positions are given explicitly, so the order in which a row is stored is free, and this one
+Positions are given explicitly, so the order in which a row is stored in memory is free, and this one
     [ target picture: eoi, codes, soi | CLIP features | text, right-padded ]
-makes every mask of the model an interval of keys [lo, hi) per query (`custom_kernels.attention`) and puts what a loss reads
-into fixed slots. The published rows pad the text on the left or in the middle; here those pads are dropped, but positions
-still count them.
+makes every mask an interval of keys [lo, hi) per query and puts what a loss reads into fixed slots. The published rows
+pad the text on the left or in the middle: those pads are dropped, but positions count them.
 
 Shapes: B rows, T text ids with pads, N codes of the target picture, A slots of the picture that is understood, D width.
 """
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -39,8 +38,6 @@ SYSTEM_PROMPT = ("A chat between a curious user and an artificial intelligence a
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configurations and recipes
-
-
 @dataclass
 class ShowOConfig:
     hidden_size: int = 2048
@@ -69,7 +66,7 @@ class ShowOConfig:
     assistant: str = "ASSISTANT:"
     max_prompt: int = 129  # text-to-image: [t2i] bos text eos
     max_dialogue: int = 381  # image-to-text: what follows the picture
-    max_request: int = 128  # RecA: [mmu][soi][eoi] bos text eos PAD..; a fixed length, so the target's place is fixed too
+    max_request: int = 128  # RecA: [mmu][soi][eoi] bos text eos PAD.., behind which the target has a fixed place
     pad_multiple: int = 64  # rows are padded to a multiple of this, so that shapes take few values
     # RecA
     context_grad: float = 0.0  # CLIP variant: gradient that reaches projector and embeddings (published: no_grad, 0)
@@ -80,7 +77,7 @@ class ShowOConfig:
     mask_steps: int = 50
     reca_steps: int = 30  # reconstruction and editing
 
-    # Four of the ten special ids are used here. [PAD], <|soi|>, <|eoi|>, two of video, <|t2i|>, <|mmu|> come in this order.
+    # Four of the ten special ids are used: [PAD], <|soi|>, <|eoi|>, two of video, <|t2i|>, <|mmu|> come in this order.
     pad = property(lambda c: c.text_vocab)
     soi = property(lambda c: c.text_vocab + 1)  # start of image
     eoi = property(lambda c: c.text_vocab + 2)  # end of image
@@ -92,11 +89,11 @@ class ShowOConfig:
 
 
 CONFIGS = {
-    # 48x48 pictures of the shape world: 9 codes of 11 bits, 9 CLIP tokens. There is no system prompt, and template words
-    # are one token each, because at this size a text token costs as much as an image token.
+    # 48x48 pictures of the shape world: 9 codes of 11 bits, 9 CLIP tokens. No system prompt and template words of one
+    # token, because at this size a text token costs as much as an image token.
     "tiny": ShowOConfig(
-        hidden_size=128, num_layers=4, num_heads=4, intermediate_size=224, text_vocab=1024, eos=1018, codebook_size=2048,
-        image_size=48, vq=TOKENIZERS["tiny-lfq"], clip=VISION_ENCODERS["tiny-clip"], clip_mean=(0.5,) * 3,
+        hidden_size=128, num_layers=4, num_heads=4, intermediate_size=224, text_vocab=1024, eos=1018, image_size=48,
+        codebook_size=2048, vq=TOKENIZERS["tiny-lfq"], clip=VISION_ENCODERS["tiny-clip"], clip_mean=(0.5,) * 3,
         clip_std=(0.5,) * 3, train_clip=True, system_prompt="", user="Question:", assistant="Answer:", max_prompt=40,
         max_dialogue=56, max_request=32, pad_multiple=4, cfg=2.0, mask_steps=6, reca_steps=6),
     "show-o-256": ShowOConfig(w_clip_vit=False, system_prompt="", max_request=384),
@@ -105,27 +102,26 @@ CONFIGS = {
     "show-o-clip-512": ShowOConfig(max_dialogue=996, image_size=512),
 }
 
-# The flags of train.py; what is missing here has the default there. A part of `mix` whose weight is 0 is left out.
-# Published: RecA beside image-to-text, which keeps the shared backbone understanding. The learning rate is constant because
-# the release spreads its cosine over a million steps. The batch is ours: the release fixes no number of GPUs.
+# Flags of train.py; it has defaults for what is missing here. A part of `mix` whose weight is 0 is left out.
+# Published: image-to-text keeps the shared backbone understanding. The rate is constant, as the release spreads its
+# cosine over a million steps. The batch is ours: the release fixes no number of GPUs.
 PUBLISHED = {
-    "reca": dict(lr=5e-7, betas=(0.9, 0.999), weight_decay=0.01, clip=0.0, warmup=1000, warmup_from=0, schedule="constant",
-                 steps=5000, batch=16, drop=0.0, t2i_weight=0.0, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}),
-    "sft": dict(lr=5e-7, betas=(0.9, 0.999), weight_decay=0.01, clip=0.0, warmup=1000, warmup_from=0, schedule="constant",
-                steps=5000, batch=16, drop=0.0, mix={"t2i": 1.0, "i2t": 1.0}),
+    "reca": dict(lr=5e-7, betas=(0.9, 0.999), weight_decay=0.01, clip=0.0, warmup=1000, warmup_from=0, drop=0.0,
+                 steps=5000, batch=16, schedule="constant", t2i_weight=0.0, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}),
+    "sft": dict(lr=5e-7, betas=(0.9, 0.999), weight_decay=0.01, clip=0.0, warmup=1000, warmup_from=0, drop=0.0,
+                steps=5000, batch=16, schedule="constant", mix={"t2i": 1.0, "i2t": 1.0}),
 }
 RECIPES = {
     "tiny": {
-        # Muon, because AdamW alone needs twice the samples here. As many edits as questions: both teach the words to look
-        # at the features. Text rows are short and teach the language cheaply.
+        # Muon, because AdamW alone needs twice the samples here.
         "base": dict(lr=1e-3, muon_lr=0.02, warmup=100, steps=5500, batch=48, pool=40000,
                      mix={"t2i": 1.0, "i2t": 0.75, "edit": 0.75, "text": 0.25}),
-        # Captions stand beside RecA, because features teach that a place is empty unless something is said of that place,
-        # and prompts name no places. No image-to-text: it costs half of the compute and this model forgets little.
+        # Captions stand beside RecA, because features teach that a place is empty unless something is said of it, and
+        # prompts name no places. No image-to-text: it costs half of the compute, and this model forgets little.
         "reca": dict(lr=2e-4, steps=1200, batch=96, i2t_weight=0.0, mix={"recon": 0.5, "t2i": 0.5, "i2t": 1.0}),
-        # The control: as many steps and pictures on captions alone.
+        # The control: as many steps and pictures, all of them with captions.
         "sft": dict(lr=2e-4, steps=1200, batch=96, i2t_weight=0.0, mix={"t2i": 1.0, "i2t": 1.0}),
-        # RecA on a user's own pictures, which have no captions; questions come from the shape world.
+        # RecA on a user's own pictures, which have no captions; the questions come from the shape world.
         "plain": dict(lr=2e-4, steps=300, batch=96, t2i_weight=0.0, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}),
     },
     "show-o-256": PUBLISHED, "show-o-512": PUBLISHED, "show-o-clip-256": PUBLISHED, "show-o-clip-512": PUBLISHED,
@@ -134,10 +130,8 @@ RECIPES = {
 
 # ---------------------------------------------------------------------------------------------------------------------
 # blocks
-
-
 def rotate(x, rope):
-    """x (B, T, heads, d), rope = cos, sin (B or 1, T, 1, r/2): turns the pairs (i, i + r/2) of the first r dimensions."""
+    """x (B, T, heads, d), rope = cos, sin (B or 1, T, 1, r/2): turns the pairs (i, i + r/2) of the first r channels."""
     cos, sin = rope
     half = cos.shape[-1]
     a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
@@ -167,28 +161,20 @@ class Attention(nn.Module):
         return self.dense(a.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
-        self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
-
-    def forward(self, h):
-        return self.fc2(F.gelu(self.fc1(h), approximate="tanh"))
-
-
 class Block(nn.Module):
-    """x + attention(LN x) + mlp(LN x): both read the same normalized input. Only the slots `read` (a slice) come out."""
+    """x + attention(LN x) + mlp(LN x): both read the same input. Only the slots `read` (a slice) come out."""
 
     def __init__(self, c):
         super().__init__()
         self.input_layernorm = nn.LayerNorm(c.hidden_size, eps=c.norm_eps)
         self.self_attn = Attention(c)
-        self.mlp = MLP(c)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(c.hidden_size, c.intermediate_size),
+                                  "fc2": nn.Linear(c.intermediate_size, c.hidden_size)})
 
     def forward(self, x, rope, plan, read=slice(None), cache=None, slots=None):
         h = self.input_layernorm(x)
-        return x[:, read] + self.self_attn(h, rope, plan, read, cache, slots) + self.mlp(h[:, read])
+        x = x[:, read] + self.self_attn(h, rope, plan, read, cache, slots)
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](h[:, read]), approximate="tanh"))
 
 
 class Layout(NamedTuple):
@@ -210,8 +196,8 @@ class Backbone(nn.Module):
         self.final_layernorm = nn.LayerNorm(c.hidden_size, eps=c.norm_eps)
 
     def forward(self, x, layout, read=slice(None), cache=None, slots=None):
-        """Embeddings x (B, T, D) -> hidden states of the slots `read` (a slice) after the final norm. With a cache
-        (inference) the keys and values are written to its `slots` (B, T), and the layout's lo and hi count cache slots."""
+        """Embeddings x (B, T, D) -> hidden states of the slots `read` (a slice) after the final norm. With a cache the
+        keys and values are written to its `slots` (B, T), and the layout's lo and hi count cache slots."""
         frequency = self.theta ** (-torch.arange(0, self.rotary_dim, 2, device=x.device).float() / self.rotary_dim)
         angle = (layout.positions[..., None].float() * frequency)[:, :, None]  # (B or 1, T, 1, r/2)
         rope = angle.cos(), angle.sin()
@@ -226,9 +212,7 @@ class Backbone(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# prompts and layouts: lists of text ids -> lists of ids
-
-
+# prompts (lists of text ids -> lists of ids) and layouts
 def with_bos(text, c):
     return list(text) if text[:1] == [c.eos] else [c.eos, *text]
 
@@ -253,29 +237,25 @@ def pad_rows(rows, fill, length, device=None):
     """Lists of ids -> (B, length) int64, right-padded with `fill`. Raises ValueError if one is longer."""
     longest = max(map(len, rows))
     if longest > length:
-        raise ValueError(f"a prompt of {longest} ids does not fit into {length}: shorten the text, or raise pad_to or the "
-                         "config's maximum")
+        raise ValueError(f"a prompt of {longest} ids does not fit into {length}: shorten the text, or raise pad_to or "
+                         "the config's maximum")
     return torch.tensor([[*r, *[fill] * (length - len(r))] for r in rows], device=device)
 
 
-# Layouts. n (B,) = ids of each row that are no pads, S = N + 2 slots of the target. Each line of a layout is one stretch of
-# memory: where its slots stand in the published row, then which slots [lo, hi) they see.
-
-
+# Layouts. n (B,): ids of each row that are no pads; S = N + 2. Each line of a layout is one stretch of memory: where
+# its slots stand in the published row, then which slots [lo, hi) they see. Pads, which nobody reads, see the pads
+# before them: so the published masks are met to the last entry.
 def make_layout(rows, *stretches):
-    """Stretches (positions (rows or 1, k), lo, hi), one behind the other -> Layout; lo, hi: ints or (rows or 1, k or 1)."""
-    columns = []
-    for stretch in stretches:
-        positions = stretch[0]
-        full = [t if torch.is_tensor(t) else torch.full((1, 1), t, device=positions.device) for t in stretch]
-        columns.append([t.expand(rows, positions.shape[1]) for t in full])
-    return Layout(*(torch.cat(column, dim=1) for column in zip(*columns)))
+    """Stretches (positions (rows or 1, k), lo, hi), in memory order -> Layout. lo, hi: int or (rows or 1, k or 1)."""
+    def full(value, like):
+        value = value if torch.is_tensor(value) else torch.full((1, 1), value, device=like.device)
+        return value.expand(rows, like.shape[1])
+    return Layout(*(torch.cat([full(s[i], s[0]) for s in stretches], dim=1) for i in range(3)))
 
 
 def t2i_layout(n, T, N, start):
-    """Text-to-image; published order PAD.. text [soi] codes [eoi], soi at the place `start`. Text is causal; soi, codes,
-    eoi see all but pads. (Pads, which nobody reads, see the pads before them: so the published masks are met to the last
-    entry. Likewise below.)"""
+    """Text-to-image; published order PAD.. text [soi] codes [eoi], soi at the place `start`. Text is causal; soi, codes
+    and eoi see all but pads."""
     n, S = n[:, None], N + 2
     j, i = torch.arange(T, device=n.device)[None], torch.arange(S, device=n.device)[None]
     text = j < n
@@ -285,9 +265,8 @@ def t2i_layout(n, T, N, start):
 
 
 def reca_clip_layout(n, T, N, A, block):
-    """RecA with CLIP; published order [mmu][soi] features [eoi] bos text eos PAD.. [soi] codes [eoi]; ids and pads take
-    `block` places. All is causal, and besides: everybody sees the features, codes see each other but not the closing eoi,
-    nobody sees a pad."""
+    """RecA with CLIP; published order [mmu][soi] features [eoi] bos text eos PAD.. [soi] codes [eoi], where ids and
+    pads take `block` places. Causal, but all see the features, codes see each other (not eoi), nobody sees a pad."""
     n, S = n[:, None], N + 2
     j, i = torch.arange(T, device=n.device)[None], torch.arange(N, device=n.device)[None]
     end, start = S + A + n, A + block
@@ -295,26 +274,27 @@ def reca_clip_layout(n, T, N, A, block):
                        (start + N + 1 + i[:, :1], 0, end),  # eoi
                        (start + 1 + i, 1, end),  # codes
                        (start + i[:, :1], N + 1, end),  # soi
-                       (2 + torch.arange(A, device=n.device)[None], S, S + A + 2),  # features: see themselves, mmu and soi
+                       (2 + torch.arange(A, device=n.device)[None], S, S + A + 2),  # features: see mmu and soi too
                        (torch.where(j < 2, j, j + A), S, torch.minimum(S + A + 1 + j, end)))  # ids, pads
 
 
 def reca_vq_layout(n, T, N, A, limit):
-    """RecA with image codes as context; published order PAD.. [mmu][soi] given codes [eoi] bos text eos [soi] codes [eoi];
-    given codes, ids, pads take A + limit places. mmu and text are causal; soi, given codes, eoi see mmu to eoi; the target
-    sees all but pads."""
+    """RecA with image codes as context; published order PAD.. [mmu][soi] given codes [eoi] bos text eos [soi] codes
+    [eoi], where given codes, ids, pads take A + limit places. mmu and text are causal; soi, given codes, eoi see mmu to
+    eoi; the target sees all but pads."""
     n, S, C = n[:, None] - 3, N + 2, A + 3
     j, i = torch.arange(T - 3, device=n.device)[None], torch.arange(S, device=n.device)[None]
     text, given, pads = j < n, torch.arange(C, device=n.device)[None], limit - 3 - n
     return make_layout(len(n),
                        (A + limit + torch.where(i == 0, N + 1, i % (N + 1)), 0, S + C + n),  # eoi, codes, soi
                        (pads + given, S, torch.where(given == 0, S + 1, S + C)),  # mmu, soi, given codes, eoi
-                       (torch.where(text, pads + C + j, j - n), torch.where(text, S, S + C + n), S + C + 1 + j))  # text, pads
+                       # text, pads
+                       (torch.where(text, pads + C + j, j - n), torch.where(text, S, S + C + n), S + C + 1 + j))
 
 
 def mmu_clip_layout(T, A, before, device=None):
-    """Image-to-text with CLIP; published order: `before` ids (mmu, system, soi), features, eoi, chat, PAD.. Causal, but all
-    see the features."""
+    """Image-to-text with CLIP; published order: `before` ids (mmu, system, soi), features, eoi, chat, PAD.. Causal, but
+    all see the features."""
     j = torch.arange(T, device=device)[None]
     return make_layout(1, (before + torch.arange(A, device=device)[None], 0, A + before),
                        (torch.where(j < before, j, j + A), 0, A + 1 + j))
@@ -338,7 +318,7 @@ def stack_rows(a, b):
 
 
 def mask_ratio(t):
-    """Share of codes that are masked at time t in [0, 1]: in training t ~ U(0, 1), in sampling t = steps done / steps."""
+    """Share of codes that are masked at time t in [0, 1]; in training t ~ U(0, 1), in sampling steps done / steps."""
     return torch.cos(t * math.pi * 0.5).clamp(min=0)
 
 
@@ -356,11 +336,9 @@ def mask_codes(codes, u, r, c):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the model
-
-
 class ShowO(nn.Module):
-    """config: ShowOConfig; tokenizer: a text tokenizer (encode_ordinary, decode, eos, vocab_size), needed where text is a
-    string. A context is a pair (embeddings (B, T, D), layout) of rows whose target picture is still to be put in front."""
+    """config: ShowOConfig; tokenizer: a text tokenizer (encode_ordinary, decode, eos, vocab_size), needed where text is
+    a string. A context is a pair (embeddings, layout) of rows whose target picture is still to be put in front."""
     image_tokenizer = "vq"
 
     def __init__(self, config, tokenizer=None):
@@ -368,8 +346,8 @@ class ShowO(nn.Module):
         self.config, self.tokenizer, self.stage = config, tokenizer, "reca"
         c = config
         if tokenizer is not None and (tokenizer.eos != c.eos or tokenizer.vocab_size > c.text_vocab):
-            raise ValueError(f"text tokenizer with {tokenizer.vocab_size} ids, <|endoftext|> {tokenizer.eos}; expected at most "
-                             f"{c.text_vocab} ids, <|endoftext|> {c.eos}: give the model's own one (--text-tokenizer)")
+            raise ValueError(f"text tokenizer with {tokenizer.vocab_size} ids, <|endoftext|> {tokenizer.eos}; expected "
+                             f"at most {c.text_vocab}, and {c.eos}: give the model's own (--text-tokenizer)")
         self.system_ids = self.encode(c.system_prompt) if tokenizer is not None and c.system_prompt else []
         self.showo = nn.Module()
         self.showo.model, self.showo.lm_head = Backbone(c), nn.Linear(c.hidden_size, c.vocab_size)
@@ -378,11 +356,12 @@ class ShowO(nn.Module):
                                               nn.Linear(c.hidden_size, c.hidden_size))
             self.clip = CLIPVision(c.clip)
         self.vq = LFQTokenizer(c.vq).requires_grad_(False)  # always frozen
+        self.side = c.image_size // self.vq.stride  # of the grid of codes
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """N(0, 0.02), zero biases; smaller for what writes into the residual stream, so that depth does not scale it up."""
+        """N(0, 0.02), zero biases; smaller for what writes into the residual stream, or depth would scale it up."""
         for name, p in self.showo.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -394,55 +373,44 @@ class ShowO(nn.Module):
     def device(self):
         return self.showo.lm_head.weight.device
 
-    @property
-    def image_tokens(self):
-        return (self.config.image_size // self.vq.stride) ** 2
-
     # ---- losses
 
-    def reca_loss(self, codes, ids, lengths, u, r, features=None, pixels=None, small_codes=None, context_grad=None,
-                  count=None, **_):
-        """Reconstruction alignment: understand a picture, then reproduce it. The picture's own understanding features stand
-        where a very dense caption would; the target is the same picture as image codes, of which a random part is masked.
-        The row, in published order:
+    def reca_loss(self, codes, ids, lengths, u, r, context_grad=None, count=None, **seen):
+        """Reconstruction alignment: understand a picture, then reproduce it. The picture's own understanding features
+        stand where a very dense caption would; the target is the same picture as codes, some of them masked. The row is
             [mmu][soi] picture [eoi] bos USER: \\n describe this ASSISTANT: eos PAD.. [soi] masked codes [eoi]
         Only masked codes are in the loss, and each predicts itself: no shift. Codes see each other and all before them.
 
-        codes (B, N): the target. ids (B, T), lengths (B,): the request. u (B,), r (B, N): how many codes are masked, and
-        which. What is understood: features (B, A, width), or the pixels that CLIP makes them from, or small_codes (B, A),
-        those of a degraded copy. context_grad 0 is the published convention of the CLIP variant: the whole INPUT row
-        (projected features and all embeddings, the mask's included) is built without gradients, so this loss trains blocks,
-        final norm and head, while projector and embeddings learn from image-to-text alone. With 1, or in the VQ variant,
-        gradients pass. count: the denominator, if it is not the number of labels."""
+        codes (B, N): the target. ids (B, T), lengths (B,): the request. u (B,), r (B, N): how many codes are masked,
+        and which. seen, what is understood: features (B, A, width), or the pixels that CLIP makes them from, or
+        small_codes (B, A), those of a degraded copy. context_grad 0 is the published convention of the CLIP variant:
+        the whole INPUT row (projected features and all embeddings, the mask's included) is built without gradients, so
+        this loss trains blocks, final norm and head, while projector and embeddings learn from image-to-text alone.
+        With 1, or in the VQ variant, gradients pass. count: the denominator, if it is not the number of labels."""
         c, N = self.config, codes.shape[1]
         image, labels = mask_codes(codes, u, r, c)
         if context_grad is None:
             context_grad = c.context_grad if c.w_clip_vit else 1.0
         with torch.set_grad_enabled(context_grad > 0 and torch.is_grad_enabled()):
-            context, layout = self.reca_context(ids, lengths, N, features, pixels, small_codes)
+            context, layout = self.reca_context(ids, lengths, N, **seen)
             x = self.with_target(image, context)
         if 0 < context_grad < 1:
             x = torch.lerp(x.detach(), x, context_grad)  # the same value
         return self.cross_entropy(x, layout, slice(1, N + 1), labels, count)
 
-    def edit_loss(self, codes, ids, lengths, u, r, count=None, **source):
-        """Editing, which the published model lacks: RecA's row with the SOURCE picture (source_features ...) as context, the
-        instruction as request and the codes of the EDITED picture as target. Gradients pass, as in all base training."""
-        source = {k: source.get(f"source_{k}") for k in ("features", "pixels", "small_codes")}
-        return self.reca_loss(codes, ids, lengths, u, r, **source, context_grad=1.0, count=count)
-
     def t2i_loss(self, codes, ids, lengths, u, r, count=None, **_):
-        """Text-to-image: codes (B, N), captions ids (B, T) and lengths (B,), masking u (B,), r (B, N). As published, soi and
-        eoi are in the loss with their own ids: two trivial terms per row in the mean."""
+        """Text-to-image: codes (B, N), captions ids (B, T) and lengths (B,), masking u (B,), r (B, N). As published,
+        soi and eoi are in the loss with their own ids: two trivial terms per row in the mean."""
         c, N = self.config, codes.shape[1]
         image, labels = mask_codes(codes, u, r, c)
-        labels = torch.cat([torch.full_like(labels[:, :1], c.eoi), labels, torch.full_like(labels[:, :1], c.soi)], dim=1)
+        eoi, soi = torch.full_like(labels[:, :1], c.eoi), torch.full_like(labels[:, :1], c.soi)
+        labels = torch.cat([eoi, labels, soi], dim=1)
         context, layout = self.t2i_context(ids, lengths, N)
         return self.cross_entropy(self.with_target(image, context), layout, slice(0, N + 2), labels, count)
 
     def i2t_loss(self, ids, labels, codes=None, features=None, chat_features=None, pixels=None, count=None, **_):
-        """Image-to-text: ids and labels (B, T); each slot predicts the id behind it. What is understood: chat_features where
-        there are any, else features, pixels or codes."""
+        """Image-to-text: ids and labels (B, T); each slot predicts the id behind it. What is understood: chat_features
+        where there are any, else features, pixels or codes."""
         x, layout = self.mmu_context(ids, codes, features if chat_features is None else chat_features, pixels)
         first = x.shape[1] - ids.shape[1]  # the slots before hold the picture and what precedes it: no labels
         return self.cross_entropy(x, layout, slice(first, x.shape[1] - 1), labels[:, 1:], count)
@@ -450,7 +418,15 @@ class ShowO(nn.Module):
     def text_loss(self, ids, labels, count=None, **_):
         """Text alone, ids and labels (B, T): a question and the answer that is learned, or any text (labels = ids)."""
         T = ids.shape[1]
-        return self.cross_entropy(self.embed(ids), causal_layout(T, 0, ids.device), slice(0, T - 1), labels[:, 1:], count)
+        layout = causal_layout(T, 0, ids.device)
+        return self.cross_entropy(self.embed(ids), layout, slice(0, T - 1), labels[:, 1:], count)
+
+    def edit_loss(self, **tensors):
+        """Editing, which the published model lacks: RecA's row with the SOURCE picture (source_features ...) as
+        context, the instruction as request, the codes of the EDITED picture as target. Gradients pass."""
+        names = ("features", "pixels", "small_codes")
+        source = {name: tensors[f"source_{name}"] for name in names if f"source_{name}" in tensors}
+        return self.reca_loss(**(tensors | source), context_grad=1.0)
 
     def embed(self, *ids):
         """Ids (B, k), or single ints for a whole column -> (B, T, D)."""
@@ -465,7 +441,7 @@ class ShowO(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             return self.mm_projector(features.to(self.mm_projector[0].weight.dtype))
 
-    def reca_context(self, ids, lengths, N, features=None, pixels=None, small_codes=None):
+    def reca_context(self, ids, lengths, N, features=None, pixels=None, small_codes=None, **_):
         """[mmu][soi] picture [eoi] bos text eos, before a target of N codes."""
         c, T = self.config, ids.shape[1]
         if c.w_clip_vit:
@@ -489,7 +465,7 @@ class ShowO(nn.Module):
         return x, causal_layout(x.shape[1], before + codes.shape[1] + 1, ids.device)
 
     def with_target(self, image, context):
-        """Puts the target picture, ids (B, N), before the context (B, T, D): the slots are [eoi, N codes, soi, context]."""
+        """Puts the target picture, ids (B, N), before the context (B, T, D): slots [eoi, N codes, soi, context]."""
         return torch.cat([self.embed(self.config.eoi, image, self.config.soi), context], dim=1)
 
     def cross_entropy(self, x, layout, read, labels, count=None):
@@ -500,7 +476,8 @@ class ShowO(nn.Module):
     def forward(self, batch):
         """{part: tensors} -> {part: loss}, all parts in one forward."""
         losses = {"recon": self.reca_loss, "edit": self.edit_loss, "t2i": self.t2i_loss, "i2t": self.i2t_loss,
-                  "text": self.text_loss, "uncond": self.t2i_loss, "align": self.align_loss, "words": self.words_loss}
+                  "text": self.text_loss, "uncond": self.t2i_loss, "align": self.align_loss,
+                  "words": partial(self.align_loss, kind="presence")}
         return {part: losses[part](**tensors) for part, tensors in batch.items()}
 
     # ---- samplers
@@ -508,19 +485,19 @@ class ShowO(nn.Module):
     @torch.no_grad()
     def sample(self, context, layout, image, guidance, steps, temperature=1.0, generator=None, exponential=None,
                gumbel_u=None, trace=None):
-        """Parallel decoding: MaskGIT with Show-o's details. Every step draws all unknown codes, keeps the most confident ones
-        and masks the others again.
+        """Parallel decoding: MaskGIT with Show-o's details. Every step draws all unknown codes, keeps the most
+        confident ones and masks the others again.
 
-        context (b, T, D) and its layout, or 2b rows, the unconditional ones second; image (b, N) ids, mask_id = to be painted.
-        Guidance g: logits = (1 + g) cond - g uncond. Noise, from the generator if not given: exponential (steps, b, N,
-        codebook), since argmax(p / e) with e ~ Exp(1) is a draw from p, and gumbel_u (steps, b, N), uniform. trace: a list
-        that gets a dict per step. Returns the codes of the last step, (b, N)."""
+        context (b, T, D) and its layout, or 2b rows, the unconditional ones second; image (b, N) ids, mask_id = to be
+        painted. Guidance g: logits = (1 + g) cond - g uncond. Noise, from the generator if not given: exponential
+        (steps, b, N, codebook), since argmax(p / e) with e ~ Exp(1) is a draw from p, and gumbel_u (steps, b, N),
+        uniform. trace: a list that gets a dict per step. Returns the codes of the last step, (b, N)."""
         c, (b, N), rows, model = self.config, image.shape, len(context), self.showo.model
         S, codebook = N + 2, slice(c.image_offset, c.mask_id)
         source = image.device if generator is None else generator.device
         slots = torch.arange(S + context.shape[1], device=image.device).expand(rows, -1)
         cache = self.new_cache(rows, slots.shape[1])
-        model(context, layout.part(slice(S, None)), cache=cache, slots=slots[:, S:])  # it never sees the target: once will do
+        model(context, layout.part(slice(S, None)), cache=cache, slots=slots[:, S:])  # once: it never sees the target
         for k in range(steps):
             x = self.embed(c.eoi, image, c.soi).repeat(rows // b, 1, 1)
             hidden = model(x, layout.part(slice(S)), slice(1, N + 1), cache, slots[:, :S])
@@ -534,7 +511,7 @@ class ShowO(nn.Module):
             codes = torch.where(unknown, (p / e.to(p)).argmax(dim=-1), image - c.image_offset)
             confidence = torch.where(unknown, p.gather(2, codes[..., None]).squeeze(2), torch.finfo(p.dtype).max)
             done = (k + 1) / steps
-            planned = int(N * mask_ratio(torch.tensor(done)))  # on the CPU: no sync; in float32, for the published rounding
+            planned = int(N * mask_ratio(torch.tensor(done)))  # on the CPU: no sync; float32: the published rounding
             count = (unknown.sum(dim=1, keepdim=True) - 1).clamp(max=planned).clamp(min=1)  # (b, 1) codes to mask again
             temperature = temperature * (1 - done)  # a running product: falls much faster than linearly, to 0
             w = torch.rand(image.shape, device=source, generator=generator).to(p) if gumbel_u is None else gumbel_u[k]
@@ -548,9 +525,9 @@ class ShowO(nn.Module):
         return codes
 
     def paint(self, context, image, cfg, steps, temperature, generator):
-        """image (b, h, w) ids -> codes (b, h, w). cfg as in the other models: 1 = none. Unconditional is the empty
-        text-to-image row, also where a picture is the condition (the published demo's row for that is only partly known);
-        that it then stands at other positions is no matter, since rotation is relative."""
+        """image (b, h, w) ids -> codes (b, h, w). cfg 1 = no guidance. Unconditional is the empty text-to-image row,
+        also where a picture is the condition (the published demo's row for that is only partly known); its other
+        positions are no matter, since rotation is relative."""
         b, h, w = image.shape
         cfg = self.config.cfg if cfg is None else cfg
         if cfg != 1:
@@ -588,7 +565,7 @@ class ShowO(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, cfg=None, steps=None, temperature=None, generator=None, size=None):
-        """Texts -> pictures (B, 3, H, W) in [-1, 1]. size: pixels, an int or (H, W), multiples of the tokenizer's stride."""
+        """Texts -> pictures (B, 3, H, W) in [-1, 1]. size: pixels, int or (H, W), multiples of vq.stride."""
         size, stride = size or self.config.image_size, self.vq.stride
         H, W = (size, size) if isinstance(size, int) else size
         if H % stride or W % stride:
@@ -604,13 +581,13 @@ class ShowO(nn.Module):
 
     @torch.no_grad()
     def edit(self, images, instructions, cfg=None, steps=None, temperature=None, generator=None):
-        """Pictures and what to change -> changed pictures. For models whose base training had edit pairs; the published one's
-        had none."""
-        c, side = self.config, self.config.image_size // self.vq.stride
+        """Pictures and what to change -> changed pictures. For models whose base training had edit pairs; the published
+        one's had none."""
+        c = self.config
         request = self.token_rows("edit", [{"instruction": text} for text in instructions])
         request = {k: v.to(self.device) for k, v in request.items()}
-        context = self.reca_context(**request, N=side ** 2, **self.understand(images.to(self.device)))
-        image = torch.full((len(images), side, side), c.mask_id, device=self.device)
+        context = self.reca_context(**request, N=self.side ** 2, **self.understand(images.to(self.device)))
+        image = torch.full((len(images), self.side, self.side), c.mask_id, device=self.device)
         return self.decode_codes(self.paint(context, image, cfg, steps or c.reca_steps, temperature, generator))
 
     @torch.no_grad()
@@ -634,9 +611,9 @@ class ShowO(nn.Module):
 
     @torch.no_grad()
     def write(self, x, layout, lengths, max_new_tokens, temperature=0.0, generator=None, trace=None):
-        """Continues rows whose first lengths (B,) slots are no pads -> ids (B, at most max_new_tokens), eos from where a row
-        has ended. Temperature 0 is greedy. A row's new ids overwrite its pads, so that every mask stays an interval. trace:
-        a list that gets the logits of each step."""
+        """Continues rows whose first lengths (B,) slots are no pads -> ids (B, at most max_new_tokens), eos from where
+        a row has ended. Temperature 0 is greedy. New ids overwrite a row's pads, so that every mask stays an interval.
+        trace: a list that gets the logits of each step."""
         (B, T), model = x.shape[:2], self.showo.model
         cache = self.new_cache(B, T + max_new_tokens)
         hidden = model(x, layout, cache=cache, slots=torch.arange(T, device=x.device).expand(B, -1))
@@ -655,7 +632,8 @@ class ShowO(nn.Module):
             if t + 1 == max_new_tokens or bool(ended.all()):
                 break
             slot = lengths[:, None] + t
-            hidden = model(self.embed(new), Layout(slot, torch.zeros_like(slot), slot + 1), cache=cache, slots=slot)[:, 0]
+            layout = Layout(slot, torch.zeros_like(slot), slot + 1)
+            hidden = model(self.embed(new), layout, cache=cache, slots=slot)[:, 0]
         return torch.cat(out, dim=1)
 
     @torch.no_grad()
@@ -668,8 +646,8 @@ class ShowO(nn.Module):
 
     @torch.no_grad()
     def extrapolate(self, images, prompts, side="right", cfg=None, steps=None, temperature=None, generator=None):
-        """Pictures -> half as large again towards `side` (left, right, up, down): the near half of the grid is given, as much
-        beyond it is painted."""
+        """Pictures -> half as large again towards `side` (left, right, up, down): the near half of the grid is given,
+        as much beyond it is painted."""
         if side not in ("left", "right", "up", "down"):
             raise ValueError(f"extrapolate: side {side!r}, expected left, right, up or down")
         codes = self.vq.encode(images.to(self.device).float())  # (B, h, w)
@@ -686,8 +664,8 @@ class ShowO(nn.Module):
     # ---- what train.py needs
 
     def trainable_parameters(self, stage):
-        """stage base | sft | reca -> [(name, parameter)] to train, and sets requires_grad: all but the image tokenizer and
-        CLIP. A CLIP that did not come pre-trained (config.train_clip) learns in the base stage."""
+        """stage base | sft | reca -> [(name, parameter)] to train, and sets requires_grad: all but the image tokenizer
+        and CLIP. A CLIP that did not come pre-trained (config.train_clip) learns in the base stage."""
         if stage not in ("base", "sft", "reca"):
             raise ValueError(f"stage {stage!r}: expected base, sft or reca")
         self.stage = stage
@@ -706,18 +684,18 @@ class ShowO(nn.Module):
         return [*self.showo.model.layers, *clip]
 
     def preprocess(self, image, purpose):
-        """PIL image -> (3, H, W) in [-1, 1], sized as published: for "t2i", "i2t", "answer" cropped to the central square,
-        for "recon", "edit", "reconstruct" squashed to a square."""
+        """PIL image -> (3, H, W) in [-1, 1], sized as published: "t2i", "i2t", "answer" cropped to the central square,
+        "recon", "edit", "reconstruct" squashed to a square."""
         c = self.config
         if purpose in ("i2t", "answer") and c.w_clip_vit:
             mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
             return (clip_pixels(image, c.clip.image_size) * std + mean) * 2 - 1  # clip_features normalizes
-        crop = purpose in ("t2i", "i2t", "answer")
-        return magvit_pixels(image, c.image_size) if crop else square_pixels(image, c.image_size)
+        fit = magvit_pixels if purpose in ("t2i", "i2t", "answer") else square_pixels
+        return fit(image, c.image_size)
 
     def clip_features(self, images, chat=False):
-        """images (B, 3, H, W) in [-1, 1] -> (B, A, width). For RecA resized bilinearly, pixels as they are; chat: with CLIP's
-        mean and deviation, as its own preprocessing has it."""
+        """images (B, 3, H, W) in [-1, 1] -> (B, A, width). For RecA resized bilinearly, pixels as they are; chat: with
+        CLIP's mean and deviation, as its own preprocessing has it."""
         c, size = self.config, (self.config.clip.image_size,) * 2
         if images.shape[2:] != size:
             mode = "bicubic" if chat else "bilinear"
@@ -728,8 +706,7 @@ class ShowO(nn.Module):
         return self.clip(images.to(self.mm_projector[0].weight.dtype))
 
     def shrunken(self, images):
-        """The degraded copy whose codes are RecA's context in the VQ variant: an information bottleneck, or the model learns
-        to copy."""
+        """The degraded copy whose codes are RecA's context in the VQ variant: a bottleneck, or it just copies."""
         c, (H, W) = self.config, images.shape[2:]
         size = (H // c.reca_down_scale, W // c.reca_down_scale)
         small = F.interpolate(images, size, mode="bilinear", align_corners=False)
@@ -745,8 +722,8 @@ class ShowO(nn.Module):
     @torch.no_grad()
     def precompute(self, images):
         """images (B, 3, H, W) in [-1, 1] -> all that is frozen in this stage: codes (B, N) int64, and what a picture is
-        understood from: uint8 pixels where CLIP trains, else features (with chat_features, where image-to-text normalizes
-        differently) or small_codes."""
+        understood from: uint8 pixels where CLIP trains, else features (and chat_features, where image-to-text
+        normalizes differently) or small_codes."""
         c = self.config
         with torch.autocast(images.device.type, enabled=False):
             out = {"codes": self.vq.encode(images.float()).flatten(1)}
@@ -764,7 +741,7 @@ class ShowO(nn.Module):
         return self.tokenizer.encode_ordinary(text)
 
     def dialogue(self, question, answer=None):
-        """`USER: question ASSISTANT: answer<eos>` -> ids, labels (IGNORE up to `ASSISTANT:`). Without answer: to be continued."""
+        """`USER: question ASSISTANT: answer<eos>` -> ids, labels (IGNORE up to `ASSISTANT:`). No answer: to be had."""
         ids = self.encode(f"{self.config.user} {question} {self.config.assistant}")
         reply = [] if answer is None else [*self.encode(" " + answer.strip()), self.config.eos]
         return ids + reply, [IGNORE] * len(ids) + reply
@@ -777,8 +754,6 @@ class ShowO(nn.Module):
         if part in ("recon", "edit"):  # a request is never dropped: the published recipe has none
             request = sample["prompt" if part == "recon" else "instruction"]
             return reca_prompt(self.encode(f"{c.user} \n {request} {c.assistant}"), c), None
-        if part not in ("i2t", "text"):
-            raise ValueError(f"part {part!r}: expected recon, edit, t2i, i2t, text, uncond, align or words")
         ids = mmu_prompt([], c, self.system_ids) if part == "i2t" else [c.eos]
         labels = [IGNORE] * len(ids)
         for question, answer in sample.get("turns") or [(sample["question"], sample["answer"])]:
@@ -789,7 +764,9 @@ class ShowO(nn.Module):
     def token_rows(self, part, samples, pad_to=None):
         """The texts of samples -> ids (B, T), with labels (B, T) for i2t and text, lengths (B,) for the others."""
         c, dialogue = self.config, part in ("i2t", "text")
-        limit = c.max_dialogue + 3 + len(self.system_ids) if dialogue else c.max_prompt if part == "t2i" else c.max_request
+        limit = c.max_prompt if part == "t2i" else c.max_request
+        if dialogue:
+            limit = c.max_dialogue + 3 + len(self.system_ids)
         rows, labels = zip(*[self.prompt_ids(part, s, min(pad_to or limit, limit)) for s in samples])
         T = pad_to or min(-(-max(map(len, rows)) // c.pad_multiple) * c.pad_multiple, limit)
         out = {"ids": pad_rows(rows, c.pad, T)}
@@ -797,12 +774,12 @@ class ShowO(nn.Module):
             return out | {"labels": pad_rows(labels, IGNORE, T)}
         return out | {"lengths": torch.tensor([len(row) for row in rows])}
 
-    def collate(self, part, samples, generators, shared=None, pad_to=None):
-        """Samples (dicts) and a generator for each -> what a loss needs beside the encodings. Token rows as in token_rows,
-        right-padded to T = pad_to, or to the longest row, rounded up to pad_multiple and at most the config's maximum;
-        captions and dialogues that are too long are cut, a request that is too long raises ValueError. Where a picture is
-        drawn: u (B,), how many codes are masked, and r (B, N), which. count (): the labels in the loss. Several turns of a
-        dialogue come as sample["turns"] = [(question, answer), ...]. A batch shares no randomness."""
+    def collate(self, part, samples, generators, shared, pad_to=None):
+        """Samples (dicts) and a generator for each -> what a loss needs beside the encodings. ids (B, T), right-padded
+        to T = pad_to, or to the longest row, rounded up to pad_multiple and at most the config's maximum; captions and
+        dialogues that are too long are cut, a request that is too long raises ValueError. Where a picture is drawn:
+        u (B,), how many codes are masked, and r (B, N), which. count (): how many labels are in the loss. Several turns
+        of a dialogue are sample["turns"] = [(question, answer), ...]. A batch shares no randomness."""
         if part in ("align", "words"):
             return {"words": caption_words(self.tokenizer, [s["caption"] for s in samples])}
         if part == "uncond":
@@ -810,19 +787,22 @@ class ShowO(nn.Module):
         out = self.token_rows(part, samples, pad_to)
         if "labels" in out:
             return out | {"count": (out["labels"][:, 1:] != IGNORE).sum().float()}
-        draws = [(torch.rand((), generator=g), torch.rand(self.image_tokens, generator=g)) for g in generators]
+        N = self.side ** 2
+        draws = [(torch.rand((), generator=g), torch.rand(N, generator=g)) for g in generators]
         u, r = (torch.stack(d) for d in zip(*draws))
-        count = masked_count(u, self.image_tokens).sum() + (2 * len(u) if part == "t2i" else 0)
+        count = masked_count(u, N).sum() + (2 * len(u) if part == "t2i" else 0)
         return out | {"u": u, "r": r, "count": count}
 
     def flops_per_sample(self, part):
         """Estimate for MFU: 6 operations per weight and token plus attention, forward and backward, one sample."""
-        c, N, text, dialogue = self.config, self.image_tokens, 32, part in ("i2t", "text")
+        c, N, text, dialogue = self.config, self.side ** 2, 32, part in ("i2t", "text")
         if part in ("align", "words"):
             return 0
-        A = 0 if part in ("t2i", "uncond", "text") else self.clip.num_tokens if c.w_clip_vit else N
+        A = self.clip.num_tokens if c.w_clip_vit else N
         if part in ("recon", "edit") and not c.w_clip_vit and not c.reca_resize_back:
             A = N // c.reca_down_scale ** 2
+        if part in ("t2i", "uncond", "text"):
+            A = 0
         tokens, read = text + A + (0 if dialogue else N + 2), text / 2 if dialogue else N
         block = 4 * c.hidden_size ** 2 + 2 * c.hidden_size * c.intermediate_size
         weights = tokens * c.num_layers * block + read * c.hidden_size * c.vocab_size
@@ -833,22 +813,22 @@ class ShowO(nn.Module):
     @classmethod
     def load_published(cls, path, config=None, tokenizer_path=None, vision_path=None, tokenizer=None, device="cpu",
                        dtype=None):
-        """Show-o or Show-o-RecA (file or folder: pytorch_model.bin or safetensors) with magvitv2 (tokenizer_path) and, for
-        show-o-clip-*, clip-vit-large-patch14-336 (vision_path) -> model in eval mode. config: a name in CONFIGS (default
-        show-o-clip-512), or a ShowOConfig. The model is built without memory and filled in `dtype` (None: float32); the image
-        tokenizer is float32 always. Raises FileNotFoundError, and ValueError with a table of the keys that do not fit."""
+        """Show-o or Show-o-RecA (file or folder: pytorch_model.bin or safetensors) with magvitv2 (tokenizer_path) and,
+        for show-o-clip-*, clip-vit-large-patch14-336 (vision_path) -> model in eval mode. config: a name in CONFIGS
+        (None: show-o-clip-512), or a ShowOConfig. The model is built without memory and filled in `dtype` (None:
+        float32); the image tokenizer is float32 always. Raises FileNotFoundError, and ValueError with a table of keys
+        that do not fit."""
         config = config or "show-o-clip-512"
         c = CONFIGS[config] if isinstance(config, str) else config
-        for what, flag, needed, given in (("magvitv2", "--tokenizer-ckpt", True, tokenizer_path),
-                                          ("clip-vit-large-patch14-336", "--vision-ckpt", c.w_clip_vit, vision_path)):
-            if needed and not given:
-                raise ValueError(f"{path}: {config} needs the file or folder of {what} as well: give it with {flag}")
-            if given and not needed:
-                raise ValueError(f"{path}: {config} has no use for {given}: leave out {flag}")
+        if not tokenizer_path:
+            raise ValueError(f"{path}: {config} needs the file or folder of magvitv2 as well: give --tokenizer-ckpt")
+        if bool(vision_path) != c.w_clip_vit:
+            raise ValueError(f"{path}: {config} needs the file or folder of clip-vit-large-patch14-336 as well: give "
+                             "--vision-ckpt" if c.w_clip_vit else f"{config} has no CLIP: leave out --vision-ckpt")
         state = read_weights(path) | {f"vq.{k}": v for k, v in read_weights(tokenizer_path).items()}
-        if c.w_clip_vit:  # the CLIP file also holds the text tower
-            state |= {f"clip.{k}": v for k, v in read_weights(vision_path).items()
-                      if k.startswith("vision_model.") and not k.endswith("position_ids")}
+        for k, v in read_weights(vision_path).items() if c.w_clip_vit else ():  # the file also holds the text tower
+            if k.startswith("vision_model.") and not k.endswith("position_ids"):
+                state[f"clip.{k}"] = v
         with torch.device("meta"):
             model = cls(c, tokenizer).to(dtype or torch.float32)
         model.vq.float()  # a code is made of signs: rounding would flip some
@@ -858,13 +838,10 @@ class ShowO(nn.Module):
     # ---- base training from nothing
 
     def align_loss(self, words, features=None, pixels=None, kind="contrast", **_):
-        """For a CLIP that did not come pre-trained: see word_alignment. words (B, V): 1 where the caption has the id."""
+        """For a CLIP that did not come pre-trained: see word_alignment. words (B, V): 1 where the caption has the id.
+        "contrast" is the part align, "presence" the part words, whose captions say all there is to say."""
         embeddings = self.showo.model.embed_tokens.weight[:words.shape[1]]
         return word_alignment(self.project(features, pixels), words, embeddings, kind)
-
-    def words_loss(self, **tensors):
-        """The same for captions that say all there is to say: each word is in the picture or not."""
-        return self.align_loss(kind="presence", **tensors)
 
 
 Model = ShowO
