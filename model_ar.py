@@ -1,10 +1,9 @@
 """Show-o: one transformer that writes text from left to right and paints pictures by filling in masked image codes.
 
 A phi-1.5 decoder reads text ids and the codes of an image tokenizer (MAGVIT-v2) from ONE vocabulary. Text is learned by
-next-token prediction, pictures by mask prediction as in MaskGIT: the place of a mask predicts its own code.
-It differs from a textbook decoder: attention and MLP stand side by side behind one LayerNorm; queries and keys get a LayerNorm per
-head before the rotation; only half of each head is rotated; biases everywhere; an untied head. Pictures are understood
-through CLIP features and a two-layer MLP (`show-o-clip-*`, `tiny`), or through their own codes (`show-o-*`).
+next-token prediction, pictures by mask prediction as in MaskGIT: the place of a mask predicts its own code. Attention
+and MLP stand side by side behind one LayerNorm; queries and keys get a LayerNorm per head before the rotation, which
+turns half of each head. Pictures are understood through CLIP features (`show-o-clip-*`, `tiny`) or their own codes.
 
 RecA (arXiv 2509.07295; `ShowO.reca_loss`) is cross entropy on the masked codes of this row, without a caption:
     [mmu][soi] CLIP features [eoi] "describe this image" [soi] masked codes of the SAME picture [eoi]
@@ -52,7 +51,6 @@ class ShowOConfig:
     eos: int = 50256  # also bos
     num_special: int = 10
     codebook_size: int = 8192
-    # pictures
     image_size: int = 256
     vq: LFQConfig = field(default_factory=lambda: TOKENIZERS["magvitv2"])
     w_clip_vit: bool = True  # understand through CLIP features; otherwise through image codes
@@ -60,7 +58,7 @@ class ShowOConfig:
     clip_mean: tuple = CLIP_MEAN  # for image-to-text only: RecA feeds CLIP the plain [-1, 1] pixels
     clip_std: tuple = CLIP_STD
     train_clip: bool = False  # in the base stage; in all others CLIP is frozen
-    # text: template words, longest rows in ids
+    # template words, longest rows in ids
     system_prompt: str = SYSTEM_PROMPT
     user: str = "USER:"
     assistant: str = "ASSISTANT:"
@@ -68,11 +66,9 @@ class ShowOConfig:
     max_dialogue: int = 381  # image-to-text: what follows the picture
     max_request: int = 128  # RecA: [mmu][soi][eoi] bos text eos PAD.., behind which the target has a fixed place
     pad_multiple: int = 64  # rows are padded to a multiple of this, so that shapes take few values
-    # RecA
     context_grad: float = 0.0  # CLIP variant: gradient that reaches projector and embeddings (published: no_grad, 0)
     reca_down_scale: int = 2  # VQ variant: how much smaller the copy is whose codes are the context,
     reca_resize_back: bool = False  # ... and whether it is enlarged again before encoding (a blur)
-    # samplers
     cfg: float = 6.0  # logits = uncond + cfg * (cond - uncond): the published guidance g is cfg - 1
     mask_steps: int = 50
     reca_steps: int = 30  # reconstruction and editing
@@ -253,15 +249,22 @@ def make_layout(rows, *stretches):
     return Layout(*(torch.cat([full(s[i], s[0]) for s in stretches], dim=1) for i in range(3)))
 
 
-def t2i_layout(n, T, N, start):
+def t2i_layout(n, T, N, start, A=0):
     """Text-to-image; published order PAD.. text [soi] codes [eoi], soi at the place `start`. Text is causal; soi, codes
-    and eoi see all but pads."""
+    and eoi see all but pads. Before the text there may stand A slots, of which the first sees itself, the others all A."""
     n, S = n[:, None], N + 2
-    j, i = torch.arange(T, device=n.device)[None], torch.arange(S, device=n.device)[None]
+    j, i, k = (torch.arange(length, device=n.device)[None] for length in (T, S, A))
     text = j < n
-    return make_layout(len(n),
-                       (start + torch.where(i == 0, N + 1, i % (N + 1)), 0, S + n),  # eoi, codes, soi
-                       (torch.where(text, start - n + j, j - n), torch.where(text, S, S + n), S + 1 + j))  # text, pads
+    return make_layout(
+        len(n), (start + torch.where(i == 0, N + 1, i % (N + 1)), 0, S + A + n),  # eoi, codes, soi
+        (start - n - A + k, S, torch.where(k == 0, S + 1, S + A)),  # what stands before the text
+        (torch.where(text, start - n + j, j - n), torch.where(text, S, S + A + n), S + A + 1 + j))  # text, pads
+
+
+def reca_vq_layout(n, T, N, A, limit):
+    """RecA with image codes as context; published order PAD.. [mmu][soi] given codes [eoi] bos text eos [soi] codes
+    [eoi], where given codes, ids, pads take A + limit places."""
+    return t2i_layout(n - 3, T - 3, N, A + limit, A + 3)
 
 
 def reca_clip_layout(n, T, N, A, block):
@@ -270,26 +273,12 @@ def reca_clip_layout(n, T, N, A, block):
     n, S = n[:, None], N + 2
     j, i = torch.arange(T, device=n.device)[None], torch.arange(N, device=n.device)[None]
     end, start = S + A + n, A + block
-    return make_layout(len(n),
-                       (start + N + 1 + i[:, :1], 0, end),  # eoi
-                       (start + 1 + i, 1, end),  # codes
-                       (start + i[:, :1], N + 1, end),  # soi
-                       (2 + torch.arange(A, device=n.device)[None], S, S + A + 2),  # features: see mmu and soi too
-                       (torch.where(j < 2, j, j + A), S, torch.minimum(S + A + 1 + j, end)))  # ids, pads
-
-
-def reca_vq_layout(n, T, N, A, limit):
-    """RecA with image codes as context; published order PAD.. [mmu][soi] given codes [eoi] bos text eos [soi] codes
-    [eoi], where given codes, ids, pads take A + limit places. mmu and text are causal; soi, given codes, eoi see mmu to
-    eoi; the target sees all but pads."""
-    n, S, C = n[:, None] - 3, N + 2, A + 3
-    j, i = torch.arange(T - 3, device=n.device)[None], torch.arange(S, device=n.device)[None]
-    text, given, pads = j < n, torch.arange(C, device=n.device)[None], limit - 3 - n
-    return make_layout(len(n),
-                       (A + limit + torch.where(i == 0, N + 1, i % (N + 1)), 0, S + C + n),  # eoi, codes, soi
-                       (pads + given, S, torch.where(given == 0, S + 1, S + C)),  # mmu, soi, given codes, eoi
-                       # text, pads
-                       (torch.where(text, pads + C + j, j - n), torch.where(text, S, S + C + n), S + C + 1 + j))
+    return make_layout(
+        len(n), (start + N + 1 + i[:, :1], 0, end),  # eoi
+        (start + 1 + i, 1, end),  # codes
+        (start + i[:, :1], N + 1, end),  # soi
+        (2 + torch.arange(A, device=n.device)[None], S, S + A + 2),  # features: see mmu and soi too
+        (torch.where(j < 2, j, j + A), S, torch.minimum(S + A + 1 + j, end)))  # ids, pads
 
 
 def mmu_clip_layout(T, A, before, device=None):
@@ -308,12 +297,11 @@ def causal_layout(T, seen_by_all=0, device=None):
 
 def stack_rows(a, b):
     """Two batches of (embeddings, layout) as one [a; b]; the shorter ones get slots at their end that nobody sees."""
-    length = max(a[0].shape[1], b[0].shape[1])
-
-    def pad(x, layout):
+    length, rows = max(a[0].shape[1], b[0].shape[1]), []
+    for x, layout in (a, b):
         extra = length - x.shape[1]
-        return [F.pad(x, (0, 0, 0, extra)), *(F.pad(t.expand(len(x), -1), (0, extra)) for t in layout)]
-    x, *layout = (torch.cat(pair) for pair in zip(pad(*a), pad(*b)))
+        rows.append([F.pad(x, (0, 0, 0, extra)), *(F.pad(t.expand(len(x), -1), (0, extra)) for t in layout)])
+    x, *layout = (torch.cat(pair) for pair in zip(*rows))
     return x, Layout(*layout)
 
 
@@ -417,9 +405,8 @@ class ShowO(nn.Module):
 
     def text_loss(self, ids, labels, count=None, **_):
         """Text alone, ids and labels (B, T): a question and the answer that is learned, or any text (labels = ids)."""
-        T = ids.shape[1]
-        layout = causal_layout(T, 0, ids.device)
-        return self.cross_entropy(self.embed(ids), layout, slice(0, T - 1), labels[:, 1:], count)
+        layout = causal_layout(ids.shape[1], 0, ids.device)
+        return self.cross_entropy(self.embed(ids), layout, slice(0, ids.shape[1] - 1), labels[:, 1:], count)
 
     def edit_loss(self, **tensors):
         """Editing, which the published model lacks: RecA's row with the SOURCE picture (source_features ...) as
@@ -485,8 +472,7 @@ class ShowO(nn.Module):
     @torch.no_grad()
     def sample(self, context, layout, image, guidance, steps, temperature=1.0, generator=None, exponential=None,
                gumbel_u=None, trace=None):
-        """Parallel decoding: MaskGIT with Show-o's details. Every step draws all unknown codes, keeps the most
-        confident ones and masks the others again.
+        """Parallel decoding, MaskGIT's: every step draws all unknown codes, keeps the most confident, masks the others.
 
         context (b, T, D) and its layout, or 2b rows, the unconditional ones second; image (b, N) ids, mask_id = to be
         painted. Guidance g: logits = (1 + g) cond - g uncond. Noise, from the generator if not given: exponential
@@ -525,9 +511,8 @@ class ShowO(nn.Module):
         return codes
 
     def paint(self, context, image, cfg, steps, temperature, generator):
-        """image (b, h, w) ids -> codes (b, h, w). cfg 1 = no guidance. Unconditional is the empty text-to-image row,
-        also where a picture is the condition (the published demo's row for that is only partly known); its other
-        positions are no matter, since rotation is relative."""
+        """image (b, h, w) ids -> codes (b, h, w). cfg 1 = no guidance. Unconditional is the empty text-to-image row, also
+        where a picture is the condition: the published demo's row for that is only partly known."""
         b, h, w = image.shape
         cfg = self.config.cfg if cfg is None else cfg
         if cfg != 1:
@@ -554,8 +539,7 @@ class ShowO(nn.Module):
     def new_cache(self, rows, slots):
         """Keys and values of each layer: [(2, rows, slots, heads, d)]."""
         c, kind, dtype = self.config, self.device.type, self.showo.lm_head.weight.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
         shape = (2, rows, slots, c.num_heads, c.hidden_size // c.num_heads)
         return [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(c.num_layers)]
 
@@ -648,8 +632,6 @@ class ShowO(nn.Module):
     def extrapolate(self, images, prompts, side="right", cfg=None, steps=None, temperature=None, generator=None):
         """Pictures -> half as large again towards `side` (left, right, up, down): the near half of the grid is given,
         as much beyond it is painted."""
-        if side not in ("left", "right", "up", "down"):
-            raise ValueError(f"extrapolate: side {side!r}, expected left, right, up or down")
         codes = self.vq.encode(images.to(self.device).float())  # (B, h, w)
         dim, backwards = 2 if side in ("left", "right") else 1, side in ("left", "up")
         size, far = codes.shape[dim], codes.shape[dim] // 2  # so much of the grid is left out, and as much is new
@@ -721,9 +703,8 @@ class ShowO(nn.Module):
 
     @torch.no_grad()
     def precompute(self, images):
-        """images (B, 3, H, W) in [-1, 1] -> all that is frozen in this stage: codes (B, N) int64, and what a picture is
-        understood from: uint8 pixels where CLIP trains, else features (and chat_features, where image-to-text
-        normalizes differently) or small_codes."""
+        """images (B, 3, H, W) in [-1, 1] -> all that is frozen in this stage: codes (B, N), and uint8 pixels where CLIP
+        trains, else features (and chat_features, where image-to-text normalizes differently) or small_codes."""
         c = self.config
         with torch.autocast(images.device.type, enabled=False):
             out = {"codes": self.vq.encode(images.float()).flatten(1)}
@@ -736,8 +717,6 @@ class ShowO(nn.Module):
 
     def encode(self, text):
         """Text of people or files -> ids; a special string in it is spelled out."""
-        if self.tokenizer is None:
-            raise ValueError("this model was built without a text tokenizer: pass tokenizer=load_tokenizer(...)")
         return self.tokenizer.encode_ordinary(text)
 
     def dialogue(self, question, answer=None):
@@ -764,9 +743,8 @@ class ShowO(nn.Module):
     def token_rows(self, part, samples, pad_to=None):
         """The texts of samples -> ids (B, T), with labels (B, T) for i2t and text, lengths (B,) for the others."""
         c, dialogue = self.config, part in ("i2t", "text")
-        limit = c.max_prompt if part == "t2i" else c.max_request
-        if dialogue:
-            limit = c.max_dialogue + 3 + len(self.system_ids)
+        limit = {"t2i": c.max_prompt, "recon": c.max_request, "edit": c.max_request}.get(part)
+        limit = limit or c.max_dialogue + 3 + len(self.system_ids)
         rows, labels = zip(*[self.prompt_ids(part, s, min(pad_to or limit, limit)) for s in samples])
         T = pad_to or min(-(-max(map(len, rows)) // c.pad_multiple) * c.pad_multiple, limit)
         out = {"ids": pad_rows(rows, c.pad, T)}
@@ -796,28 +774,23 @@ class ShowO(nn.Module):
     def flops_per_sample(self, part):
         """Estimate for MFU: 6 operations per weight and token plus attention, forward and backward, one sample."""
         c, N, text, dialogue = self.config, self.side ** 2, 32, part in ("i2t", "text")
-        if part in ("align", "words"):
-            return 0
-        A = self.clip.num_tokens if c.w_clip_vit else N
-        if part in ("recon", "edit") and not c.w_clip_vit and not c.reca_resize_back:
-            A = N // c.reca_down_scale ** 2
-        if part in ("t2i", "uncond", "text"):
-            A = 0
+        A = self.clip.num_tokens if c.w_clip_vit else N if part == "i2t" else N // c.reca_down_scale ** 2
+        A = A if part in ("recon", "edit", "i2t") else 0
         tokens, read = text + A + (0 if dialogue else N + 2), text / 2 if dialogue else N
         block = 4 * c.hidden_size ** 2 + 2 * c.hidden_size * c.intermediate_size
         weights = tokens * c.num_layers * block + read * c.hidden_size * c.vocab_size
-        return 6 * weights + 12 * tokens ** 2 * c.hidden_size * c.num_layers
+        total = 6 * weights + 12 * tokens ** 2 * c.hidden_size * c.num_layers
+        return 0 if part in ("align", "words") else total
 
     # ---- published weights
 
     @classmethod
     def load_published(cls, path, config=None, tokenizer_path=None, vision_path=None, tokenizer=None, device="cpu",
                        dtype=None):
-        """Show-o or Show-o-RecA (file or folder: pytorch_model.bin or safetensors) with magvitv2 (tokenizer_path) and,
-        for show-o-clip-*, clip-vit-large-patch14-336 (vision_path) -> model in eval mode. config: a name in CONFIGS
-        (None: show-o-clip-512), or a ShowOConfig. The model is built without memory and filled in `dtype` (None:
-        float32); the image tokenizer is float32 always. Raises FileNotFoundError, and ValueError with a table of keys
-        that do not fit."""
+        """Show-o or Show-o-RecA, with magvitv2 (tokenizer_path) and, for show-o-clip-*, clip-vit-large-patch14-336
+        (vision_path), files or folders -> model in eval mode. config: a name in CONFIGS or a ShowOConfig. The model is
+        built without memory and filled in `dtype` (None: float32); the image tokenizer is float32 always. Raises
+        FileNotFoundError, and ValueError with a table of keys that do not fit."""
         config = config or "show-o-clip-512"
         c = CONFIGS[config] if isinstance(config, str) else config
         if not tokenizer_path:
