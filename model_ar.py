@@ -73,15 +73,11 @@ class ShowOConfig:
     mask_steps: int = 50
     reca_steps: int = 30  # reconstruction and editing
 
-    # Four of the ten special ids are used: [PAD], <|soi|>, <|eoi|>, two of video, <|t2i|>, <|mmu|> come in this order.
-    pad = property(lambda c: c.text_vocab)
-    soi = property(lambda c: c.text_vocab + 1)  # start of image
-    eoi = property(lambda c: c.text_vocab + 2)  # end of image
-    t2i = property(lambda c: c.text_vocab + 5)  # task: draw
-    mmu = property(lambda c: c.text_vocab + 6)  # task: look
-    image_offset = property(lambda c: c.text_vocab + c.num_special)  # id of image code 0
-    mask_id = property(lambda c: c.image_offset + c.codebook_size)
-    vocab_size = property(lambda c: c.mask_id + 1)
+    def __post_init__(self):
+        self.pad, self.soi, self.eoi, _, _, self.t2i, self.mmu = range(self.text_vocab, self.text_vocab + 7)  # 2: video
+        self.image_offset = self.text_vocab + self.num_special  # id of image code 0
+        self.mask_id = self.image_offset + self.codebook_size
+        self.vocab_size = self.mask_id + 1
 
 
 CONFIGS = {
@@ -134,42 +130,34 @@ def rotate(x, rope):
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
-class Attention(nn.Module):
+class Block(nn.Module):
+    """x + attention(LN x) + mlp(LN x): both read the same input. Only the slots `read` (a slice) come out."""
+
     def __init__(self, c):
         super().__init__()
-        self.head_dim = c.hidden_size // c.num_heads
-        for name in ("q_proj", "k_proj", "v_proj", "dense"):
-            setattr(self, name, nn.Linear(c.hidden_size, c.hidden_size))
-        self.q_layernorm = nn.LayerNorm(self.head_dim, eps=c.norm_eps)  # one for all heads
-        self.k_layernorm = nn.LayerNorm(self.head_dim, eps=c.norm_eps)
+        D, self.head_dim = c.hidden_size, c.hidden_size // c.num_heads
+        self.input_layernorm = nn.LayerNorm(D, eps=c.norm_eps)
+        self.self_attn = nn.ModuleDict({name: nn.Linear(D, D) for name in ("q_proj", "k_proj", "v_proj", "dense")})
+        for name in ("q_layernorm", "k_layernorm"):
+            self.self_attn[name] = nn.LayerNorm(self.head_dim, eps=c.norm_eps)  # one for all heads
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(D, c.intermediate_size), "fc2": nn.Linear(c.intermediate_size, D)})
 
-    def forward(self, h, rope, plan, read, cache, slots):
-        heads = (-1, self.head_dim)
-        v = self.v_proj(h).unflatten(-1, heads)  # (B, T, heads, d)
-        k = rotate(self.k_layernorm(self.k_proj(h).unflatten(-1, heads)), rope).to(v.dtype)
-        q = self.q_layernorm(self.q_proj(h[:, read]).unflatten(-1, heads))
+    def attend(self, h, rope, plan, read, cache, slots):
+        m, heads = self.self_attn, (-1, self.head_dim)
+        v = m["v_proj"](h).unflatten(-1, heads)  # (B, T, heads, d)
+        k = rotate(m["k_layernorm"](m["k_proj"](h).unflatten(-1, heads)), rope).to(v.dtype)
+        q = m["q_layernorm"](m["q_proj"](h[:, read]).unflatten(-1, heads))
         q = rotate(q, [table[:, read] for table in rope]).to(v.dtype)
         if cache is not None:
             row = torch.arange(len(h), device=h.device)[:, None]
             cache[0][row, slots], cache[1][row, slots] = k, v
             k, v = cache
         a = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, None, plan)  # (B, heads, T, d)
-        return self.dense(a.transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    """x + attention(LN x) + mlp(LN x): both read the same input. Only the slots `read` (a slice) come out."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.input_layernorm = nn.LayerNorm(c.hidden_size, eps=c.norm_eps)
-        self.self_attn = Attention(c)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(c.hidden_size, c.intermediate_size),
-                                  "fc2": nn.Linear(c.intermediate_size, c.hidden_size)})
+        return m["dense"](a.transpose(1, 2).flatten(2))
 
     def forward(self, x, rope, plan, read=slice(None), cache=None, slots=None):
         h = self.input_layernorm(x)
-        x = x[:, read] + self.self_attn(h, rope, plan, read, cache, slots)
+        x = x[:, read] + self.attend(h, rope, plan, read, cache, slots)
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](h[:, read]), approximate="tanh"))
 
 
@@ -233,8 +221,7 @@ def pad_rows(rows, fill, length, device=None):
     """Lists of ids -> (B, length) int64, right-padded with `fill`. Raises ValueError if one is longer."""
     longest = max(map(len, rows))
     if longest > length:
-        raise ValueError(f"a prompt of {longest} ids does not fit into {length}: shorten the text, or raise pad_to or "
-                         "the config's maximum")
+        raise ValueError(f"a prompt of {longest} ids does not fit into {length}: shorten it, or raise its maximum")
     return torch.tensor([[*r, *[fill] * (length - len(r))] for r in rows], device=device)
 
 
@@ -251,7 +238,7 @@ def make_layout(rows, *stretches):
 
 def t2i_layout(n, T, N, start, A=0):
     """Text-to-image; published order PAD.. text [soi] codes [eoi], soi at the place `start`. Text is causal; soi, codes
-    and eoi see all but pads. Before the text there may stand A slots, of which the first sees itself, the others all A."""
+    and eoi see all but pads. Before the text may stand A slots: the first sees itself, the others see all A."""
     n, S = n[:, None], N + 2
     j, i, k = (torch.arange(length, device=n.device)[None] for length in (T, S, A))
     text = j < n
@@ -282,8 +269,7 @@ def reca_clip_layout(n, T, N, A, block):
 
 
 def mmu_clip_layout(T, A, before, device=None):
-    """Image-to-text with CLIP; published order: `before` ids (mmu, system, soi), features, eoi, chat, PAD.. Causal, but
-    all see the features."""
+    """Image-to-text with CLIP: `before` ids (mmu, system, soi), features, eoi, chat. Causal; all see the features."""
     j = torch.arange(T, device=device)[None]
     return make_layout(1, (before + torch.arange(A, device=device)[None], 0, A + before),
                        (torch.where(j < before, j, j + A), 0, A + 1 + j))
@@ -362,7 +348,6 @@ class ShowO(nn.Module):
         return self.showo.lm_head.weight.device
 
     # ---- losses
-
     def reca_loss(self, codes, ids, lengths, u, r, context_grad=None, count=None, **seen):
         """Reconstruction alignment: understand a picture, then reproduce it. The picture's own understanding features
         stand where a very dense caption would; the target is the same picture as codes, some of them masked. The row is
@@ -468,7 +453,6 @@ class ShowO(nn.Module):
         return {part: losses[part](**tensors) for part, tensors in batch.items()}
 
     # ---- samplers
-
     @torch.no_grad()
     def sample(self, context, layout, image, guidance, steps, temperature=1.0, generator=None, exponential=None,
                gumbel_u=None, trace=None):
@@ -511,8 +495,8 @@ class ShowO(nn.Module):
         return codes
 
     def paint(self, context, image, cfg, steps, temperature, generator):
-        """image (b, h, w) ids -> codes (b, h, w). cfg 1 = no guidance. Unconditional is the empty text-to-image row, also
-        where a picture is the condition: the published demo's row for that is only partly known."""
+        """image (b, h, w) ids -> codes (b, h, w). cfg 1 = no guidance. Unconditional is the empty text-to-image row,
+        also where a picture is the condition: the published demo's row for that is only partly known."""
         b, h, w = image.shape
         cfg = self.config.cfg if cfg is None else cfg
         if cfg != 1:
@@ -557,7 +541,6 @@ class ShowO(nn.Module):
         image = torch.full((len(prompts), H // stride, W // stride), self.config.mask_id, device=self.device)
         return self.decode_codes(self.paint_text(prompts, image, cfg, steps, temperature, generator))
 
-    @torch.no_grad()
     def reconstruct(self, images, prompt=None, cfg=None, steps=None, temperature=None, generator=None):
         """Pictures (B, 3, H, W) in [-1, 1] -> the same through the model's own understanding of them."""
         prompts = [prompt or "Describe the image in detail."] * len(images)
@@ -567,8 +550,8 @@ class ShowO(nn.Module):
     def edit(self, images, instructions, cfg=None, steps=None, temperature=None, generator=None):
         """Pictures and what to change -> changed pictures. For models whose base training had edit pairs; the published
         one's had none."""
-        c = self.config
-        request = self.token_rows("edit", [{"instruction": text} for text in instructions])
+        c, samples = self.config, [{"instruction": text} for text in instructions]
+        request = self.collate("edit", samples, [torch.Generator()] * len(samples), None)
         request = {k: v.to(self.device) for k, v in request.items()}
         context = self.reca_context(**request, N=self.side ** 2, **self.understand(images.to(self.device)))
         image = torch.full((len(images), self.side, self.side), c.mask_id, device=self.device)
@@ -594,10 +577,9 @@ class ShowO(nn.Module):
         return [self.tokenizer.decode([i for i in row if i < c.text_vocab]).strip() for row in new]
 
     @torch.no_grad()
-    def write(self, x, layout, lengths, max_new_tokens, temperature=0.0, generator=None, trace=None):
+    def write(self, x, layout, lengths, max_new_tokens, temperature=0.0, generator=None):
         """Continues rows whose first lengths (B,) slots are no pads -> ids (B, at most max_new_tokens), eos from where
-        a row has ended. Temperature 0 is greedy. New ids overwrite a row's pads, so that every mask stays an interval.
-        trace: a list that gets the logits of each step."""
+        a row has ended. Temperature 0 is greedy. New ids overwrite a row's pads: so every mask stays an interval."""
         (B, T), model = x.shape[:2], self.showo.model
         cache = self.new_cache(B, T + max_new_tokens)
         hidden = model(x, layout, cache=cache, slots=torch.arange(T, device=x.device).expand(B, -1))
@@ -605,8 +587,6 @@ class ShowO(nn.Module):
         out, ended = [], torch.zeros(B, 1, dtype=torch.bool, device=x.device)
         for t in range(max_new_tokens):
             logits = self.logits(hidden)  # (B, vocabulary)
-            if trace is not None:
-                trace.append(logits)
             if temperature > 0:
                 e = torch.empty(logits.shape, device=x.device if generator is None else generator.device)
                 logits = (logits / temperature).softmax(dim=-1) / e.exponential_(generator=generator).to(logits)
@@ -635,16 +615,14 @@ class ShowO(nn.Module):
         codes = self.vq.encode(images.to(self.device).float())  # (B, h, w)
         dim, backwards = 2 if side in ("left", "right") else 1, side in ("left", "up")
         size, far = codes.shape[dim], codes.shape[dim] // 2  # so much of the grid is left out, and as much is new
-
-        def join(given, new):
-            return torch.cat([new, given] if backwards else [given, new], dim)
+        step = -1 if backwards else 1
         near = codes.narrow(dim, 0 if backwards else far, size - far) + self.config.image_offset
-        image = join(near, torch.full_like(codes, self.config.mask_id).narrow(dim, 0, far))
-        new = self.paint_text(prompts, image, cfg, steps, temperature, generator)
-        return self.decode_codes(join(codes, new.narrow(dim, 0 if backwards else size - far, far)))
+        blank = torch.full_like(codes, self.config.mask_id).narrow(dim, 0, far)
+        new = self.paint_text(prompts, torch.cat([near, blank][::step], dim), cfg, steps, temperature, generator)
+        new = new.narrow(dim, 0 if backwards else size - far, far)
+        return self.decode_codes(torch.cat([codes, new][::step], dim))
 
     # ---- what train.py needs
-
     def trainable_parameters(self, stage):
         """stage base | sft | reca -> [(name, parameter)] to train, and sets requires_grad: all but the image tokenizer
         and CLIP. A CLIP that did not come pre-trained (config.train_clip) learns in the base stage."""
@@ -740,18 +718,6 @@ class ShowO(nn.Module):
             ids, labels = ids + turn[0], labels + turn[1]
         return ids[:limit], labels[:limit]
 
-    def token_rows(self, part, samples, pad_to=None):
-        """The texts of samples -> ids (B, T), with labels (B, T) for i2t and text, lengths (B,) for the others."""
-        c, dialogue = self.config, part in ("i2t", "text")
-        limit = {"t2i": c.max_prompt, "recon": c.max_request, "edit": c.max_request}.get(part)
-        limit = limit or c.max_dialogue + 3 + len(self.system_ids)
-        rows, labels = zip(*[self.prompt_ids(part, s, min(pad_to or limit, limit)) for s in samples])
-        T = pad_to or min(-(-max(map(len, rows)) // c.pad_multiple) * c.pad_multiple, limit)
-        out = {"ids": pad_rows(rows, c.pad, T)}
-        if dialogue:
-            return out | {"labels": pad_rows(labels, IGNORE, T)}
-        return out | {"lengths": torch.tensor([len(row) for row in rows])}
-
     def collate(self, part, samples, generators, shared, pad_to=None):
         """Samples (dicts) and a generator for each -> what a loss needs beside the encodings. ids (B, T), right-padded
         to T = pad_to, or to the longest row, rounded up to pad_multiple and at most the config's maximum; captions and
@@ -762,14 +728,20 @@ class ShowO(nn.Module):
             return {"words": caption_words(self.tokenizer, [s["caption"] for s in samples])}
         if part == "uncond":
             part, samples = "t2i", [{"caption": "", "drop": True}] * len(samples)
-        out = self.token_rows(part, samples, pad_to)
-        if "labels" in out:
-            return out | {"count": (out["labels"][:, 1:] != IGNORE).sum().float()}
-        N = self.side ** 2
+        c, N, dialogue = self.config, self.side ** 2, part in ("i2t", "text")
+        limit = c.max_prompt if part == "t2i" else c.max_request
+        if dialogue:
+            limit = c.max_dialogue + 3 + len(self.system_ids)
+        rows, labels = zip(*[self.prompt_ids(part, s, min(pad_to or limit, limit)) for s in samples])
+        T = pad_to or min(-(-max(map(len, rows)) // c.pad_multiple) * c.pad_multiple, limit)
+        ids = pad_rows(rows, c.pad, T)
+        if dialogue:
+            labels = pad_rows(labels, IGNORE, T)
+            return {"ids": ids, "labels": labels, "count": (labels[:, 1:] != IGNORE).sum().float()}
         draws = [(torch.rand((), generator=g), torch.rand(N, generator=g)) for g in generators]
         u, r = (torch.stack(d) for d in zip(*draws))
         count = masked_count(u, N).sum() + (2 * len(u) if part == "t2i" else 0)
-        return out | {"u": u, "r": r, "count": count}
+        return {"ids": ids, "lengths": torch.tensor([len(row) for row in rows]), "u": u, "r": r, "count": count}
 
     def flops_per_sample(self, part):
         """Estimate for MFU: 6 operations per weight and token plus attention, forward and backward, one sample."""
@@ -783,7 +755,6 @@ class ShowO(nn.Module):
         return 0 if part in ("align", "words") else total
 
     # ---- published weights
-
     @classmethod
     def load_published(cls, path, config=None, tokenizer_path=None, vision_path=None, tokenizer=None, device="cpu",
                        dtype=None):
@@ -809,7 +780,6 @@ class ShowO(nn.Module):
         return model.to(device).eval()
 
     # ---- base training from nothing
-
     def align_loss(self, words, features=None, pixels=None, kind="contrast", **_):
         """For a CLIP that did not come pre-trained: see word_alignment. words (B, V): 1 where the caption has the id.
         "contrast" is the part align, "presence" the part words, whose captions say all there is to say."""

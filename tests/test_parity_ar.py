@@ -482,7 +482,7 @@ def test_base_losses_clip():
 
 
 def test_reca_clip():
-    """The reconstruction loss, and its gradients in both conventions: no gradient to the input row (published), or all."""
+    """The reconstruction loss, and its gradients in both conventions: none to the input row (published), or all."""
     r, m, given, out = Report(), model(True), case("reca_clip", "in"), case("reca_clip")
     c, fed = m.config, []
     hook = m.clip.register_forward_pre_hook(lambda _, args: fed.append(args[0]))
@@ -586,8 +586,10 @@ def test_understanding(clip):
         codes = ids[:, 2:N + 2] - m.config.image_offset
         x, layout = m.mmu_context(torch.cat([ids[:, :2], ids[:, N + 2:]], 1), codes=codes)
     r.check("prompt_logits", read(m.logits(m.showo.model(x, layout)), layout), out["prompt_logits"])
-    n, trace = out["tokens"].numel(), []
-    tokens = m.write(x, layout, torch.tensor([x.shape[1]]), n, trace=trace)
+    n, trace, logits = out["tokens"].numel(), [], m.logits
+    m.logits = lambda hidden: trace.append(logits(hidden)) or trace[-1]
+    tokens = m.write(x, layout, torch.tensor([x.shape[1]]), n)
+    del m.logits
     r.check("tokens", tokens.flatten(), out["tokens"].flatten())
     plain = []
     for i in range(n):  # the new row of the mask copies the last one and adds itself
@@ -780,7 +782,7 @@ def test_samplers():
     images = torch.rand(2, 3, 48, 48, generator=g()) * 2 - 1
     codes = m.vq.encode(images)
     for draw in (lambda: m.generate(["a red circle", "two blue stars on a white background"], generator=g()),
-                 lambda: m.edit(images, ["Make it blue.", "Remove the star from the top left."], cfg=1.0, generator=g()),
+                 lambda: m.edit(images, ["Make it blue.", "Remove the star at the top."], cfg=1.0, generator=g()),
                  lambda: m.reconstruct(images, steps=3, generator=g())):
         assert torch.equal(draw(), draw()) and draw().shape == (2, 3, 48, 48) and draw().abs().max() <= 1
     assert m.generate(["a"], size=96, generator=g()).shape == (1, 3, 96, 96)
