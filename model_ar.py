@@ -73,8 +73,8 @@ class ShowOConfig:
     mask_steps: int = 50
     reca_steps: int = 30  # reconstruction and editing
 
-    def __post_init__(self):
-        self.pad, self.soi, self.eoi, _, _, self.t2i, self.mmu = range(self.text_vocab, self.text_vocab + 7)  # 2: video
+    def __post_init__(self):  # special ids: [PAD], start and end of image, two of video, task: draw, task: look
+        self.pad, self.soi, self.eoi, _, _, self.t2i, self.mmu = range(self.text_vocab, self.text_vocab + 7)
         self.image_offset = self.text_vocab + self.num_special  # id of image code 0
         self.mask_id = self.image_offset + self.codebook_size
         self.vocab_size = self.mask_id + 1
@@ -200,22 +200,18 @@ class Backbone(nn.Module):
 def with_bos(text, c):
     return list(text) if text[:1] == [c.eos] else [c.eos, *text]
 
-
 def t2i_prompt(text, c, limit=None, drop=False):
     """[t2i] bos text eos, at most `limit` ids (the end is cut, eos stays). drop: that of the empty text."""
     ids, limit = [c.t2i, *with_bos([] if drop else text, c), c.eos], limit or c.max_prompt
     return ids if len(ids) <= limit else [*ids[:limit - 1], c.eos]
 
-
 def mmu_prompt(chat, c, system=()):
     """[mmu] system [soi][eoi] chat; the picture (features or codes) goes between soi and eoi when the row is built."""
     return [c.mmu, *system, c.soi, c.eoi, *chat]
 
-
 def reca_prompt(text, c):
     """[mmu][soi][eoi] bos text eos; the picture goes between soi and eoi. There is no system prompt in RecA."""
     return mmu_prompt([*with_bos(text, c), c.eos], c)
-
 
 def pad_rows(rows, fill, length, device=None):
     """Lists of ids -> (B, length) int64, right-padded with `fill`. Raises ValueError if one is longer."""
@@ -224,17 +220,15 @@ def pad_rows(rows, fill, length, device=None):
         raise ValueError(f"a prompt of {longest} ids does not fit into {length}: shorten it, or raise its maximum")
     return torch.tensor([[*r, *[fill] * (length - len(r))] for r in rows], device=device)
 
-
 # Layouts. n (B,): ids of each row that are no pads; S = N + 2. Each line of a layout is one stretch of memory: where
 # its slots stand in the published row, then which slots [lo, hi) they see. Pads, which nobody reads, see the pads
 # before them: so the published masks are met to the last entry.
 def make_layout(rows, *stretches):
-    """Stretches (positions (rows or 1, k), lo, hi), in memory order -> Layout. lo, hi: int or (rows or 1, k or 1)."""
+    """Stretches (positions (rows or 1, k), lo, hi: int or (rows or 1, k or 1)), in memory order -> Layout."""
     def full(value, like):
         value = value if torch.is_tensor(value) else torch.full((1, 1), value, device=like.device)
         return value.expand(rows, like.shape[1])
     return Layout(*(torch.cat([full(s[i], s[0]) for s in stretches], dim=1) for i in range(3)))
-
 
 def t2i_layout(n, T, N, start, A=0):
     """Text-to-image; published order PAD.. text [soi] codes [eoi], soi at the place `start`. Text is causal; soi, codes
@@ -247,12 +241,10 @@ def t2i_layout(n, T, N, start, A=0):
         (start - n - A + k, S, torch.where(k == 0, S + 1, S + A)),  # what stands before the text
         (torch.where(text, start - n + j, j - n), torch.where(text, S, S + A + n), S + A + 1 + j))  # text, pads
 
-
 def reca_vq_layout(n, T, N, A, limit):
     """RecA with image codes as context; published order PAD.. [mmu][soi] given codes [eoi] bos text eos [soi] codes
     [eoi], where given codes, ids, pads take A + limit places."""
     return t2i_layout(n - 3, T - 3, N, A + limit, A + 3)
-
 
 def reca_clip_layout(n, T, N, A, block):
     """RecA with CLIP; published order [mmu][soi] features [eoi] bos text eos PAD.. [soi] codes [eoi], where ids and
@@ -267,19 +259,16 @@ def reca_clip_layout(n, T, N, A, block):
         (2 + torch.arange(A, device=n.device)[None], S, S + A + 2),  # features: see mmu and soi too
         (torch.where(j < 2, j, j + A), S, torch.minimum(S + A + 1 + j, end)))  # ids, pads
 
-
 def mmu_clip_layout(T, A, before, device=None):
     """Image-to-text with CLIP: `before` ids (mmu, system, soi), features, eoi, chat. Causal; all see the features."""
     j = torch.arange(T, device=device)[None]
     return make_layout(1, (before + torch.arange(A, device=device)[None], 0, A + before),
                        (torch.where(j < before, j, j + A), 0, A + 1 + j))
 
-
 def causal_layout(T, seen_by_all=0, device=None):
     """Text alone; or image-to-text from codes, where all see the first `seen_by_all` places: mmu, soi, codes, eoi."""
     j = torch.arange(T, device=device)[None]
     return make_layout(1, (j, 0, (j + 1).clamp(min=seen_by_all)))
-
 
 def stack_rows(a, b):
     """Two batches of (embeddings, layout) as one [a; b]; the shorter ones get slots at their end that nobody sees."""
@@ -290,20 +279,16 @@ def stack_rows(a, b):
     x, *layout = (torch.cat(pair) for pair in zip(*rows))
     return x, Layout(*layout)
 
-
 def mask_ratio(t):
     """Share of codes that are masked at time t in [0, 1]; in training t ~ U(0, 1), in sampling steps done / steps."""
     return torch.cos(t * math.pi * 0.5).clamp(min=0)
-
 
 def masked_count(u, N):
     """u in [0, 1) -> how many of N codes are masked, at least one, float32 in the shape of u."""
     return (N * mask_ratio(u)).round().clamp(min=1)  # rounds half to even
 
-
 def mask_codes(codes, u, r, c):
-    """codes (B, N), u (B,) and r (B, N) uniform in [0, 1) -> input ids and labels (B, N). Masked are the places where
-    argsort(r) is below masked_count(u): a uniformly random subset."""
+    """codes, r (B, N), u (B,), both in [0, 1) -> ids, labels (B, N). Masked are masked_count(u) random places, by r."""
     masked, ids = r.argsort(dim=1) < masked_count(u, codes.shape[1])[:, None], codes + c.image_offset
     return ids.masked_fill(masked, c.mask_id), ids.masked_fill(~masked, IGNORE)
 
@@ -382,8 +367,7 @@ class ShowO(nn.Module):
         return self.cross_entropy(self.with_target(image, context), layout, slice(0, N + 2), labels, count)
 
     def i2t_loss(self, ids, labels, codes=None, features=None, chat_features=None, pixels=None, count=None, **_):
-        """Image-to-text: ids and labels (B, T); each slot predicts the id behind it. What is understood: chat_features
-        where there are any, else features, pixels or codes."""
+        """Image-to-text: ids and labels (B, T); each slot predicts the id behind it. chat_features win over features."""
         x, layout = self.mmu_context(ids, codes, features if chat_features is None else chat_features, pixels)
         first = x.shape[1] - ids.shape[1]  # the slots before hold the picture and what precedes it: no labels
         return self.cross_entropy(x, layout, slice(first, x.shape[1] - 1), labels[:, 1:], count)
@@ -396,8 +380,8 @@ class ShowO(nn.Module):
     def edit_loss(self, **tensors):
         """Editing, which the published model lacks: RecA's row with the SOURCE picture (source_features ...) as
         context, the instruction as request, the codes of the EDITED picture as target. Gradients pass."""
-        names = ("features", "pixels", "small_codes")
-        source = {name: tensors[f"source_{name}"] for name in names if f"source_{name}" in tensors}
+        seen = {f"source_{name}": name for name in ("features", "pixels", "small_codes")}
+        source = {seen[name]: tensor for name, tensor in tensors.items() if name in seen}
         return self.reca_loss(**(tensors | source), context_grad=1.0)
 
     def embed(self, *ids):
@@ -417,22 +401,20 @@ class ShowO(nn.Module):
         """[mmu][soi] picture [eoi] bos text eos, before a target of N codes."""
         c, T = self.config, ids.shape[1]
         if c.w_clip_vit:
-            picture = self.project(features, pixels)
-            context = torch.cat([picture, self.embed(ids)], dim=1)
-            return context, reca_clip_layout(lengths, T, N, picture.shape[1], c.max_request)
-        context = self.embed(ids[:, :2], small_codes + c.image_offset, ids[:, 2:])
-        return context, reca_vq_layout(lengths, T, N, small_codes.shape[1], c.max_request)
+            x = torch.cat([self.project(features, pixels), self.embed(ids)], dim=1)
+            return x, reca_clip_layout(lengths, T, N, x.shape[1] - T, c.max_request)
+        x = self.embed(ids[:, :2], small_codes + c.image_offset, ids[:, 2:])
+        return x, reca_vq_layout(lengths, T, N, small_codes.shape[1], c.max_request)
 
     def t2i_context(self, ids, lengths, N):
         return self.embed(ids), t2i_layout(lengths, ids.shape[1], N, self.config.max_prompt)
 
     def mmu_context(self, ids, codes=None, features=None, pixels=None):
         """[mmu] system [soi] picture [eoi] chat; ids (B, T) lack the picture: features, pixels or codes (B, A)."""
-        c, before = self.config, 2 + len(self.system_ids)  # mmu, system, soi
+        c, T, before = self.config, ids.shape[1], 2 + len(self.system_ids)  # mmu, system, soi
         if c.w_clip_vit:
-            picture = self.project(features, pixels)
-            x = torch.cat([picture, self.embed(ids)], dim=1)
-            return x, mmu_clip_layout(ids.shape[1], picture.shape[1], before, ids.device)
+            x = torch.cat([self.project(features, pixels), self.embed(ids)], dim=1)
+            return x, mmu_clip_layout(T, x.shape[1] - T, before, ids.device)
         x = self.embed(ids[:, :before], codes + c.image_offset, ids[:, before:])
         return x, causal_layout(x.shape[1], before + codes.shape[1] + 1, ids.device)
 
@@ -456,8 +438,7 @@ class ShowO(nn.Module):
     @torch.no_grad()
     def sample(self, context, layout, image, guidance, steps, temperature=1.0, generator=None, exponential=None,
                gumbel_u=None, trace=None):
-        """Parallel decoding, MaskGIT's: every step draws all unknown codes, keeps the most confident, masks the others.
-
+        """MaskGIT's parallel decoding: every step draws all unknown codes, keeps the most confident, masks the others.
         context (b, T, D) and its layout, or 2b rows, the unconditional ones second; image (b, N) ids, mask_id = to be
         painted. Guidance g: logits = (1 + g) cond - g uncond. Noise, from the generator if not given: exponential
         (steps, b, N, codebook), since argmax(p / e) with e ~ Exp(1) is a draw from p, and gumbel_u (steps, b, N),
@@ -528,7 +509,6 @@ class ShowO(nn.Module):
         return [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(c.num_layers)]
 
     def decode_codes(self, codes):
-        """codes (B, h, w) -> images (B, 3, H, W) in [-1, 1]."""
         return self.vq.decode(codes).clamp(-1, 1)
 
     @torch.no_grad()
@@ -548,8 +528,7 @@ class ShowO(nn.Module):
 
     @torch.no_grad()
     def edit(self, images, instructions, cfg=None, steps=None, temperature=None, generator=None):
-        """Pictures and what to change -> changed pictures. For models whose base training had edit pairs; the published
-        one's had none."""
+        """Pictures and what to change -> changed pictures. The published model was not trained for it."""
         c, samples = self.config, [{"instruction": text} for text in instructions]
         request = self.collate("edit", samples, [torch.Generator()] * len(samples), None)
         request = {k: v.to(self.device) for k, v in request.items()}
@@ -568,8 +547,8 @@ class ShowO(nn.Module):
             picture = {"codes": self.vq.encode(images.to(self.device).float()).flatten(1)}
             head, line = [*head, c.eos], "\n"  # at inference only
         rows = [head + self.dialogue(line + q.strip())[0] for q in questions]
-        ids = pad_rows(rows, c.pad, max(map(len, rows)), self.device)
-        T = ids.shape[1]
+        T = max(map(len, rows))
+        ids = pad_rows(rows, c.pad, T, self.device)
         x, layout = self.mmu_context(ids, **picture) if picture else (self.embed(ids), causal_layout(T, 0, self.device))
         lengths = torch.tensor([len(row) for row in rows], device=self.device) + x.shape[1] - T
         new = self.write(x, layout, lengths, max_new_tokens, temperature, generator).tolist()
@@ -610,8 +589,7 @@ class ShowO(nn.Module):
 
     @torch.no_grad()
     def extrapolate(self, images, prompts, side="right", cfg=None, steps=None, temperature=None, generator=None):
-        """Pictures -> half as large again towards `side` (left, right, up, down): the near half of the grid is given,
-        as much beyond it is painted."""
+        """Pictures -> half as large again towards `side` (left, right, up, down), painted from the near half."""
         codes = self.vq.encode(images.to(self.device).float())  # (B, h, w)
         dim, backwards = 2 if side in ("left", "right") else 1, side in ("left", "up")
         size, far = codes.shape[dim], codes.shape[dim] // 2  # so much of the grid is left out, and as much is new
@@ -668,9 +646,9 @@ class ShowO(nn.Module):
     def shrunken(self, images):
         """The degraded copy whose codes are RecA's context in the VQ variant: a bottleneck, or it just copies."""
         c, (H, W) = self.config, images.shape[2:]
-        size = (H // c.reca_down_scale, W // c.reca_down_scale)
-        small = F.interpolate(images, size, mode="bilinear", align_corners=False)
-        return F.interpolate(small, (H, W), mode="bilinear", align_corners=False) if c.reca_resize_back else small
+        resize = partial(F.interpolate, mode="bilinear", align_corners=False)
+        small = resize(images, (H // c.reca_down_scale, W // c.reca_down_scale))
+        return resize(small, (H, W)) if c.reca_resize_back else small
 
     def understand(self, images):
         """What RecA's context shows of images: {"features": (B, A, width)} or {"small_codes": (B, A)}."""
@@ -719,19 +697,17 @@ class ShowO(nn.Module):
         return ids[:limit], labels[:limit]
 
     def collate(self, part, samples, generators, shared, pad_to=None):
-        """Samples (dicts) and a generator for each -> what a loss needs beside the encodings. ids (B, T), right-padded
-        to T = pad_to, or to the longest row, rounded up to pad_multiple and at most the config's maximum; captions and
-        dialogues that are too long are cut, a request that is too long raises ValueError. Where a picture is drawn:
-        u (B,), how many codes are masked, and r (B, N), which. count (): how many labels are in the loss. Several turns
-        of a dialogue are sample["turns"] = [(question, answer), ...]. A batch shares no randomness."""
+        """Samples (dicts), a generator for each -> what a loss needs beside the encodings. ids (B, T) are right-padded to
+        T = pad_to, or to the longest row, rounded up to pad_multiple; captions and dialogues that are too long are cut,
+        a request raises ValueError. u (B,): how many codes are masked, r (B, N): which. count (): how many labels are in
+        the loss. A sample may have several turns: [(question, answer), ...]. A batch shares no randomness."""
         if part in ("align", "words"):
             return {"words": caption_words(self.tokenizer, [s["caption"] for s in samples])}
         if part == "uncond":
             part, samples = "t2i", [{"caption": "", "drop": True}] * len(samples)
         c, N, dialogue = self.config, self.side ** 2, part in ("i2t", "text")
-        limit = c.max_prompt if part == "t2i" else c.max_request
-        if dialogue:
-            limit = c.max_dialogue + 3 + len(self.system_ids)
+        limits = {"t2i": c.max_prompt, "recon": c.max_request, "edit": c.max_request}
+        limit = limits.get(part, c.max_dialogue + 3 + len(self.system_ids))
         rows, labels = zip(*[self.prompt_ids(part, s, min(pad_to or limit, limit)) for s in samples])
         T = pad_to or min(-(-max(map(len, rows)) // c.pad_multiple) * c.pad_multiple, limit)
         ids = pad_rows(rows, c.pad, T)
@@ -759,9 +735,8 @@ class ShowO(nn.Module):
     def load_published(cls, path, config=None, tokenizer_path=None, vision_path=None, tokenizer=None, device="cpu",
                        dtype=None):
         """Show-o or Show-o-RecA, with magvitv2 (tokenizer_path) and, for show-o-clip-*, clip-vit-large-patch14-336
-        (vision_path), files or folders -> model in eval mode. config: a name in CONFIGS or a ShowOConfig. The model is
-        built without memory and filled in `dtype` (None: float32); the image tokenizer is float32 always. Raises
-        FileNotFoundError, and ValueError with a table of keys that do not fit."""
+        (vision_path) -> model in eval mode, in `dtype` (None: float32; the image tokenizer always). config: a name in
+        CONFIGS or a ShowOConfig. Raises FileNotFoundError, and ValueError with a table of keys that do not fit."""
         config = config or "show-o-clip-512"
         c = CONFIGS[config] if isinstance(config, str) else config
         if not tokenizer_path:
