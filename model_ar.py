@@ -113,7 +113,7 @@ RECIPES = {
         "reca": dict(lr=2e-4, steps=1200, batch=96, i2t_weight=0.0, mix={"recon": 0.5, "t2i": 0.5, "i2t": 1.0}),
         # The control: as many steps and pictures, all of them with captions.
         "sft": dict(lr=2e-4, steps=1200, batch=96, i2t_weight=0.0, mix={"t2i": 1.0, "i2t": 1.0}),
-        # RecA on a user's own pictures, which have no captions; the questions come from the shape world.
+        # RecA on a user's own pictures, which have no captions.
         "plain": dict(lr=2e-4, steps=300, batch=96, t2i_weight=0.0, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}),
     },
     "show-o-256": PUBLISHED, "show-o-512": PUBLISHED, "show-o-clip-256": PUBLISHED, "show-o-clip-512": PUBLISHED,
@@ -220,9 +220,8 @@ def pad_rows(rows, fill, length, device=None):
         raise ValueError(f"a prompt of {longest} ids does not fit into {length}: shorten it, or raise its maximum")
     return torch.tensor([[*r, *[fill] * (length - len(r))] for r in rows], device=device)
 
-# Layouts. n (B,): ids of each row that are no pads; S = N + 2. Each line of a layout is one stretch of memory: where
-# its slots stand in the published row, then which slots [lo, hi) they see. Pads, which nobody reads, see the pads
-# before them: so the published masks are met to the last entry.
+# Layouts. n (B,): ids of each row that are no pads; S = N + 2. Each line is one stretch of memory: where its slots stand
+# in the published row, then which slots [lo, hi) they see. Nobody reads pads; what they see is as published, too.
 def make_layout(rows, *stretches):
     """Stretches (positions (rows or 1, k), lo, hi: int or (rows or 1, k or 1)), in memory order -> Layout."""
     def full(value, like):
@@ -357,17 +356,16 @@ class ShowO(nn.Module):
         return self.cross_entropy(x, layout, slice(1, N + 1), labels, count)
 
     def t2i_loss(self, codes, ids, lengths, u, r, count=None, **_):
-        """Text-to-image: codes (B, N), captions ids (B, T) and lengths (B,), masking u (B,), r (B, N). As published,
-        soi and eoi are in the loss with their own ids: two trivial terms per row in the mean."""
+        """Text-to-image: codes (B, N), captions ids (B, T), lengths (B,), masking u (B,), r (B, N). As published, soi
+        and eoi are in the loss with their own ids: two trivial terms per row in the mean."""
         c, N = self.config, codes.shape[1]
         image, labels = mask_codes(codes, u, r, c)
-        eoi, soi = torch.full_like(labels[:, :1], c.eoi), torch.full_like(labels[:, :1], c.soi)
-        labels = torch.cat([eoi, labels, soi], dim=1)
+        labels = F.pad(F.pad(labels, (1, 0), value=c.eoi), (0, 1), value=c.soi)
         context, layout = self.t2i_context(ids, lengths, N)
         return self.cross_entropy(self.with_target(image, context), layout, slice(0, N + 2), labels, count)
 
     def i2t_loss(self, ids, labels, codes=None, features=None, chat_features=None, pixels=None, count=None, **_):
-        """Image-to-text: ids and labels (B, T); each slot predicts the id behind it. chat_features win over features."""
+        """Image-to-text: ids, labels (B, T); each slot predicts the id behind it. chat_features win over features."""
         x, layout = self.mmu_context(ids, codes, features if chat_features is None else chat_features, pixels)
         first = x.shape[1] - ids.shape[1]  # the slots before hold the picture and what precedes it: no labels
         return self.cross_entropy(x, layout, slice(first, x.shape[1] - 1), labels[:, 1:], count)
@@ -380,8 +378,7 @@ class ShowO(nn.Module):
     def edit_loss(self, **tensors):
         """Editing, which the published model lacks: RecA's row with the SOURCE picture (source_features ...) as
         context, the instruction as request, the codes of the EDITED picture as target. Gradients pass."""
-        seen = {f"source_{name}": name for name in ("features", "pixels", "small_codes")}
-        source = {seen[name]: tensor for name, tensor in tensors.items() if name in seen}
+        source = {name: tensors.get(f"source_{name}") for name in ("features", "pixels", "small_codes")}
         return self.reca_loss(**(tensors | source), context_grad=1.0)
 
     def embed(self, *ids):
@@ -557,8 +554,8 @@ class ShowO(nn.Module):
 
     @torch.no_grad()
     def write(self, x, layout, lengths, max_new_tokens, temperature=0.0, generator=None):
-        """Continues rows whose first lengths (B,) slots are no pads -> ids (B, at most max_new_tokens), eos from where
-        a row has ended. Temperature 0 is greedy. New ids overwrite a row's pads: so every mask stays an interval."""
+        """Continues rows whose first lengths (B,) slots are no pads -> ids (B, at most max_new_tokens), then eos. Greedy
+        at temperature 0. New ids overwrite a row's pads, so that every mask stays an interval."""
         (B, T), model = x.shape[:2], self.showo.model
         cache = self.new_cache(B, T + max_new_tokens)
         hidden = model(x, layout, cache=cache, slots=torch.arange(T, device=x.device).expand(B, -1))
@@ -697,10 +694,10 @@ class ShowO(nn.Module):
         return ids[:limit], labels[:limit]
 
     def collate(self, part, samples, generators, shared, pad_to=None):
-        """Samples (dicts), a generator for each -> what a loss needs beside the encodings. ids (B, T) are right-padded to
+        """Samples (dicts), a generator for each -> what a loss needs beside the encodings. ids (B, T): right-padded to
         T = pad_to, or to the longest row, rounded up to pad_multiple; captions and dialogues that are too long are cut,
-        a request raises ValueError. u (B,): how many codes are masked, r (B, N): which. count (): how many labels are in
-        the loss. A sample may have several turns: [(question, answer), ...]. A batch shares no randomness."""
+        a request raises ValueError. u (B,): how many codes are masked, r (B, N): which. count (): how many labels the
+        loss has. A dialogue may have "turns": [(question, answer), ...]. A batch shares no randomness."""
         if part in ("align", "words"):
             return {"words": caption_words(self.tokenizer, [s["caption"] for s in samples])}
         if part == "uncond":
@@ -739,15 +736,14 @@ class ShowO(nn.Module):
         CONFIGS or a ShowOConfig. Raises FileNotFoundError, and ValueError with a table of keys that do not fit."""
         config = config or "show-o-clip-512"
         c = CONFIGS[config] if isinstance(config, str) else config
-        if not tokenizer_path:
-            raise ValueError(f"{path}: {config} needs the file or folder of magvitv2 as well: give --tokenizer-ckpt")
-        if bool(vision_path) != c.w_clip_vit:
-            raise ValueError(f"{path}: {config} needs the file or folder of clip-vit-large-patch14-336 as well: give "
-                             "--vision-ckpt" if c.w_clip_vit else f"{config} has no CLIP: leave out --vision-ckpt")
+        for what, given, needed in (("magvitv2: --tokenizer-ckpt", tokenizer_path, True),
+                                    ("clip-vit-large-patch14-336: --vision-ckpt", vision_path, c.w_clip_vit)):
+            if bool(given) != needed:
+                raise ValueError(f"{path}: {config} {'needs' if needed else 'does without'} {what}")
         state = read_weights(path) | {f"vq.{k}": v for k, v in read_weights(tokenizer_path).items()}
-        for k, v in read_weights(vision_path).items() if c.w_clip_vit else ():  # the file also holds the text tower
-            if k.startswith("vision_model.") and not k.endswith("position_ids"):
-                state[f"clip.{k}"] = v
+        clip = read_weights(vision_path) if c.w_clip_vit else {}  # the file also holds the text tower
+        clip = {k: v for k, v in clip.items() if k.startswith("vision_model.") and not k.endswith("position_ids")}
+        state |= {f"clip.{k}": v for k, v in clip.items()}
         with torch.device("meta"):
             model = cls(c, tokenizer).to(dtype or torch.float32)
         model.vq.float()  # a code is made of signs: rounding would flip some
