@@ -8,10 +8,10 @@ turns half of each head. Pictures are understood through CLIP features (`show-o-
 RecA (arXiv 2509.07295; `ShowO.reca_loss`) is cross entropy on the masked codes of this row, without a caption:
     [mmu][soi] CLIP features [eoi] "describe this image" [soi] masked codes of the SAME picture [eoi]
 
-Positions are given explicitly, so the order in which a row is stored in memory is free, and this one
+The order in which a row is stored in memory is free, since positions are given explicitly. Stored as
     [ target picture: eoi, codes, soi | CLIP features | text, right-padded ]
-makes every mask an interval of keys [lo, hi) per query and puts what a loss reads into fixed slots. The published rows
-pad the text on the left or in the middle: those pads are dropped, but positions count them.
+every mask is an interval of keys [lo, hi) per query, and what a loss reads has fixed slots. The published rows pad the
+text on the left or in the middle: those pads are dropped, but positions count them.
 
 Shapes: B rows, T text ids with pads, N codes of the target picture, A slots of the picture that is understood, D width.
 """
@@ -81,8 +81,7 @@ class ShowOConfig:
 
 
 CONFIGS = {
-    # 48x48 pictures of the shape world: 9 codes of 11 bits, 9 CLIP tokens. No system prompt and template words of one
-    # token, because at this size a text token costs as much as an image token.
+    # 48x48 pictures: 9 codes of 11 bits, 9 CLIP tokens. Texts are short, as a word costs as much as an image token.
     "tiny": ShowOConfig(
         hidden_size=128, num_layers=4, num_heads=4, intermediate_size=224, text_vocab=1024, eos=1018, image_size=48,
         codebook_size=2048, vq=TOKENIZERS["tiny-lfq"], clip=VISION_ENCODERS["tiny-clip"], clip_mean=(0.5,) * 3,
@@ -94,9 +93,8 @@ CONFIGS = {
     "show-o-clip-512": ShowOConfig(max_dialogue=996, image_size=512),
 }
 
-# Flags of train.py; it has defaults for what is missing here. A part of `mix` whose weight is 0 is left out.
-# Published: image-to-text keeps the shared backbone understanding. The rate is constant, as the release spreads its
-# cosine over a million steps. The batch is ours: the release fixes no number of GPUs.
+# Flags of train.py. Published: image-to-text keeps the shared backbone understanding. The rate is constant, as the
+# release spreads its cosine over a million steps. The batch is ours: the release fixes no number of GPUs.
 PUBLISHED = {
     "reca": dict(lr=5e-7, betas=(0.9, 0.999), weight_decay=0.01, clip=0.0, warmup=1000, warmup_from=0, drop=0.0,
                  steps=5000, batch=16, schedule="constant", t2i_weight=0.0, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}),
@@ -108,8 +106,8 @@ RECIPES = {
         # Muon, because AdamW alone needs twice the samples here.
         "base": dict(lr=1e-3, muon_lr=0.02, warmup=100, steps=5500, batch=48, pool=40000,
                      mix={"t2i": 1.0, "i2t": 0.75, "edit": 0.75, "text": 0.25}),
-        # Captions stand beside RecA, because features teach that a place is empty unless something is said of it, and
-        # prompts name no places. No image-to-text: it costs half of the compute, and this model forgets little.
+        # Captions beside RecA: features teach that a place is empty unless something is said of it, and prompts name no
+        # places. No image-to-text, which costs half of the compute: this model forgets little.
         "reca": dict(lr=2e-4, steps=1200, batch=96, i2t_weight=0.0, mix={"recon": 0.5, "t2i": 0.5, "i2t": 1.0}),
         # The control: as many steps and pictures, all of them with captions.
         "sft": dict(lr=2e-4, steps=1200, batch=96, i2t_weight=0.0, mix={"t2i": 1.0, "i2t": 1.0}),
@@ -220,7 +218,7 @@ def pad_rows(rows, fill, length, device=None):
         raise ValueError(f"a prompt of {longest} ids does not fit into {length}: shorten it, or raise its maximum")
     return torch.tensor([[*r, *[fill] * (length - len(r))] for r in rows], device=device)
 
-# Layouts. n (B,): ids of each row that are no pads; S = N + 2. Each line is one stretch of memory: where its slots stand
+# Layouts. n (B,): ids of each row that are no pads; S = N + 2. Each line is one stretch of memory: where its slots are
 # in the published row, then which slots [lo, hi) they see. Nobody reads pads; what they see is as published, too.
 def make_layout(rows, *stretches):
     """Stretches (positions (rows or 1, k), lo, hi: int or (rows or 1, k or 1)), in memory order -> Layout."""
@@ -437,9 +435,9 @@ class ShowO(nn.Module):
                gumbel_u=None, trace=None):
         """MaskGIT's parallel decoding: every step draws all unknown codes, keeps the most confident, masks the others.
         context (b, T, D) and its layout, or 2b rows, the unconditional ones second; image (b, N) ids, mask_id = to be
-        painted. Guidance g: logits = (1 + g) cond - g uncond. Noise, from the generator if not given: exponential
-        (steps, b, N, codebook), since argmax(p / e) with e ~ Exp(1) is a draw from p, and gumbel_u (steps, b, N),
-        uniform. trace: a list that gets a dict per step. Returns the codes of the last step, (b, N)."""
+        painted -> codes (b, N). Guidance g: logits = (1 + g) cond - g uncond. Noise, from the generator if not given:
+        exponential (steps, b, N, codebook), since argmax(p / e) with e ~ Exp(1) is a draw from p, and gumbel_u (steps,
+        b, N), uniform. trace: a list that gets a dict per step."""
         c, (b, N), rows, model = self.config, image.shape, len(context), self.showo.model
         S, codebook = N + 2, slice(c.image_offset, c.mask_id)
         source = image.device if generator is None else generator.device
@@ -554,8 +552,8 @@ class ShowO(nn.Module):
 
     @torch.no_grad()
     def write(self, x, layout, lengths, max_new_tokens, temperature=0.0, generator=None):
-        """Continues rows whose first lengths (B,) slots are no pads -> ids (B, at most max_new_tokens), then eos. Greedy
-        at temperature 0. New ids overwrite a row's pads, so that every mask stays an interval."""
+        """Continues rows whose first lengths (B,) slots are no pads -> ids (B, at most max_new_tokens), eos behind their
+        end. Greedy at temperature 0. New ids overwrite a row's pads, so that every mask stays an interval."""
         (B, T), model = x.shape[:2], self.showo.model
         cache = self.new_cache(B, T + max_new_tokens)
         hidden = model(x, layout, cache=cache, slots=torch.arange(T, device=x.device).expand(B, -1))
@@ -590,12 +588,11 @@ class ShowO(nn.Module):
         codes = self.vq.encode(images.to(self.device).float())  # (B, h, w)
         dim, backwards = 2 if side in ("left", "right") else 1, side in ("left", "up")
         size, far = codes.shape[dim], codes.shape[dim] // 2  # so much of the grid is left out, and as much is new
-        step = -1 if backwards else 1
-        near = codes.narrow(dim, 0 if backwards else far, size - far) + self.config.image_offset
-        blank = torch.full_like(codes, self.config.mask_id).narrow(dim, 0, far)
-        new = self.paint_text(prompts, torch.cat([near, blank][::step], dim), cfg, steps, temperature, generator)
-        new = new.narrow(dim, 0 if backwards else size - far, far)
-        return self.decode_codes(torch.cat([codes, new][::step], dim))
+        start, shift = (0, far) if backwards else (size - far, -far)
+        image = codes.roll(shift, dim) + self.config.image_offset
+        image.narrow(dim, start, far).fill_(self.config.mask_id)
+        new = self.paint_text(prompts, image, cfg, steps, temperature, generator).narrow(dim, start, far)
+        return self.decode_codes(torch.cat([new, codes] if backwards else [codes, new], dim))
 
     # ---- what train.py needs
     def trainable_parameters(self, stage):
@@ -633,8 +630,8 @@ class ShowO(nn.Module):
         CLIP's mean and deviation, as its own preprocessing has it."""
         c, size = self.config, (self.config.clip.image_size,) * 2
         if images.shape[2:] != size:
-            mode = "bicubic" if chat else "bilinear"
-            images = F.interpolate(images, size, mode=mode, align_corners=False, antialias=chat)
+            kind = {"mode": "bicubic" if chat else "bilinear", "antialias": chat}
+            images = F.interpolate(images, size, align_corners=False, **kind)
         if chat:
             mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (c.clip_mean, c.clip_std))
             images = (images * 0.5 + 0.5 - mean) / std
@@ -741,9 +738,9 @@ class ShowO(nn.Module):
             if bool(given) != needed:
                 raise ValueError(f"{path}: {config} {'needs' if needed else 'does without'} {what}")
         state = read_weights(path) | {f"vq.{k}": v for k, v in read_weights(tokenizer_path).items()}
-        clip = read_weights(vision_path) if c.w_clip_vit else {}  # the file also holds the text tower
-        clip = {k: v for k, v in clip.items() if k.startswith("vision_model.") and not k.endswith("position_ids")}
-        state |= {f"clip.{k}": v for k, v in clip.items()}
+        for k, v in read_weights(vision_path).items() if c.w_clip_vit else ():
+            if k.startswith("vision_model.") and not k.endswith("position_ids"):  # the file also holds the text tower
+                state[f"clip.{k}"] = v
         with torch.device("meta"):
             model = cls(c, tokenizer).to(dtype or torch.float32)
         model.vq.float()  # a code is made of signs: rounding would flip some
