@@ -95,12 +95,8 @@ CONFIGS = {
 
 # Flags of train.py. Published: image-to-text keeps the shared backbone understanding. The rate is constant, as the
 # release spreads its cosine over a million steps. The batch is ours: the release fixes no number of GPUs.
-PUBLISHED = {
-    "reca": dict(lr=5e-7, betas=(0.9, 0.999), weight_decay=0.01, clip=0.0, warmup=1000, warmup_from=0, drop=0.0,
-                 steps=5000, batch=16, schedule="constant", t2i_weight=0.0, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}),
-    "sft": dict(lr=5e-7, betas=(0.9, 0.999), weight_decay=0.01, clip=0.0, warmup=1000, warmup_from=0, drop=0.0,
-                steps=5000, batch=16, schedule="constant", mix={"t2i": 1.0, "i2t": 1.0}),
-}
+PUBLISHED = dict(lr=5e-7, betas=(0.9, 0.999), weight_decay=0.01, clip=0.0, warmup=1000, warmup_from=0, drop=0.0,
+                 schedule="constant", steps=5000, batch=16)
 RECIPES = {
     "tiny": {
         # Muon, because AdamW alone needs twice the samples here.
@@ -114,7 +110,9 @@ RECIPES = {
         # RecA on a user's own pictures, which have no captions.
         "plain": dict(lr=2e-4, steps=300, batch=96, t2i_weight=0.0, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}),
     },
-    "show-o-256": PUBLISHED, "show-o-512": PUBLISHED, "show-o-clip-256": PUBLISHED, "show-o-clip-512": PUBLISHED,
+    **dict.fromkeys(("show-o-256", "show-o-512", "show-o-clip-256", "show-o-clip-512"), {
+        "reca": dict(PUBLISHED, t2i_weight=0.0, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}),
+        "sft": dict(PUBLISHED, mix={"t2i": 1.0, "i2t": 1.0})}),
 }
 
 
@@ -222,10 +220,8 @@ def pad_rows(rows, fill, length, device=None):
 # in the published row, then which slots [lo, hi) they see. Nobody reads pads; what they see is as published, too.
 def make_layout(rows, *stretches):
     """Stretches (positions (rows or 1, k), lo, hi: int or (rows or 1, k or 1)), in memory order -> Layout."""
-    def full(value, like):
-        value = value if torch.is_tensor(value) else torch.full((1, 1), value, device=like.device)
-        return value.expand(rows, like.shape[1])
-    return Layout(*(torch.cat([full(s[i], s[0]) for s in stretches], dim=1) for i in range(3)))
+    full = [[(s[0] * 0 + value).expand(rows, -1) for value in s] for s in stretches]
+    return Layout(*(torch.cat(column, dim=1) for column in zip(*full)))
 
 def t2i_layout(n, T, N, start, A=0):
     """Text-to-image; published order PAD.. text [soi] codes [eoi], soi at the place `start`. Text is causal; soi, codes
@@ -296,6 +292,7 @@ class ShowO(nn.Module):
     """config: ShowOConfig; tokenizer: a text tokenizer (encode_ordinary, decode, eos, vocab_size), needed where text is
     a string. A context is a pair (embeddings, layout) of rows whose target picture is still to be put in front."""
     image_tokenizer = "vq"
+    device = property(lambda self: self.showo.lm_head.weight.device)
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -324,10 +321,6 @@ class ShowO(nn.Module):
             elif p.ndim == 2:
                 out = name.endswith(("dense.weight", "fc2.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.num_layers) if out else 0.02)
-
-    @property
-    def device(self):
-        return self.showo.lm_head.weight.device
 
     # ---- losses
     def reca_loss(self, codes, ids, lengths, u, r, context_grad=None, count=None, **seen):
@@ -552,8 +545,8 @@ class ShowO(nn.Module):
 
     @torch.no_grad()
     def write(self, x, layout, lengths, max_new_tokens, temperature=0.0, generator=None):
-        """Continues rows whose first lengths (B,) slots are no pads -> ids (B, at most max_new_tokens), eos behind their
-        end. Greedy at temperature 0. New ids overwrite a row's pads, so that every mask stays an interval."""
+        """Continues rows whose first lengths (B,) slots are no pads -> ids (B, at most max_new_tokens), at the end eos.
+        Greedy at temperature 0. New ids overwrite a row's pads, so that every mask stays an interval."""
         (B, T), model = x.shape[:2], self.showo.model
         cache = self.new_cache(B, T + max_new_tokens)
         hidden = model(x, layout, cache=cache, slots=torch.arange(T, device=x.device).expand(B, -1))
