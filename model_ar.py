@@ -58,11 +58,10 @@ class ShowOConfig:
     clip_mean: tuple = CLIP_MEAN  # for image-to-text only: RecA feeds CLIP the plain [-1, 1] pixels
     clip_std: tuple = CLIP_STD
     train_clip: bool = False  # in the base stage; in all others CLIP is frozen
-    # template words, longest rows in ids
     system_prompt: str = SYSTEM_PROMPT
     user: str = "USER:"
     assistant: str = "ASSISTANT:"
-    max_prompt: int = 129  # text-to-image: [t2i] bos text eos
+    max_prompt: int = 129  # the longest rows, in ids. Text-to-image: [t2i] bos text eos
     max_dialogue: int = 381  # image-to-text: what follows the picture
     max_request: int = 128  # RecA: [mmu][soi][eoi] bos text eos PAD.., behind which the target has a fixed place
     pad_multiple: int = 64  # rows are padded to a multiple of this, so that shapes take few values
@@ -213,7 +212,7 @@ def pad_rows(rows, fill, length, device=None):
     """Lists of ids -> (B, length) int64, right-padded with `fill`. Raises ValueError if one is longer."""
     longest = max(map(len, rows))
     if longest > length:
-        raise ValueError(f"a prompt of {longest} ids does not fit into {length}: shorten it, or raise its maximum")
+        raise ValueError(f"a prompt of {longest} ids does not fit into {length}: shorten the text, or raise the limit")
     return torch.tensor([[*r, *[fill] * (length - len(r))] for r in rows], device=device)
 
 # Layouts. n (B,): ids of each row that are no pads; S = N + 2. Each line is one stretch of memory: where its slots are
@@ -281,7 +280,7 @@ def masked_count(u, N):
     return (N * mask_ratio(u)).round().clamp(min=1)  # rounds half to even
 
 def mask_codes(codes, u, r, c):
-    """codes, r (B, N), u (B,), both in [0, 1) -> ids, labels (B, N). Masked are masked_count(u) random places, by r."""
+    """codes, r (B, N), u (B,); r, u in [0, 1) -> ids, labels (B, N). Masked: where argsort(r) < masked_count(u)."""
     masked, ids = r.argsort(dim=1) < masked_count(u, codes.shape[1])[:, None], codes + c.image_offset
     return ids.masked_fill(masked, c.mask_id), ids.masked_fill(~masked, IGNORE)
 
@@ -579,7 +578,7 @@ class ShowO(nn.Module):
     def extrapolate(self, images, prompts, side="right", cfg=None, steps=None, temperature=None, generator=None):
         """Pictures -> half as large again towards `side` (left, right, up, down), painted from the near half."""
         codes = self.vq.encode(images.to(self.device).float())  # (B, h, w)
-        dim, backwards = 2 if side in ("left", "right") else 1, side in ("left", "up")
+        dim, backwards = {"left": 2, "right": 2, "up": 1, "down": 1}[side], side in ("left", "up")
         size, far = codes.shape[dim], codes.shape[dim] // 2  # so much of the grid is left out, and as much is new
         start, shift = (0, far) if backwards else (size - far, -far)
         image = codes.roll(shift, dim) + self.config.image_offset
@@ -709,8 +708,8 @@ class ShowO(nn.Module):
     def flops_per_sample(self, part):
         """Estimate for MFU: 6 operations per weight and token plus attention, forward and backward, one sample."""
         c, N, text, dialogue = self.config, self.side ** 2, 32, part in ("i2t", "text")
-        A = self.clip.num_tokens if c.w_clip_vit else N if part == "i2t" else N // c.reca_down_scale ** 2
-        A = A if part in ("recon", "edit", "i2t") else 0
+        A = {"t2i": 0, "uncond": 0, "text": 0, "i2t": N}.get(part, N // c.reca_down_scale ** 2)
+        A = self.clip.num_tokens if A and c.w_clip_vit else A
         tokens, read = text + A + (0 if dialogue else N + 2), text / 2 if dialogue else N
         block = 4 * c.hidden_size ** 2 + 2 * c.hidden_size * c.intermediate_size
         weights = tokens * c.num_layers * block + read * c.hidden_size * c.vocab_size
@@ -726,10 +725,10 @@ class ShowO(nn.Module):
         CONFIGS or a ShowOConfig. Raises FileNotFoundError, and ValueError with a table of keys that do not fit."""
         config = config or "show-o-clip-512"
         c = CONFIGS[config] if isinstance(config, str) else config
-        for what, given, needed in (("magvitv2: --tokenizer-ckpt", tokenizer_path, True),
-                                    ("clip-vit-large-patch14-336: --vision-ckpt", vision_path, c.w_clip_vit)):
+        for what, given, needed in (("magvitv2 (--tokenizer-ckpt)", tokenizer_path, True),
+                                    ("clip-vit-large-patch14-336 (--vision-ckpt)", vision_path, c.w_clip_vit)):
             if bool(given) != needed:
-                raise ValueError(f"{path}: {config} {'needs' if needed else 'does without'} {what}")
+                raise ValueError(f"{path}: {config} {'needs the file or folder of' if needed else 'has no'} {what}")
         state = read_weights(path) | {f"vq.{k}": v for k, v in read_weights(tokenizer_path).items()}
         for k, v in read_weights(vision_path).items() if c.w_clip_vit else ():
             if k.startswith("vision_model.") and not k.endswith("position_ids"):  # the file also holds the text tower

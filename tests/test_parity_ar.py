@@ -853,7 +853,7 @@ def test_published_files(clip, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="--vision-ckpt"):
             ShowO.load_published(tmp_path / "show-o", "golden", tmp_path / "magvitv2.safetensors")
     else:
-        with pytest.raises(ValueError, match="does without .*: --vision-ckpt"):
+        with pytest.raises(ValueError, match="has no clip.*--vision-ckpt"):
             ShowO.load_published(tmp_path / "show-o", **(files | {"vision_path": tmp_path / "clip.safetensors"}))
     del split["showo"]["showo.lm_head.bias"]
     torch.save(split["showo"], tmp_path / "show-o" / "pytorch_model.bin")
