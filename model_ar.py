@@ -98,7 +98,7 @@ PUBLISHED = dict(lr=5e-7, betas=(0.9, 0.999), weight_decay=0.01, clip=0.0, warmu
                  schedule="constant", steps=5000, batch=16)
 RECIPES = {
     "tiny": {
-        # Muon, because AdamW alone needs twice the samples here.
+        # Muon, because AdamW alone needs twice the samples. `align` and strong decay together cost it drawing: neither.
         "base": dict(lr=1e-3, muon_lr=0.02, warmup=100, steps=5500, batch=48, pool=40000,
                      mix={"t2i": 1.0, "i2t": 0.75, "edit": 0.75, "text": 0.25}),
         # Captions beside RecA: features teach that a place is empty unless something is said of it, and prompts name no
