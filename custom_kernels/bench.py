@@ -1,18 +1,16 @@
-"""Measure the kernels against everything PyTorch offers for the same work, at the shapes that RecA trains:
+"""Measure the kernels against what PyTorch offers for the same work, at the shapes that RecA trains, on a GPU:
 
-    python -m custom_kernels.bench                     # all tables; writes bench.json
-    python -m custom_kernels.bench --only attention    # or linear_cross_entropy, diffusion
-    python -m custom_kernels.bench --check             # bfloat16 correctness on this GPU; exit code 1 if one is wrong
+    python -m custom_kernels.bench                     # all tables, or --only one of them; writes bench.json
+    python -m custom_kernels.bench --check             # bfloat16 correctness; exit code 1 if something is wrong
 
 Each line: median milliseconds forward, and forward + backward; TFLOP/s or TB/s of the latter; peak memory beyond the
-inputs; how many times as long as ours it takes. Under each shape stands the line that pick.py's table should hold then.
---dry tries the script out on a CPU at tiny shapes (NANORECA_KERNELS=triton TRITON_INTERPRET=1); its times mean nothing.
-"""
+inputs; how many times as long as ours it takes. Under each shape stands the line for pick.py's table."""
 import argparse
+import functools
 import json
 import subprocess
 import sys
-import time
+import timeit
 
 import torch
 import torch.nn.functional as F
@@ -21,57 +19,41 @@ from . import diffusion_loss, pick
 from .attention import attention_decode_triton, attention_flex, attention_plan, attention_reference, attention_triton
 from .linear_cross_entropy import linear_cross_entropy_fused, linear_cross_entropy_reference
 
-
 # ---------------------------------------------------------------------------------------------------------------------
-# cases, as RecA trains (full) or for --check, small if cut > 1. A case is (title, key of pick.py's table, what the table
-# should say where ours is not the fastest, inputs, {way: function of the inputs}, operations or bytes of forward and
-# backward, unit), to be used before the next one is made. `like` has the device and type to work in.
+# cases at the sizes that RecA trains, divided by `cut`; `like` has the device and type to work in. A case, to be used
+# before the next one is made: title, key in pick.py's table, what it should say where ours is not the fastest, inputs,
+# {way: function of the inputs}, operations or bytes forward and backward, unit.
 
-def layout(samples, *blocks):
+def layout(cut, samples, *blocks):
     """Intervals of one row of `samples`, each made of blocks (length, bidirectional or causal)."""
     hi = []
     for length, bidirectional in blocks:
-        first = len(hi)
-        hi += [first + length] * length if bidirectional else range(first + 1, first + length + 1)
-    start = torch.arange(samples)[:, None] * len(hi)
-    return start.expand(samples, len(hi)).reshape(1, -1), (start + torch.tensor(hi)).reshape(1, -1)
+        block = range(len(hi) + 1, len(hi) + length // cut + 1)
+        hi += [block[-1]] * len(block) if bidirectional else block
+    start = torch.arange(max(1, samples // cut))[:, None] * len(hi)
+    return start.expand(-1, len(hi)).reshape(1, -1), (start + torch.tensor(hi)).reshape(1, -1)
 
 
-def anywhere(B, T, keys):
-    """Random intervals, some of them empty."""
-    return torch.randint(0, keys + 1, (2, B, T)).sort(0).values
-
-
-def attention_cases(like, full, cut):
-    checked = [  # name, batch, keys, query heads, key heads, head dimension, (lo, hi)
-        ("random", 2, 515, 4, 2, 64, anywhere(2, 300 // cut, 515 // cut)),
-        ("random", 2, 300, 4, 1, 80, anywhere(2, 515 // cut, 300 // cut)),
-        ("random", 2, 700, 6, 2, 128, anywhere(2, 700 // cut, 700 // cut)),
-        ("packed", 1, 2061, 2, 2, 72, layout(3, (333 // cut, True), (21 // cut, False), (333 // cut, True))),
-        ("decoding", 2, 300, 4, 1, 80, anywhere(2, 3, 300 // cut))]
-    trained = [
-        ("Harmon-1.5B LLM", 8, 1320, 12, 2, 128, layout(1, (1320, False))),
-        ("MAR-H, clean image", 8, 1088, 16, 16, 80, layout(1, (1088, True))),
-        ("MAR-H, masked image", 32, 200, 16, 16, 80, layout(1, (200, True))),
-        ("Show-o 512 RecA", 4, 1730, 32, 32, 64, layout(1, (576, True), (128, False), (1026, True))),
-        ("BAGEL RecA, packed", 1, 34960, 28, 4, 128, layout(8, (258, True), (14, False), (4098, True))),
-        ("decoding Harmon-1.5B", 1, 1200, 12, 2, 128, torch.tensor([[[0]], [[1200]]])),
-        ("decoding BAGEL", 1, 5000, 28, 4, 128, torch.tensor([[[0]], [[5000]]])),
-        ("decoding Show-o", 1, 1200, 32, 32, 64, torch.tensor([[[0]], [[1200]]]))]
-    for name, B, Tk, Hq, Hkv, D, (lo, hi) in trained if full else checked:
-        Tq, Tk, decoding = lo.shape[1], Tk // cut, name.startswith("decoding")
+def attention_cases(like, cut):
+    shapes = [  # name, batch, query heads, key heads, head dimension, (lo, hi)
+        ("Harmon-1.5B LLM", 8, 12, 2, 128, layout(cut, 1, (1320, False))),
+        ("MAR-H, clean image", 8, 16, 16, 80, layout(cut, 1, (1088, True))),
+        ("MAR-H, masked image", 32, 16, 16, 80, layout(cut, 1, (200, True))),
+        ("SigLIP, packed", 1, 16, 16, 72, layout(cut, 8, (256, True))),
+        ("Show-o 512 RecA", 4, 32, 32, 64, layout(cut, 1, (576, True), (130, False), (1026, True))),
+        ("BAGEL RecA, packed", 1, 28, 4, 128, layout(cut, 8, (258, True), (66, False), (4098, True))),
+        ("random, some empty", 2, 4, 1, 80, torch.randint(0, 1230 // cut, (2, 2, 1030 // cut)).sort(0).values),
+        ("decoding Harmon-1.5B", 1, 12, 2, 128, torch.tensor([[[0]], [[1200 // cut]]])),
+        ("decoding BAGEL", 1, 28, 4, 128, torch.tensor([[[0]], [[5000 // cut]]]))]
+    for name, B, Hq, Hkv, D, (lo, hi) in shapes:
+        Tq, Tk, B, decoding = lo.shape[1], int(hi.max()), max(len(lo), B // cut), name.startswith("decoding")
         q, k, v = (like.new_empty(B, T, H, D).normal_().transpose(1, 2).requires_grad_(not decoding)
                    for T, H in ((Tq, Hq), (Tk, Hkv), (Tk, Hkv)))
         plan = attention_plan(lo.to(like.device), hi.to(like.device), Tk)
-        plan.kind = "mask"
         kernel = attention_decode_triton if decoding else attention_triton
         ways = dict(ours=lambda *qkv: kernel(*qkv, plan), reference=lambda *qkv: attention_reference(*qkv, plan))
         if like.is_cuda and not decoding:
             ways["FlexAttention"] = lambda *qkv: attention_flex(*qkv, plan)
-        causal = Tq == Tk and bool((hi == torch.arange(Tk) + 1).all())
-        if causal or bool((hi - lo == Tk).all()):
-            ways["SDPA, no mask"] = lambda *qkv: F.scaled_dot_product_attention(
-                *qkv, is_causal=causal, enable_gqa=True)
         pairs = (hi - lo).sum().item() * (B // len(lo))
         title = f"attention, {name}: B {B} T {Tq} {Tk} heads {Hq}/{Hkv} of {D}, {pairs / B / Tq / Tk:.0%} of the pairs"
         if decoding:
@@ -80,11 +62,10 @@ def attention_cases(like, full, cut):
             yield title, ("attention", D), "flex", (q, k, v), ways, 14 * D * Hq * pairs, "TFLOP/s"
 
 
-def linear_cross_entropy_cases(like, full, cut):
-    checked = [(3000, 5003, 512, True, 0.3), (700, 151936, 256, False, 1.0), (64, 1000, 72, True, 0.0)]
-    trained = [(10560, 151936, 1536, False, 1.0), (10560, 151936, 1536, False, 0.1), (6920, 58498, 2048, True, 0.5)]
-    for N, V, D, bias, kept in trained if full else checked:  # rows, classes, width, -, share of labels that count
-        N, V = N // cut, V // cut ** 2
+def linear_cross_entropy_cases(like, cut):
+    shapes = [(10570, 151936, 1536, False, 1.0), (10570, 151936, 1536, False, 0.1), (6920, 58498, 2048, True, 0.5)]
+    for N, V, D, bias, kept in shapes:  # rows, classes, width, whether there is a bias, share of the labels that count
+        N, V, D = N // cut, V // cut, D // cut
         h, w, b = (like.new_empty(shape).normal_() for shape in ((N, D), (V, D), (V,)))
         inputs = h.requires_grad_(), w.mul_(D ** -0.5).requires_grad_(), b.requires_grad_() if bias else None
         labels = torch.randint(0, V, (N,)).masked_fill(torch.rand(N) >= kept, -100).to(like.device)
@@ -98,9 +79,9 @@ def linear_cross_entropy_cases(like, full, cut):
         yield title, ("linear_cross_entropy", V), "chunked", inputs, ways, 6 * kept * N * V * D, "TFLOP/s"
 
 
-def diffusion_cases(like, full, cut):
-    shapes = ((4 * 8 * 888, 16), (8 * 4096, 64)) if full else ((5000 // cut, 16), (5000 // cut, 64))  # of 8 pictures
-    for name, (N, C) in zip(("diffusion_loss_rows", "flow_loss_rows"), shapes):
+def diffusion_cases(like, cut):
+    for name, N, C in (("diffusion_loss_rows", 4 * 8 * 888, 16), ("flow_loss_rows", 8 * 4098, 64)):  # 8 pictures
+        N //= cut
         x0, noise, near = torch.randn(3, N, C, device=like.device)
         rows, rest = like.new_empty(N, C).normal_(), (x0, noise)
         if name == "diffusion_loss_rows":
@@ -120,28 +101,27 @@ CASES = dict(attention=attention_cases, linear_cross_entropy=linear_cross_entrop
 # ---------------------------------------------------------------------------------------------------------------------
 # times, and correctness in bfloat16
 
-def random_like(t):
-    return torch.randn(t.shape, generator=torch.Generator(t.device).manual_seed(1), device=t.device).to(t.dtype)
+@functools.cache
+def weights(shape, dtype, device):
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(1), device=device).to(dtype)
 
 
-def results(f, inputs, weigh=torch.ones_like):
-    """-> the outputs of f, and the gradients of their weighted sum in the inputs that want one."""
+def results(f, inputs):
+    """-> the outputs of f, and the gradients of one weighting of them in the inputs that want one."""
     outs = f(*inputs)
     outs = outs if isinstance(outs, tuple) else (outs,)
     wanted = [t for t in inputs if t is not None and t.requires_grad]
-    return *outs, *(torch.autograd.grad(outs, wanted, [weigh(o) for o in outs]) if wanted else ())
-
-
-def median_ms(f, cuda):
-    if cuda:
-        return pick.triton.testing.do_bench(f, rep=500, return_mode="median")  # empties the L2 cache before each call
-    start = time.perf_counter()
-    f()
-    return (time.perf_counter() - start) * 1e3
+    upstream = [weights(o.shape, o.dtype, o.device) for o in outs]
+    return *outs, *(torch.autograd.grad(outs, wanted, upstream) if wanted else ())
 
 
 def measure(f, inputs, cuda):
     """-> dict(forward, both: ms, memory: GB beyond the inputs) or dict(error)."""
+    def median_ms(f):
+        if not cuda:
+            return timeit.timeit(f, number=1) * 1e3
+        return pick.triton.testing.do_bench(f, rep=500, return_mode="median")  # empties the L2 cache before each call
+
     try:
         results(f, inputs)  # compiles
         memory = 0.0
@@ -150,9 +130,9 @@ def measure(f, inputs, cuda):
             torch.cuda.reset_peak_memory_stats()
             results(f, inputs)
             memory = (torch.cuda.max_memory_allocated() - before) / 1e9
-        both = median_ms(lambda: results(f, inputs), cuda)
+        both = median_ms(lambda: results(f, inputs))
         with torch.no_grad():
-            return dict(forward=median_ms(lambda: f(*inputs), cuda), both=both, memory=memory)
+            return dict(forward=median_ms(lambda: f(*inputs)), both=both, memory=memory)
     except Exception as e:  # one way that cannot do a shape, or runs out of memory, must not end the table
         return dict(error=f"{type(e).__name__}: {str(e).strip()[:80]!r}")
 
@@ -169,34 +149,33 @@ def table(case, cuda, where):
         line = r.get("error") or (f"{r['forward']:8.3f}ms {r['both']:8.3f}ms {work / r['both'] / 1e9:9.2f} "
                                   f"{r['memory']:7.2f}GB {r['both'] / ours:7.2f}")
         print(f"  {name:20} {line}", flush=True)
-    best = min(((r["both"], name) for name, r in rows.items() if "both" in r and name != "ours"), default=(ours, "none"))
+    best = min([(r["both"], name) for name, r in rows.items() if "both" in r and name != "ours"] or [(ours, "none")])
     choice = "triton" if ours < best[0] else fallback
     measured = f"{where}, {title.split(':')[0]}: {ours:.3f} ms against {best[0]:.3f} ms ({best[1]})"
     print(f"  pick.py: {key}: ({choice!r}, {measured!r})")
     return dict(shape=title, key=key, work=work, unit=unit, pick=choice, rows=rows)
 
 
-def check(device="cuda", dtype=torch.bfloat16, cut=1):
+def check(device="cuda", dtype=torch.bfloat16, cut=4):
     """Every kernel: its error against the reference in float32 on the same (rounded) inputs must be at most twice the
-    error that the reference itself makes in `dtype`, plus a hair, and two runs must agree bit by bit. -> [(line, ok)]"""
+    error that the reference makes in `dtype`, plus a hair, and two runs must agree bit by bit. -> [(line, ok)]"""
     torch.manual_seed(0)
     like, lines = torch.empty(0, device=device, dtype=dtype), []
-    for title, key, _, inputs, ways, *_ in (case for cases in CASES.values() for case in cases(like, False, cut)):
+    for title, key, _, inputs, ways, *_ in (case for cases in CASES.values() for case in cases(like, cut)):
         precise = [None if t is None else t.detach().float().requires_grad_(t.requires_grad) for t in inputs]
-        exact, usual = (results(ways["reference"], x, random_like) for x in (precise, inputs))
+        exact, usual = (results(ways["reference"], x) for x in (precise, inputs))
         for way in sorted(ways.keys() & {"ours", "chunks", "FlexAttention"}):
             name = f"{title.split(':')[0]} {key[1] or ''} {way}"
             try:
-                mine, again = (results(ways[way], inputs, random_like) for _ in range(2))
+                mine, again = (results(ways[way], inputs) for _ in range(2))
             except Exception as e:
-                lines.append((f"{name:48} NOT OK {type(e).__name__}: {str(e).strip()[-120:]!r}", False))
+                lines.append((f"{name}: NOT OK, {type(e).__name__}: {str(e).strip()[-120:]!r}", False))
                 continue
             for i, (a, b, c, want) in enumerate(zip(mine, again, usual, exact, strict=True)):
                 error, usually, most = (t.float().abs().max().item() for t in (a - want, c - want, want))
                 allowed = 2 * usually + 1e-3 * most + 1e-6
                 ok = bool(a.isfinite().all()) and error <= allowed and (way != "ours" or torch.equal(a, b))
-                word = "OK" if ok else "NOT OK"
-                lines.append((f"{name + f' [{i}]':48} {word:6} error {error:.2e}, allowed {allowed:.2e}", ok))
+                lines.append((f"{name} {i}: {'OK' if ok else 'NOT OK'}, error {error:.2e}, allowed {allowed:.2e}", ok))
     print("\n".join(line for line, _ in lines))
     return lines
 
@@ -206,26 +185,22 @@ def main():
     parser.add_argument("--only", choices=CASES)
     parser.add_argument("--check", action="store_true", help="bfloat16 correctness instead of times")
     parser.add_argument("--out", default="bench.json", help="where the numbers go")
-    parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU, to try the script out")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU (NANORECA_KERNELS=triton TRITON_INTERPRET=1)")
     args = parser.parse_args()
-    if args.dry and not pick.INTERPRETING:
-        sys.exit("--dry runs in Triton's interpreter: set NANORECA_KERNELS=triton TRITON_INTERPRET=1")
-    if pick.triton is None or not (args.dry or torch.cuda.is_available()):
-        print("custom_kernels.bench needs a CUDA GPU and triton, and misses one: nothing was measured", file=sys.stderr)
+    if pick.triton is None or not (pick.INTERPRETING if args.dry else torch.cuda.is_available()):
+        print("custom_kernels.bench needs a CUDA GPU and triton (see --help): nothing was measured", file=sys.stderr)
         sys.exit(2)
-    device, dtype, cut = ("cpu", torch.float32, 16) if args.dry else ("cuda", torch.bfloat16, 1)
+    device, dtype, cut = ("cpu", torch.float32, 64) if args.dry else ("cuda", torch.bfloat16, 4 if args.check else 1)
     if args.check:
         failed = sum(not ok for _, ok in check(device, dtype, cut))
-        print(f"{failed} not OK")
-        sys.exit(failed > 0)
+        sys.exit(f"{failed} not OK" if failed else 0)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    where = "CPU" if args.dry else torch.cuda.get_device_name()
-    report = dict(device=where, torch=torch.__version__, triton=pick.triton.__version__, commit=commit, dtype=str(dtype))
+    report = dict(device="CPU" if args.dry else torch.cuda.get_device_name(), torch=torch.__version__, commit=commit)
     print(report)
     torch.manual_seed(0)
     like = torch.empty(0, device=device, dtype=dtype)
-    report["results"] = [table(case, like.is_cuda, where) for name, cases in CASES.items() if args.only in (None, name)
-                         for case in cases(like, not args.dry, cut)]
+    report["results"] = [table(case, like.is_cuda, report["device"]) for name, cases in CASES.items()
+                         if args.only in (None, name) for case in cases(like, cut)]
     with open(args.out, "w") as f:
         json.dump(report, f, indent=1)
     print(f"\nwritten to {args.out}")
