@@ -12,11 +12,11 @@ The forward pass (online softmax; FlashAttention-2, arXiv 2307.08691)
     exp(s - lse) is the softmax probability itself. (All exponents are base 2: log2(e) is folded into the scale.)
 
 Bounds (once per mask, shared by all heads and layers)
-    For every 32 queries: the least and greatest lo, the least and greatest hi. A program combines those of its queries:
+    For every 32 queries: the least and greatest lo and hi. A program combines those of its queries:
         keys   . . . [ min lo ........ max lo )[ max lo ........ min hi )[ min hi ........ max hi ) . . .
                nobody       some queries            every query              some queries         nobody
-    Tiles outside are never loaded, tiles in the middle need no comparison with lo and hi. Nothing needs to be monotone.
-    For every 32 keys: the first and the last query that may see one of them, for the dk/dv kernel's loop.
+    Tiles outside are never loaded, tiles in the middle need no comparison with lo and hi. The dk/dv kernel, which walks
+    over queries, has the same for every 32 keys. Nothing needs to be monotone.
 
 The backward pass (recomputation)
     With P = softmax(s), O = P V and dO given: dV = P^T dO, dP = dO V^T, dS = P * (dP - delta), dQ = dS K / sqrt(D),
@@ -58,8 +58,7 @@ def attention_plan(lo, hi, num_keys):
     """Intervals lo, hi (R, Tq) of integers, R = 1 or the batch size -> AttentionPlan. Ends outside [0, num_keys] are
     clamped to it; a query with hi <= lo sees nothing. ValueError where the shapes are not two equal (R, Tq)."""
     if lo.shape != hi.shape or lo.dim() != 2:
-        raise ValueError(f"attention_plan: lo {tuple(lo.shape)} and hi {tuple(hi.shape)} must have one shape, "
-                         "(rows, queries)")
+        raise ValueError(f"attention_plan: lo {tuple(lo.shape)} and hi {tuple(hi.shape)}, not twice (rows, queries)")
     plan = AttentionPlan(lo.clamp(0, num_keys).int(), hi.clamp(0, num_keys).int(), num_keys)
     if lo.device.type == "cpu" and not torch.compiler.is_compiling() and bool((lo <= 0).all()):
         if bool((hi >= num_keys).all()):
@@ -156,9 +155,8 @@ def compiled_flex():
 
 def attention_flex(q, k, v, plan):
     """FlexAttention with the plan's tiles; compiled, except on a CPU, where it is only a check."""
-    mask = flex_block_mask(plan)
     flex = flex_attention if q.device.type == "cpu" or torch.compiler.is_compiling() else compiled_flex()
-    return flex(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    return flex(q, k, v, block_mask=flex_block_mask(plan), enable_gqa=q.shape[1] != k.shape[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -439,8 +437,7 @@ def attention_decode_kernel(Q, K, V, Part, PartLse, Lo, Hi, scale2, Tq, Tk, piec
                             q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, lo_b,
                             GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
                             BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
-    """One piece of the keys for the GROUP * Tq queries that share a key head. Part (pieces, B, Hkv, GROUP * Tq, D),
-    PartLse without D."""
+    """One piece of the keys for the queries that share a key head. Part (pieces, B, Hq, Tq, D), PartLse without D."""
     ACC: tl.constexpr = tl.float64 if Q.dtype.element_ty == tl.float64 else tl.float32
     s_id, hk, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     r = tl.arange(0, BM)  # query r: head r // Tq of the group, time r % Tq

@@ -185,7 +185,7 @@ def main():
     parser.add_argument("--only", choices=CASES)
     parser.add_argument("--check", action="store_true", help="bfloat16 correctness instead of times")
     parser.add_argument("--out", default="bench.json", help="where the numbers go")
-    parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU (NANORECA_KERNELS=triton TRITON_INTERPRET=1)")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes in Triton's interpreter, to try it out")
     args = parser.parse_args()
     if pick.triton is None or not (pick.INTERPRETING if args.dry else torch.cuda.is_available()):
         print("custom_kernels.bench needs a CUDA GPU and triton (see --help): nothing was measured", file=sys.stderr)

@@ -12,10 +12,9 @@ from .pick import choose, exact, jit, tl, triton
 
 def diffusion_tables(betas):
     """Noise schedule betas (T,) -> (T, 5) float32, computed in float64. Columns, with a_t the cumulative product of
-    1 - beta: 0 sqrt(a_t) and 1 sqrt(1 - a_t): x_t = [0] x0 + [1] noise;
-    2 what an error of 1 in epsilon does to the posterior mean, c1_t sqrt(1/a_t - 1), with
-    c1_t = beta_t sqrt(a_{t-1}) / (1 - a_t); 3 log beta_t, the upper end of the learned log variance;
-    4 log of the posterior variance (entry 0 copies entry 1), the lower end."""
+    1 - beta: 0 sqrt(a_t) and 1 sqrt(1 - a_t), so that x_t = [0] x0 + [1] noise; 2 what an error of 1 in epsilon does to
+    the posterior mean, beta_t sqrt(a_{t-1}) / (1 - a_t) sqrt(1/a_t - 1); 3 log beta_t, the upper end of the learned log
+    variance; 4 log of the posterior variance (entry 0 copies entry 1), its lower end."""
     betas = betas.double()
     acp = torch.cumprod(1 - betas, 0)
     prev = torch.cat([acp.new_ones(1), acp[:-1]])
@@ -45,8 +44,7 @@ def diffusion_loss_rows(out, x0, noise, t, tables):
 
 
 def flow_loss_rows(v, x0, noise):
-    """BAGEL's token loss, rectified flow with velocity = noise - x0: v, x0, noise (N, C) -> mean_c
-    (v - (noise - x0))^2, float32 (N,)."""
+    """BAGEL's token loss, rectified flow: v, x0, noise (N, C) -> mean_c (v - (noise - x0))^2, float32 (N,)."""
     triton = choose("flow_loss_rows", x0.shape[1], v.device) == "triton"
     return (flow_loss_rows_triton if triton else flow_loss_rows_reference)(v, x0, noise)
 
@@ -125,9 +123,8 @@ def diffusion_rows_kernel(Out, X0, Noise, T, Tables, Mse, Vb, Grad, N, C: tl.con
     bits = 1.4426950408889634 / C  # per channel
     tl.store(Mse + r, tl.sum(tl.where(here, error * error, 0.0), 1) / C, mask=row)
     tl.store(Vb + r, tl.sum(tl.where(here, tl.where(first, nll, kl), 0.0), 1) * bits, mask=row)
-    # d z / d logvar = -z / 2
     dplus, dminus = tl.where(high, 0.0, density_plus * z_plus), tl.where(low, 0.0, density_minus * z_minus)
-    dnll = tl.where(inside < 1e-12, 0.0, 0.5 * (dplus - dminus) / tl.maximum(inside, 1e-12))
+    dnll = tl.where(inside < 1e-12, 0.0, 0.5 * (dplus - dminus) / tl.maximum(inside, 1e-12))  # dz / dlogvar = -z / 2
     dkl = 0.5 * (1.0 - ratio - square)
     tl.store(Grad + at_out, error * (2.0 / C), mask=here)
     tl.store(Grad + at_out + C, tl.where(first, dnll, dkl) * span * bits, mask=here)

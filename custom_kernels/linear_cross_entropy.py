@@ -4,8 +4,7 @@ logits = hidden weight^T + bias would be rows x vocabulary numbers (20,000 x 151
 again for their gradient). But the gradient of a row's loss in its logits is softmax - onehot, known as soon as that
 row's logits are. So a chunk of rows at a time: logits, loss, gradient in place of the logits, and its two products
 (with weight: the gradient of hidden; with hidden: a term of the gradient of weight). The gradients are thus ready when
-the forward pass ends; the backward pass multiplies them by the incoming scalar. Three matrix products, as in the plain
-way.
+the forward pass ends; the backward pass multiplies them by a scalar. Three matrix products, as in the plain way.
 
 Two ways beside the plain reference: `chunked` in PyTorch, and Triton kernels, which spend no product on the ignored
 labels (prompt and image). A stable sort puts the kept rows first, their number stays on the device, and a program whose

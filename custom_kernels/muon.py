@@ -7,8 +7,7 @@ import torch
 class Muon(torch.optim.Optimizer):
     """Coefficients, Nesterov momentum, decay and scale as in torch.optim.Muon, which always iterates in bf16: on a
     processor without bf16 products that is two thirds of a tiny model's step. Here the products are fp32 on CPUs and
-    bf16 on GPUs, and matrices of one shape go together. params: 2-D tensors; a step shrinks a weight by the fraction
-    lr * weight_decay."""
+    bf16 on GPUs, and matrices of one shape go together. params: 2-D tensors."""
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -33,8 +32,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x):
-    """(n, rows, columns) -> the same singular vectors with singular values of roughly 1, in the dtype of x, by five
-    Newton-Schulz steps."""
+    """(n, rows, columns) -> the same singular vectors, singular values of roughly 1, by five Newton-Schulz steps."""
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

@@ -158,8 +158,8 @@ if INTERPRETING:
         g = torch.Generator().manual_seed(0)
         q, k, v = qkv(1, 2, 1, 40, 70, 16, g)
         plan = ck.attention_plan(*intervals("random", 1, 40, 70, g), 70)
-        f = lambda: torch.autograd.grad(att.attention_triton(q, k, v, plan).square().sum(), (q, k, v))
-        assert all(torch.equal(a, b) for a, b in zip(f(), f()))
+        one, two = (torch.autograd.grad(att.attention_triton(q, k, v, plan).square().sum(), (q, k, v)) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(one, two))
 
     @pytest.mark.parametrize("N, V, D, bias, kept, count", [
         (150, 130, 40, True, 0.5, None), (100, 70, 72, False, 0.9, 7.0), (20, 70, 16, True, 0.0, None),
@@ -197,15 +197,16 @@ if INTERPRETING:
         assert torch.autograd.gradcheck(lambda *x: att.attention_triton(*x, plan), (q, k, v), fast_mode=True)
         h, w, b = (torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in ((3, 2), (5, 2), (5,)))
         labels = torch.tensor([4, -100, 1])
-        cross_entropy = lambda h, w, b: lce.linear_cross_entropy_fused(h, w, labels, b)
-        assert torch.autograd.gradcheck(cross_entropy, (h, w, b), fast_mode=True)
+        assert torch.autograd.gradcheck(
+            lambda h, w, b: lce.linear_cross_entropy_fused(h, w, labels, b), (h, w, b), fast_mode=True)
         out, *rest = diffusion_case(torch.float64, 12, 3, g)
         v = out[:, :3].detach().requires_grad_()
         assert torch.autograd.gradcheck(lambda v: dif.flow_loss_rows_triton(v, *rest[:2]), (v,), fast_mode=True)
         # epsilon is detached in vb by design, so a numerical derivative sees more than autograd there: v alone
         epsilon, v = out.detach().chunk(2, 1)
-        f = lambda v: dif.diffusion_loss_rows_triton(torch.cat([epsilon, v], 1), *rest)
-        assert torch.autograd.gradcheck(f, (v.clone().requires_grad_(),), fast_mode=True, atol=1e-4)
+        assert torch.autograd.gradcheck(
+            lambda v: dif.diffusion_loss_rows_triton(torch.cat([epsilon, v], 1), *rest), (v.clone().requires_grad_(),),
+            fast_mode=True, atol=1e-4)
 
     def test_operators_are_what_they_declare():
         """Shapes, types and strides of the fake versions that torch.compile works with; schemas; gradients."""
@@ -337,7 +338,9 @@ else:
                 loss = f(*inputs)
             return [loss.detach(), *torch.autograd.grad(loss, inputs)]
 
-        plain = lambda h, w, b: F.cross_entropy(F.linear(h, w, b).float(), labels)
+        def plain(h, w, b):
+            return F.cross_entropy(F.linear(h, w, b).float(), labels)
+
         mine = run(lambda h, w, b: ck.linear_cross_entropy(h, w, labels, b), True)
         names = "loss", "hidden", "weight", "bias"
         for name, got, usual, want in zip(names, mine, run(plain, True), run(plain, False)):
@@ -356,7 +359,10 @@ else:
         beta = betas[t][:, None]
         x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise
         assert torch.allclose(ck.add_noise(x0, noise, t, tables), x_t, atol=1e-6)
-        mean = lambda x0: beta * prev.sqrt() / (1 - a) * x0 + (1 - beta).sqrt() * (1 - prev) / (1 - a) * x_t
+
+        def mean(x0):
+            return beta * prev.sqrt() / (1 - a) * x0 + (1 - beta).sqrt() * (1 - prev) / (1 - a) * x_t
+
         epsilon, v = out.chunk(2, 1)
         predicted = mean((x_t - (1 - a).sqrt() * epsilon.detach()) / a.sqrt())
         variance = beta * (1 - prev) / (1 - a)
@@ -515,8 +521,11 @@ else:
 def test_rms_norm_on_cpu_is_the_textbook_one():
     g = torch.Generator().manual_seed(0)
     x, w, up = (torch.randn(s, generator=g) for s in ((3, 5, 32), (32,), (3, 5, 32)))
-    plain = lambda x, w: x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * w
-    for f, grads in ((ck.rms_norm, []), (lambda x, w, eps: plain(x, w), [])):
+
+    def plain(x, w, eps):
+        return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * w
+
+    for f, grads in ((ck.rms_norm, []), (plain, [])):
         a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
         y = f(a, b, 1e-6)
         grads += [y.detach(), *torch.autograd.grad((y * up).sum(), (a, b))]
