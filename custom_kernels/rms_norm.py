@@ -4,8 +4,8 @@ import torch.nn.functional as F
 
 
 class RMSNormCPU(torch.autograd.Function):
-    """On CPUs F.rms_norm is a long chain of small operations, a fifth of a tiny decoder's time. Here the backward pass is LayerNorm's fused one
-    with a mean of zero, less its projection onto constants, which RMSNorm does not have."""
+    """On CPUs F.rms_norm is a long chain of small operations, a fifth of a tiny decoder's time. Here the backward pass
+    is LayerNorm's fused one with a mean of zero, less its projection onto constants, which RMSNorm does not have."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
