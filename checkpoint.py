@@ -23,10 +23,8 @@ from text_tokenizer import load_tokenizer, read_json
 HERE = os.path.dirname(os.path.abspath(__file__))
 WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # writing, and what every script needs at its edges
-
 
 def atomic(path, write):
     """Calls write(temporary path beside `path`), syncs that file to the disk and renames it: after a crash or on a
@@ -48,13 +46,11 @@ def atomic(path, write):
         if os.path.exists(temporary):
             os.remove(temporary)
 
-
 def write_text(path, text):
     def write(temporary):
         with open(temporary, "w", encoding="utf-8") as f:
             f.write(text)
     atomic(path, write)
-
 
 def check_device(name):
     """Raises ValueError for a --device that this machine or this torch does not have."""
@@ -65,7 +61,6 @@ def check_device(name):
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this torch ({torch.__version__}) sees no GPU; give --device cpu, or "
                          "install a CUDA build")
-
 
 def check_memory(device, trained):
     """Gradients and Adam's two moments of `trained` fp32 parameters must still fit; activations come on top. Raises
@@ -80,7 +75,6 @@ def check_memory(device, trained):
         raise ValueError(f"{need / 1e9:.1f} GB are needed for gradients and Adam before any activation, "
                          f"{free / 1e9:.1f} GB are free: take a smaller --config, or a larger machine")
 
-
 def one_line_errors(main):
     """Runs main() and exits with what it returns. What the user can put right (a missing file, a wrong value, too
     little memory) ends with its message alone and exit code 2; NANORECA_TRACEBACK=1 shows where it came from."""
@@ -92,7 +86,6 @@ def one_line_errors(main):
         print(f"error: {e}" if str(e) else f"error: {type(e).__name__}", file=sys.stderr, flush=True)
         sys.exit(2)
 
-
 def git_commit():
     try:
         command = ["git", "-C", HERE, "rev-parse", "--short", "HEAD"]
@@ -100,10 +93,8 @@ def git_commit():
     except OSError:
         return "unknown"
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # weight files
-
 
 def open_safetensors(path, device="cpu"):
     """-> an open safetensors file, whose tensors are read one by one. Raises FileNotFoundError or ValueError."""
@@ -114,7 +105,6 @@ def open_safetensors(path, device="cpu"):
     except SafetensorError as e:
         size = f"{os.path.getsize(path):,} bytes on disk"
         raise ValueError(f"{path}: not a complete safetensors file ({e}; {size}): copy or download it again") from None
-
 
 def read_pickle(path, device):
     try:
@@ -141,7 +131,6 @@ def read_pickle(path, device):
                              "model's plain state dict")
     return state
 
-
 def weight_files(folder):
     """The weight files of a folder: with an index all its shards, otherwise model.safetensors, pytorch_model.bin or
     the only one there."""
@@ -160,7 +149,6 @@ def weight_files(folder):
     if len(names) != 1:
         raise FileNotFoundError(f"{folder}: a folder with {len(names)} weight files {names}: name the one to read")
     return [os.path.join(folder, names[0])]
-
 
 def read_weights(path, device="cpu"):
     """Reads a checkpoint into {name: tensor} on `device`: a .safetensors file, a .pth/.pt/.bin/.ckpt pickle of
@@ -183,7 +171,6 @@ def read_weights(path, device="cpu"):
     with open_safetensors(path, device) as f:
         return {name: f.get_tensor(name) for name in f.keys()}
 
-
 def check_keys(own, state, what):
     """Compares {name: tensor} `state` with the expected `own` (on any device, meta included). Raises ValueError with
     a table of the missing, unexpected and wrongly shaped keys."""
@@ -203,7 +190,6 @@ def check_keys(own, state, what):
             lines.append(f"  {kind:10s} ... and {len(keys) - 20} more")
     raise ValueError("\n".join(lines))
 
-
 def load_strict(module, state, what="model"):
     """Loads `state` into `module`; every key must match in name and shape. Tensors take the dtype (and, unless the
     module was built on the meta device, the device) of the module. Raises ValueError as check_keys does; nothing is
@@ -221,7 +207,6 @@ def load_strict(module, state, what="model"):
         raise ValueError(f"{what}: buffers {left[:5]} are on the meta device and in no checkpoint: compute them "
                          "after loading")
 
-
 def stream(module, path, names, device, dtype):
     """Fills a module on the meta device from a .safetensors file, tensor by tensor, so that no second copy is ever
     held. names: the keys that it must have. Raises FileNotFoundError, and ValueError as check_keys does."""
@@ -236,7 +221,6 @@ def stream(module, path, names, device, dtype):
                 value = torch.nn.Parameter(value, owner._parameters[last].requires_grad)
             setattr(owner, last, value)
 
-
 def write_safetensors(path, state, metadata=None):
     """Writes {name: tensor} atomically. Tied or overlapping tensors are stored once per name. metadata: {string:
     string}."""
@@ -250,10 +234,8 @@ def write_safetensors(path, state, metadata=None):
         tensors[name] = t
     atomic(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})}))
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # models
-
 
 def add_flags(parser):
     """The flags that say which model: of train.py, sample.py and evaluate.py."""
@@ -266,19 +248,15 @@ def add_flags(parser):
     add("--text-tokenizer", help="published text tokenizer, a folder or file; the tiny one is shipped")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
-
 def architectures():
     """The names X of the files model_X.py beside this one: what --arch takes."""
     return sorted(name[6:-3] for name in os.listdir(HERE) if name.startswith("model_") and name.endswith(".py"))
 
-
 def model_file(arch):
     return importlib.import_module(f"model_{arch}")
 
-
 def default_weights(arch, stage="reca"):
     return os.path.join(HERE, "weights", f"{arch}-{stage}")
-
 
 def from_dict(cls, values):
     """A dataclass from a JSON dict: nested dataclasses by their default's type, lists back to tuples. Unknown fields
@@ -295,14 +273,12 @@ def from_dict(cls, values):
         out[name] = tuple(value) if isinstance(value, list) else value
     return cls(**out)
 
-
 def save_model(model, folder, arch, **extra):
     """Writes folder/model.safetensors and folder/config.json. extra: what else config.json is to hold."""
     os.makedirs(folder, exist_ok=True)
     write_safetensors(os.path.join(folder, "model.safetensors"), model.state_dict())
     meta = dict(arch=arch, config=dataclasses.asdict(model.config), **extra)
     write_text(os.path.join(folder, "config.json"), json.dumps(meta, indent=1))
-
 
 def read_config(folder):
     path = os.path.join(folder, "config.json")
@@ -314,7 +290,6 @@ def read_config(folder):
         raise ValueError(f"{path}: lacks 'arch' or 'config': not a config.json of this project (transformers-style "
                          "exports load with --config NAME)")
     return meta
-
 
 def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer=None, device="cpu", dtype=None,
                vision_ckpt=None):
@@ -339,10 +314,8 @@ def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer
     return module.Model.load_published(ckpt, config=config, tokenizer_path=tokenizer_ckpt, vision_path=vision_ckpt,
                                        tokenizer=load_tokenizer(text_tokenizer), device=device, dtype=dtype)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # run state
-
 
 def describe(args):
     """What is needed to repeat a run, for its result.json."""
@@ -353,7 +326,6 @@ def describe(args):
     command = f"torchrun{f' --nproc_per_node={world}' * (world > 1)} train.py {shlex.join(sys.argv[1:])}"
     here = dict(commit=git_commit(), torch=torch.__version__, world=world, device=device)
     return dict(arch=args.arch, stage=args.stage, seed=args.seed, command=command, **here, args=vars(args))
-
 
 class Log:
     """The lines of a run: on the terminal, in log.jsonl and, if asked, in wandb or tensorboard. Silent on all
@@ -391,7 +363,6 @@ class Log:
         if self.file:
             self.file.close()
 
-
 def save_state(run, step):
     """checkpoint.pt of a run, for --resume: each step seeds itself, so the position is the step alone. Raises
     ValueError where the disk has no room for it, OSError where writing fails."""
@@ -405,7 +376,6 @@ def save_state(run, step):
                          "make room or give --out on another disk (the last checkpoint is untouched)")
     atomic(path, lambda temporary: torch.save(state, temporary))
 
-
 def read_checkpoint(folder):
     path = os.path.join(folder, "checkpoint.pt")
     if not os.path.isfile(path):
@@ -417,7 +387,6 @@ def read_checkpoint(folder):
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise ValueError(f"{path}: cannot be read ({reason[:120]}): it is truncated or not a checkpoint of "
                          "train.py") from None
-
 
 def load_state(run, state):
     """Optimizers, averages and history of a stored run; settings that are typed now win over the stored ones."""

@@ -34,14 +34,12 @@ from vision_encoder import on_white
 with open(os.path.join(HERE, "weights", "templates.txt"), encoding="utf-8") as lines:
     RECA_TEMPLATES = lines.read().splitlines()
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Real images: folders, tar shards, LLaVA JSON. One pass builds an index; pictures are then read at random, shards
 # stay packed.
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PIXELS = 89_478_485  # Pillow's own line: 256 MB of RGB. A larger file is a mistake or an attack.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses them: no warning on top
-
 
 class Sample(NamedTuple):
     name: str  # for messages: the file, or shard.tar:member
@@ -51,11 +49,9 @@ class Sample(NamedTuple):
     caption: str = ""  # only where captions are asked for
     turns: tuple = ()  # LLaVA JSON: ((question, answer), ...), "<image>" taken out
 
-
 def read_at(f, offset, size):
     f.seek(offset)
     return f.read(size)
-
 
 def open_image(source):
     """Path or bytes of a picture -> RGB PIL image; transparency is put on white, 16-bit grey is scaled to 8 bits.
@@ -75,7 +71,6 @@ def open_image(source):
         raise FileNotFoundError(f"{name}: no such image") from None
     except Exception as e:                    # a broken file can raise anything in a decoder
         raise ValueError(f"{name}: cannot be read as a picture ({e})") from None
-
 
 class Images:
     """Pictures under `paths`, at random access: folders (recursive; pictures and tar shards), single pictures, tar
@@ -237,7 +232,6 @@ class Images:
             self[i]
         return self.stands_for[i]
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Order and randomness: functions of (seed, step, index), so that nothing depends on the number of ranks or workers
 # and resuming is free.
@@ -245,12 +239,10 @@ def _mix(*parts):
     """64 well-mixed bits: neighboring seeds and steps must give unrelated streams, and torch uses the low 32 alone."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
-
 @lru_cache(8)
 def _epoch_order(n, seed, epoch, stream):
     low, high = _mix(n, seed, epoch, stream) & 0xFFFFFFFF, _mix(n, seed, epoch, stream) >> 32
     return torch.from_numpy(np.random.RandomState([low, high]).permutation(n))  # whose numbers numpy never changes
-
 
 def batch_indices(n, global_batch, seed, step, stream=""):
     """Indices (global_batch,) int64 into n samples for one step: every epoch is a permutation that depends on (seed,
@@ -262,36 +254,28 @@ def batch_indices(n, global_batch, seed, step, stream=""):
     epochs = range(int(at[0]) // n, int(at[-1]) // n + 1)
     return torch.cat([_epoch_order(n, seed, e, stream)[at[at // n == e] % n] for e in epochs])
 
-
 def sample_generator(seed, step, index, stream=""):
     """torch.Generator (CPU) for one sample's randomness: of (seed, step, index in the global batch, stream name)."""
     return torch.Generator().manual_seed(_mix(seed, step, index, stream))
-
 
 def mix_seed(*parts):
     """63 well-mixed bits of any numbers and strings, for torch.manual_seed."""
     return _mix(*parts) >> 1
 
-
 def text_rng(*parts):
     """random.Random for the words of one sample."""
     return random.Random(_mix(*parts))
-
-
 
 def to_uint8(images):
     """Pictures in [-1, 1] (n, 3, h, w) -> uint8 (n, h, w, 3)."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
-
 def to_float(pictures, device="cpu"):
     return torch.from_numpy(np.ascontiguousarray(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a step trains on: images whose frozen encodings are computed once, and batches that depend on (seed, step,
 # place) alone
-
 
 def scrambled(model, pixels, encodings, rows, generator):
     """The picture with its nine cells in random order, encoded anew: what there is, but not where. A `view` of
@@ -304,7 +288,6 @@ def scrambled(model, pixels, encodings, rows, generator):
         return {"features": other["features"]}
     return {"source_latents": other["latents"]}  # the target's own latents stay
 
-
 def shuffled(model, pixels, encodings, rows, generator):
     """The understanding features in random order. A `view` of Batches."""
     if "features" not in encodings:
@@ -314,19 +297,15 @@ def shuffled(model, pixels, encodings, rows, generator):
     order = random_orders(rows, x.shape[1], generator).to(x.device)
     return {"features": x.gather(1, order[..., None].expand_as(x))}
 
-
 def random_orders(rows, places, generator):
     """(len(rows), places): all orders up to the last row are drawn, so that a row has the same one whoever encodes
     it."""
     orders = [torch.randperm(places, generator=generator) for _ in range(max(rows) + 1)]
     return torch.stack(orders)[torch.as_tensor(rows)]
 
-
 VIEWS = {"full": None, "scrambled": scrambled, "shuffled": shuffled}
 
-
 PARTS = ("recon", "t2i", "i2t", "edit", "text", "uncond", "align", "words", "images")  # what a step may be made of
-
 
 def read_mix(mix):
     """["recon=1", ...], or the dictionary itself -> {part: share of --batch}."""
@@ -339,7 +318,6 @@ def read_mix(mix):
     if not set(out) <= set(PARTS):
         raise ValueError(f"--mix {' '.join(mix)}: the parts are {', '.join(PARTS)}")
     return out
-
 
 class Batches:
     """`batch(step)` -> {part: {name: tensor}}, what this process trains on in one micro-batch: frozen encodings, token
@@ -574,7 +552,6 @@ class Batches:
             out[part] = self.model.collate(part, rows, generators, shared, pad_to) | encodings
         return out
 
-
 def prefetch(make, steps, depth=2):
     """Yields make(step) for each step, made in a thread, `depth` ahead. Order and content depend on the step alone,
     so nothing is lost or repeated on resume. Close the generator before the program ends."""
@@ -588,7 +565,6 @@ def prefetch(make, steps, depth=2):
             yield ahead.popleft().result()
     finally:  # a thread that is still inside torch while Python shuts down aborts the process
         pool.shutdown(wait=True, cancel_futures=True)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 def check(paths, captions=False, image_root=None):
@@ -611,7 +587,6 @@ def check(paths, captions=False, image_root=None):
             print(f"  {title}: {name}: {why}")
     return bool(good) and len(images.problems) <= 0.01 * images.total
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", nargs="+", required=True, metavar="PATH", help="folders, tars, pictures, LLaVA JSON")
@@ -619,7 +594,6 @@ def main():
     parser.add_argument("--image-root", help="folder of the image paths inside LLaVA JSON")
     args = parser.parse_args()
     return 0 if check(args.check, args.captions, args.image_root) else 2
-
 
 if __name__ == "__main__":
     one_line_errors(main)

@@ -33,7 +33,6 @@ from shape_world import QUESTION_KINDS, TASKS, Scenes, fulfils, judge, same_obje
 
 BATCH = 256  # rows in one call of a sampler; the noise of a picture depends on it, so it is no flag
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Helpers of all scores
 def wilson(hits, n, z=1.96):
@@ -44,11 +43,9 @@ def wilson(hits, n, z=1.96):
     center, half = (p + z * z / (2 * n)) / d, z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
     return max(0.0, center - half), min(1.0, center + half)
 
-
 def share(right, name="score"):
     """Booleans (n,) -> {name: their mean, "n", "interval"}."""
     return {name: float(np.mean(right)), "n": len(right), "interval": wilson(int(np.sum(right)), len(right))}
-
 
 def in_batches(model, method, *inputs, **options):
     """Results of method(*inputs, **options), BATCH rows of every input at a time. uint8 pictures (n, h, w, 3) go in as
@@ -58,12 +55,10 @@ def in_batches(model, method, *inputs, **options):
         rows = [x[i:i + BATCH] for x in inputs]
         yield method(*(to_float(x, device) if isinstance(x, np.ndarray) else x for x in rows), **options)
 
-
 def draw(model, method, *inputs, seed, **sampler):
     """What a sampler draws for all rows of its inputs, from one generator: uint8 pictures (n, h, w, 3)."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     return np.concatenate([to_uint8(x) for x in in_batches(model, method, *inputs, generator=generator, **sampler)])
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The four scores
@@ -92,7 +87,6 @@ def score_generation(model, per_task=50, seed=0, split="test", **sampler):
         scores[part] = float(np.mean([t[part]["score"] for t in both])) if both else float("nan")
     return scores, pictures, rows
 
-
 @torch.no_grad()
 def score_questions(model, n=400, seed=0):
     """Exact-match accuracy of short answers about fresh pictures, in all and per kind of question."""
@@ -105,7 +99,6 @@ def score_questions(model, n=400, seed=0):
     each = {kind: float(right[kinds == kind].mean()) for kind in QUESTION_KINDS if kind in kinds}
     return dict(share(right, "accuracy"), kinds=each)
 
-
 @torch.no_grad()
 def score_reconstruction(model, n=128, seed=0, **sampler):
     """Pictures through the model's own understanding and back: a dict with objects (agreement of shape, color and
@@ -117,7 +110,6 @@ def score_reconstruction(model, n=128, seed=0, **sampler):
     agree = np.array([same_objects(found, scenes.scene(i)) for i, found in enumerate(judge(pictures))])
     error = float(np.abs(pictures.astype(float) - truth).mean())
     return dict(objects=float(agree.mean()), exact=float((agree == 1).mean()), pixel_error=error, n=n), pictures, truth
-
 
 @torch.no_grad()
 def score_editing(model, n=192, seed=0, **sampler):
@@ -147,7 +139,6 @@ def score_editing(model, n=192, seed=0, **sampler):
     means = dict(asked=float(np.mean(asked)), kept=float(np.mean(kept)), both=float(np.mean(both)))
     return dict(means, n=n, kinds=each), pictures, source
 
-
 def score_all(model, n=300, seed=0, split="test", questions=400, reconstructions=128, editing=False, **sampler):
     """All scores in one dict (what train.py prints before and after); questions, reconstructions: how many, 0 for
     none; editing: for models that were trained to edit. An image tokenizer, which draws nothing, is scored by what it
@@ -168,7 +159,6 @@ def score_all(model, n=300, seed=0, split="test", questions=400, reconstructions
     scores["seconds"] = time.time() - start
     return scores
 
-
 def report(scores, title=""):
     """The lines that a person reads."""
     if "generation" not in scores:
@@ -188,7 +178,6 @@ def report(scores, title=""):
         tail.append("editing asked {asked:.3f} kept {kept:.3f} both {both:.3f}".format(**scores["editing"]))
     return "\n".join(lines + ["  " + "  ".join(tail)] * bool(tail))
 
-
 def report_change(before, after):
     """The line that compares two score_all's."""
     keys = dict(generation=("score", "seen", "held_out"), questions=("accuracy",))
@@ -197,7 +186,6 @@ def report_change(before, after):
     changes = {key: after[of][key] - before[of][key] for of in keys if of in after for key in keys[of]}
     names = dict(held_out="held-out", accuracy="questions")
     return "change: " + "  ".join(f"{names.get(key, key)} {change:+.3f}" for key, change in changes.items())
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # GenEval, and the command line
@@ -223,7 +211,6 @@ def export_geneval(model, prompts_file, out, n=4, seed=0, **sampler):
     checkpoint.write_text(os.path.join(out, "recipe.json"), json.dumps(recipe, indent=1))
     print(f"{len(rows)} prompts x {n} pictures: {out}")
 
-
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     checkpoint.add_flags(p)
@@ -248,7 +235,6 @@ def parse_args(argv=None):
         raise ValueError(f"--n {args.n}: at least 1 picture per prompt with --geneval, else 6, one for each task")
     return args
 
-
 def main(argv=None):
     args = parse_args(argv)
     model = checkpoint.load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer,
@@ -270,7 +256,6 @@ def main(argv=None):
         record = dict(arch=args.arch, command=command, commit=checkpoint.git_commit(), torch=torch.__version__)
         record["scores"] = scores
         checkpoint.write_text(args.json, json.dumps(record, indent=1))
-
 
 if __name__ == "__main__":
     checkpoint.one_line_errors(main)

@@ -21,7 +21,6 @@ from vision_encoder import preprocess_stretch
 # ---------------------------------------------------------------------------------------------------------------------
 # configurations and the recipe of the tiny ones
 
-
 @dataclass
 class AutoencoderConfig:
     ch: int = 128  # width at full resolution
@@ -38,7 +37,6 @@ class AutoencoderConfig:
     groups: int = 32  # of the GroupNorms; 0 (tiny): convolutions are 1x1 and norms see the channels of one place only
     patch: int = 1  # patch x patch pixels are folded into channels first
     kl_weight: float = 1e-4  # training only
-
 
 @dataclass
 class LFQConfig:
@@ -57,7 +55,6 @@ class LFQConfig:
     joint_entropy: bool = False  # count codes instead of bits in the entropy term (2**bits terms: for few bits)
     l1_weight: float = 1.0
     mse_weight: float = 1.0
-
 
 TOKENIZERS = {
     "kl16": AutoencoderConfig(),
@@ -93,21 +90,17 @@ RECIPE = {  # of `train.py --stage tokenizer`; the keys are its flags
 # ---------------------------------------------------------------------------------------------------------------------
 # the convolutional pyramid
 
-
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of each place of (B, C, h, w)."""
 
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-
 def norm(groups, c):
     return nn.GroupNorm(groups, c, eps=1e-6) if groups else ChannelNorm(c, eps=1e-6)
 
-
 def conv(groups, c_in, c_out):
     return nn.Conv2d(c_in, c_out, 3, padding=1) if groups else nn.Conv2d(c_in, c_out, 1)
-
 
 class ResnetBlock(nn.Module):
     def __init__(self, c_in, c_out, groups):
@@ -124,7 +117,6 @@ class ResnetBlock(nn.Module):
         h = self.conv2(F.silu(self.norm2(h)))
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
 
-
 class AttnBlock(nn.Module):
     """One attention head over all pixels, residual."""
 
@@ -140,7 +132,6 @@ class AttnBlock(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
 
-
 class Downsample(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -148,7 +139,6 @@ class Downsample(nn.Module):
 
     def forward(self, x):
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # zeros right and below only
-
 
 class Upsample(nn.Module):
     def __init__(self, c):
@@ -158,11 +148,9 @@ class Upsample(nn.Module):
     def forward(self, x):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
-
 def _middle(c, groups):
     return nn.Sequential(OrderedDict(block_1=ResnetBlock(c, c, groups), attn_1=AttnBlock(c, groups),
                                      block_2=ResnetBlock(c, c, groups)))
-
 
 def _level(c_in, width, count, attn, groups):
     """`count` ResnetBlocks, of which the first changes the width, each with an AttnBlock after it if `attn`."""
@@ -172,7 +160,6 @@ def _level(c_in, width, count, attn, groups):
         if attn:
             level["attn"].append(AttnBlock(width, groups))
     return level
-
 
 def _run(level, x):
     """The blocks of a level, and after them what changes the size of the picture."""
@@ -184,7 +171,6 @@ def _run(level, x):
         if name in level:
             x = level[name](x)
     return x
-
 
 class Encoder(nn.Module):
     """widths, blocks, attention: channels, number of ResnetBlocks, and whether an AttnBlock follows each; one entry per
@@ -211,7 +197,6 @@ class Encoder(nn.Module):
             x = _run(level, x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
-
 class Decoder(nn.Module):
     """The mirror image; `up.i` is counted from full resolution, as in the encoder, although the last one runs first."""
 
@@ -237,16 +222,13 @@ class Decoder(nn.Module):
             x = _run(level, x)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)
 
-
 def _check_images(images, channels, stride):
     if images.ndim != 4 or images.shape[1] != channels or min(images.shape[2:]) < stride:
         raise ValueError(f"images: shape {tuple(images.shape)}, expected (B, {channels}, H, W) with both sides "
                          f"at least {stride} pixels")
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the two tokenizers: continuous latents and discrete codes
-
 
 class Autoencoder(nn.Module):
     """Latent diffusion's KL-regularized autoencoder (arXiv 2112.10752): KL-16, FLUX's and the tiny one by config."""
@@ -285,7 +267,6 @@ class Autoencoder(nn.Module):
         z = latents / self.config.scale + self.config.shift
         return self.decoder(self.post_quant_conv(z) if self.config.quant_conv else z)
 
-
 class SignCodebook(nn.Module):
     """Buffers of the published file: the weight of each bit, channel 0 the most significant, and the codes' signs."""
 
@@ -295,7 +276,6 @@ class SignCodebook(nn.Module):
         signs = ((torch.arange(2 ** bits)[:, None] & powers) > 0).float() * 2 - 1
         self.register_buffer("power_vals", powers)  # (bits,) int64
         self.register_buffer("embedding", signs)  # (2**bits, bits), -1 or +1
-
 
 class LFQTokenizer(nn.Module):
     """MAGVIT-v2 (arXiv 2310.05737), lookup-free quantization: a code is the sign pattern of `bits` channels."""
@@ -355,16 +335,13 @@ class LFQTokenizer(nn.Module):
         q = z + (torch.where(z > 0, 1.0, -1.0) - z).detach()
         return self.decode_signs(q), *self.quantizer_losses(z)
 
-
 def _binary_entropy(p):
     """Entropy in nats of a coin with probability p; the clamp keeps the gradient finite at 0 and 1."""
     p = p.clamp(1e-6, 1 - 1e-6)
     return -p * p.log() - (1 - p) * (1 - p).log()
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # training the tiny ones
-
 
 def tiny_name(config):
     """The name of the tiny tokenizer that a config is, also its folder under weights/. ValueError for others."""
@@ -373,7 +350,6 @@ def tiny_name(config):
             return name
     raise ValueError(f"{config}: not a tiny image tokenizer; say with --tokenizer-ckpt where its weights are")
 
-
 def trained(config, name, folder=None):
     """The config of a model with the settings of a trained tiny tokenizer under `name`, and that tokenizer's weights.
     folder: where both are; None: the shipped one."""
@@ -381,7 +357,6 @@ def trained(config, name, folder=None):
     folder = folder or os.path.join(checkpoint.HERE, "weights", tiny_name(settings))
     settings = checkpoint.from_dict(type(settings), checkpoint.read_config(folder)["config"])
     return replace(config, **{name: settings}), checkpoint.read_weights(folder)
-
 
 def tokenizer_loss(model, images, generator):
     """images (B, 3, H, W) -> (scalar loss, {name: detached scalar}): L1 + MSE per pixel (flat drawings need no
@@ -404,7 +379,6 @@ def tokenizer_loss(model, images, generator):
     parts = {"l1": l1_weight * error.abs().mean(), "mse": mse_weight * error.square().mean(), **parts}
     return sum(parts.values()), {name: part.detach() for name, part in parts.items()}
 
-
 @torch.no_grad()
 def calibrate(model, images):
     """Makes the latents of a tiny-kl easy to diffuse: afterwards encode(images) has mean 0 and standard deviation 1 in
@@ -421,7 +395,6 @@ def calibrate(model, images):
     model.quant_conv.weight[:channels] /= std[:, None, None, None]
     model.quant_conv.bias[:channels] = (model.quant_conv.bias[:channels] - mean) / std
     model.quant_conv.bias[channels:] -= 2 * std.log()  # the posterior's log variance shrinks with its mean
-
 
 class TokenizerStage(nn.Module):
     """A tokenizer in the clothes of a model, so that train.py's one loop trains it: the methods are those of a model

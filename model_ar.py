@@ -26,14 +26,23 @@ import torch.nn.functional as F
 
 from checkpoint import load_strict, read_weights
 from custom_kernels import attention, attention_plan, linear_cross_entropy
-from data import CLIP_MEAN, CLIP_STD, clip_pixels, magvit_pixels, square_pixels
 from image_tokenizer import TOKENIZERS, LFQConfig, LFQTokenizer
-from vision_encoder import VISION_ENCODERS, CLIPConfig, CLIPVision, caption_words, word_alignment
+from vision_encoder import (
+    CLIP_MEAN,
+    CLIP_STD,
+    VISION_ENCODERS,
+    CLIPConfig,
+    CLIPVision,
+    caption_words,
+    clip_pixels,
+    magvit_pixels,
+    square_pixels,
+    word_alignment,
+)
 
 IGNORE = -100  # label of a position that is not trained
 SYSTEM_PROMPT = ("A chat between a curious user and an artificial intelligence assistant. "
                  "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configurations and recipes
@@ -78,7 +87,6 @@ class ShowOConfig:
         self.mask_id = self.image_offset + self.codebook_size
         self.vocab_size = self.mask_id + 1
 
-
 CONFIGS = {
     # 48x48 pictures: 9 codes of 11 bits, 9 CLIP tokens. Texts are short, as a word costs as much as an image token.
     "tiny": ShowOConfig(
@@ -114,7 +122,6 @@ RECIPES = {
         "sft": dict(PUBLISHED, mix={"t2i": 1.0, "i2t": 1.0})}),
 }
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # blocks
 def rotate(x, rope):
@@ -123,7 +130,6 @@ def rotate(x, rope):
     half = cos.shape[-1]
     a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
-
 
 class Block(nn.Module):
     """x + attention(LN x) + mlp(LN x): both read the same input. Only the slots `read` (a slice) come out."""
@@ -155,7 +161,6 @@ class Block(nn.Module):
         x = x[:, read] + self.attend(h, rope, plan, read, cache, slots)
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](h[:, read]), approximate="tanh"))
 
-
 class Layout(NamedTuple):
     """Where the slots of a row stand and what they see, in memory order; each (B or 1, T)."""
     positions: torch.Tensor  # rotary positions: places in the published row, whose pads count
@@ -164,7 +169,6 @@ class Layout(NamedTuple):
 
     def part(self, slots):
         return Layout(*(t[:, slots] for t in self))
-
 
 class Backbone(nn.Module):
     def __init__(self, c):
@@ -188,7 +192,6 @@ class Backbone(nn.Module):
                 more["read"], plan = read, attention_plan(*layout.part(read)[1:], num_keys)
             x = layer(x, rope, plan, **more)
         return self.final_layernorm(x)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # prompts (lists of text ids -> lists of ids) and layouts
@@ -283,7 +286,6 @@ def mask_codes(codes, u, r, c):
     """codes, r (B, N), u (B,); r, u in [0, 1) -> ids, labels (B, N). Masked: where argsort(r) < masked_count(u)."""
     masked, ids = r.argsort(dim=1) < masked_count(u, codes.shape[1])[:, None], codes + c.image_offset
     return ids.masked_fill(masked, c.mask_id), ids.masked_fill(~masked, IGNORE)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the model
@@ -745,6 +747,5 @@ class ShowO(nn.Module):
         "contrast" is the part align, "presence" the part words, whose captions say all there is to say."""
         embeddings = self.showo.model.embed_tokens.weight[:words.shape[1]]
         return word_alignment(self.project(features, pixels), words, embeddings, kind)
-
 
 Model = ShowO

@@ -30,19 +30,27 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from custom_kernels import attention, attention_plan, flow_loss_rows, linear_cross_entropy, rms_norm
 from checkpoint import stream
-from data import bagel_resize, bagel_size, magvit_pixels, to_pixels
+from custom_kernels import attention, attention_plan, flow_loss_rows, linear_cross_entropy, rms_norm
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig
-from vision_encoder import VISION_ENCODERS, SigLIPConfig, SigLIPNaViT, grid_ids, patchify, word_alignment
+from vision_encoder import (
+    VISION_ENCODERS,
+    SigLIPConfig,
+    SigLIPNaViT,
+    bagel_resize,
+    bagel_size,
+    grid_ids,
+    magvit_pixels,
+    patchify,
+    to_pixels,
+    word_alignment,
+)
 
 IGNORE = -100  # label of a position that is not trained
 UND, GEN = EXPERTS = ("", "_moe_gen")  # endings of the two experts' published names
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # configurations
-
 
 @dataclass
 class BagelConfig:
@@ -77,7 +85,6 @@ class BagelConfig:
     cfg_image: float = 2.0  # editing only
     interval: tuple = (0.4, 1.0)  # (low, high] of the times that are guided, after the shift
 
-
 CONFIGS = {
     "tiny": BagelConfig(vocab_size=1024, hidden_size=128, intermediate_size=224, num_layers=4, num_heads=4, num_kv_heads=4, rope_theta=1e4,
                         special=(1019, 1020, 1021, 1022), vit=VISION_ENCODERS["tiny-siglip"], vae=TOKENIZERS["tiny-kl"],
@@ -87,10 +94,8 @@ CONFIGS = {
     "bagel-7b-mot": BagelConfig(),
 }
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # the mixture of transformers
-
 
 def rope_tables(positions, dim, theta):
     """positions (B, T) -> cos, sin (B, T, 1, dim/2) float32."""
@@ -98,18 +103,15 @@ def rope_tables(positions, dim, theta):
     angles = positions[..., None, None].float() * frequencies
     return angles.cos(), angles.sin()
 
-
 def rotate(x, cos, sin):
     """Rotary embedding of x (B, T, H, dim), the two halves of dim being the pairs."""
     a, b = x.chunk(2, -1)
     return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], -1)
 
-
 def pick(x, index):
     """x (B, N, c), index (B, K) -> the rows x[b, index[b]], (B, K, c). As an embedding, whose backward is quicker than that of gather."""
     first = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
     return F.embedding(index + first, x.flatten(0, 1))
-
 
 class Permute(torch.autograd.Function):
     """Rows of x (N, c) in another order, with a gather in the backward pass too, where autograd would scatter."""
@@ -123,7 +125,6 @@ class Permute(torch.autograd.Function):
     def backward(ctx, grad):
         return grad.index_select(0, ctx.saved_tensors[0]), None, None
 
-
 class RMSNorm(nn.Module):
     """With float32 statistics, whatever the dtype of x and of the weight."""
 
@@ -133,7 +134,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         return rms_norm(x.float(), self.weight.float(), self.eps).to(x.dtype)
-
 
 @dataclass
 class View:
@@ -146,7 +146,6 @@ class View:
 
     def grad(self, expert):
         return torch.set_grad_enabled(torch.is_grad_enabled() and not (self.detach and expert == UND))
-
 
 class MoTLayer(nn.Module):
     def __init__(self, c):
@@ -197,7 +196,6 @@ class MoTLayer(nn.Module):
                 out.append(x + mlp["down_proj"](F.silu(mlp["gate_proj"](y)) * mlp["up_proj"](y)))
         return out, (k, v)
 
-
 class MoT(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -219,10 +217,8 @@ class MoT(nn.Module):
                 out.append(x if x is None else self.model["norm" + e](x))
         return out, cache
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # time and place
-
 
 class TimeEmbedder(nn.Module):
     """Flow time t in [0, 1], not in 0..1000: t (...) -> (..., W)."""
@@ -237,7 +233,6 @@ class TimeEmbedder(nn.Module):
 
     def forward(self, t):
         return self.mlp(self.features(t).to(self.mlp[0].weight.dtype))
-
 
 class PositionTable(nn.Module):
     """Fixed sine-cosine table (side*side, width) of a grid, row by row; the first half of the channels encodes the column, the second the
@@ -260,7 +255,6 @@ class PositionTable(nn.Module):
     def forward(self, ids):
         return F.embedding(ids, self.pos_embed)
 
-
 class Connector(nn.Module):
     def __init__(self, c_in, width):
         super().__init__()
@@ -268,7 +262,6 @@ class Connector(nn.Module):
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x.to(self.fc1.weight.dtype)), approximate="tanh"))
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # prompts and layouts
@@ -279,13 +272,11 @@ _THINK = ("You should first think about the {0} process in the mind and then {1}
 THINK_PAINT = _THINK.format("planning", "generate the image", "image")
 THINK_ANSWER = _THINK.format("reasoning", "provide the user with the answer", "answer")
 
-
 def _tokens(n, *columns):
     out = np.empty((n, len(columns)), np.int64)
     for i, column in enumerate(columns):
         out[:, i] = column
     return out
-
 
 def layout(c, samples, packed=False, pad_to=0):
     """Where the tokens of samples lie, and what they see. A sample is a list of segments, in the order of the rotary positions:
@@ -368,7 +359,6 @@ def layout(c, samples, packed=False, pad_to=0):
         out.update(und_mask=mask[:, :U], gen_mask=mask[:, U:])
     return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in out.items()}
 
-
 @dataclass
 class Cache:
     """Contexts that have been read, one per row, padded on the left."""
@@ -376,15 +366,12 @@ class Cache:
     start: torch.Tensor  # (B,) first key that is no padding
     rope: torch.Tensor  # (B,) next rotary position
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # the model
-
 
 def is_generation(name):
     """Does RecA train the parameter of this name?"""
     return GEN in name or name.split(".")[0] in ("vae2llm", "llm2vae", "time_embedder")
-
 
 class Bagel(nn.Module):
     def __init__(self, config, tokenizer=None):
@@ -849,7 +836,6 @@ class Bagel(nn.Module):
         head = text * c.vocab_size * c.hidden_size if part in ("i2t", "text") else 0
         return 6.0 * gen * c.num_layers * layer + (2.0 if self.detach else 6.0) * (und * c.num_layers * layer + head)
 
-
 def guide(v, v_text, v_image=None, cfg=1.0, cfg_image=1.0, renorm="global", renorm_min=0.0):
     """Classifier-free guidance of velocities (B, n, P): with the full context, without the last text, without images.
 
@@ -868,6 +854,5 @@ def guide(v, v_text, v_image=None, cfg=1.0, cfg_image=1.0, renorm="global", reno
     if v_image is not None:
         g = v_image + cfg_image * (g - v_image)
     return g if renorm == "text_channel" else shrink(g, (1, 2) if renorm == "global" else -1)
-
 
 Model = Bagel

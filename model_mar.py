@@ -29,21 +29,27 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from custom_kernels import (add_noise, attention, attention_plan, diffusion_loss_rows, diffusion_tables, gated_add, linear_cross_entropy,
-                            norm_modulate, rms_norm)
 from checkpoint import load_strict, read_weights
-from data import preprocess_pad, preprocess_stretch, to_pixels
+from custom_kernels import (
+    add_noise,
+    attention,
+    attention_plan,
+    diffusion_loss_rows,
+    diffusion_tables,
+    gated_add,
+    linear_cross_entropy,
+    norm_modulate,
+    rms_norm,
+)
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig
-from vision_encoder import word_alignment
+from vision_encoder import preprocess_pad, preprocess_stretch, to_pixels, word_alignment
 
 IMAGE = -200  # the id that marks where an image goes into a text row
 IGNORE = -100  # label of a position that is not trained
 T = 1000  # diffusion steps of the trained process
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # configurations
-
 
 @dataclass
 class HarmonConfig:
@@ -88,7 +94,6 @@ class HarmonConfig:
     cfg: float = 3.0
     mask_steps: int = 64
 
-
 CONFIGS = {
     "tiny": HarmonConfig(vocab_size=1024, hidden_size=128, intermediate_size=240, num_layers=4, num_heads=4, num_kv_heads=2,
                          encoder_dim=96, encoder_depth=2, encoder_heads=4, decoder_dim=96, decoder_depth=2, decoder_heads=4, mlp_ratio=2.5,
@@ -103,10 +108,8 @@ CONFIGS = {
                                 diffloss_depth=12, diffloss_width=1536),
 }
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # the language model: Qwen2.5
-
 
 def rope_tables(positions, dim, theta):
     """positions (B, T) -> cos, sin (B, 1, T, dim/2) float32."""
@@ -114,17 +117,14 @@ def rope_tables(positions, dim, theta):
     angles = positions[:, None, :, None].float() * frequencies
     return angles.cos(), angles.sin()
 
-
 def rotate(x, cos, sin):
     """Rotary embedding of x (B, H, T, dim), the two halves of dim being the pairs."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
-
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         return rms_norm(x, self.weight, self.eps)
-
 
 class DecoderLayer(nn.Module):
     def __init__(self, c):
@@ -155,7 +155,6 @@ class DecoderLayer(nn.Module):
         x = x + a.o_proj(attention(q, k, v, None, None, plan).transpose(1, 2).flatten(2))
         y = self.post_attention_layernorm(x)
         return x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y)), (k, v)
-
 
 class Qwen2(nn.Module):
     def __init__(self, c):
@@ -188,10 +187,8 @@ class Qwen2(nn.Module):
             cache.append(kv)
         return self.model.norm(x), cache
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # MAR: two ViTs
-
 
 class Block(nn.Module):
     """Pre-norm ViT block with full attention."""
@@ -212,11 +209,9 @@ class Block(nn.Module):
         y = F.dropout(F.gelu(self.mlp.fc1(self.norm2(x))), p)
         return x + F.dropout(self.mlp.fc2(y), p)
 
-
 def pick(x, index):
     """x (B, N, c), index (B, K) -> the rows x[b, index[b]], (B, K, c)."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
 
 class MAR(nn.Module):
     """Masked autoencoder over VAE latents. Buffers stand first in the encoder and the decoder, last in the LLM."""
@@ -273,14 +268,11 @@ class MAR(nn.Module):
         x = self.decoder_norm(x)[:, self.config.buffer_size:]
         return x + F.embedding(order, self.positions(self.diffusion_pos_embed_learned, grid)[1])
 
-
 def latent_channels(c):
     return c.vae.z_channels * c.patch_size ** 2
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # DiffLoss: one latent token by diffusion
-
 
 def kept_steps(spacing):
     """Which of the 1000 steps a sampler keeps: "" all; "100" that many, evenly from 0 to 999; "a,b,c" that many in each of equal sections.
@@ -299,7 +291,6 @@ def kept_steps(spacing):
         start += size
     return steps
 
-
 def noise_process(spacing):
     """The cosine schedule (Nichol & Dhariwal), respaced to kept_steps(spacing): dict of float64 tables, one entry per kept step."""
     level = lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -314,7 +305,6 @@ def noise_process(spacing):
             "posterior_log_variance_clipped": torch.cat([variance[1:2], variance[1:]]).log(),  # entry 0 would be log 0
             "posterior_mean_coef1": betas * prev.sqrt() / (1 - acp), "posterior_mean_coef2": (1 - prev) * (1 - betas).sqrt() / (1 - acp)}
 
-
 @lru_cache(maxsize=None)
 def _tables_on(spacing, device):
     with torch.inference_mode(False):
@@ -324,13 +314,11 @@ def _tables_on(spacing, device):
                                 p["posterior_mean_coef1"], p["posterior_mean_coef2"]], 1)
         return diffusion_tables(p["betas"]).to(device), sampling.float().to(device), p["timestep_map"].tolist()
 
-
 @torch.compiler.assume_constant_result  # constants to a compiled model, which would otherwise trace through the cache and break its graph
 def tables_on(spacing, device):
     """-> float32 tables on the device: for the loss (steps, 5), for sampling (steps, 6), and the original index of each step as a list.
     Not buffers of a module: no checkpoint holds them, and a model from the meta device would lose them."""
     return _tables_on(spacing, device)
-
 
 class ResBlock(nn.Module):
     def __init__(self, width):
@@ -342,7 +330,6 @@ class ResBlock(nn.Module):
     def forward(self, h, y):  # y = SiLU of the condition, which all blocks share
         shift, scale, gate = self.adaLN_modulation[1](y).chunk(3, -1)
         return gated_add(h, gate, self.mlp(norm_modulate(h, shift, scale, self.in_ln.weight, self.in_ln.bias, 1e-6)))
-
 
 class Denoiser(nn.Module):
     """MLP with adaptive LayerNorm: noisy token, step, condition -> predicted noise and variance value."""
@@ -372,7 +359,6 @@ class Denoiser(nn.Module):
             h = block(h, y)
         shift, scale = self.final_layer.adaLN_modulation[1](y).chunk(2, -1)
         return self.final_layer.linear(norm_modulate(h, shift, scale, None, None, 1e-6)).view(*shape[:-1], -1)
-
 
 class DiffLoss(nn.Module):
     def __init__(self, c):
@@ -419,15 +405,12 @@ class DiffLoss(nn.Module):
             x = self.step(out, x, i, steps[j], temperature, spacing)[0]
         return x
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # prompts: Qwen's chat template without a system turn
-
 
 USER = "<|im_start|>user\n"
 TEMPLATE = USER + "{}<|im_end|>\n<|im_start|>assistant\n"
 UNCONDITIONAL = "Generate an image."
-
 
 def insert_image(tokenizer, ids):
     """Puts the image slot behind the first token that ends a line: after "<|im_start|>user\\n", or after the "\\n\\n" that is one token
@@ -435,11 +418,9 @@ def insert_image(tokenizer, ids):
     at = 1 + next(i for i, token in enumerate(ids) if "\n" in tokenizer.decode([token]))
     return ids[:at] + [IMAGE] + ids[at:]
 
-
 def first_answer(labels):
     """Where the first answer of a row's labels begins."""
     return next(i for i, label in enumerate(labels) if label != IGNORE)
-
 
 def left_pad(rows, width, fill=0):
     """Lists of ids -> (B, width) int64 and the number of pads per row (B,). Longer rows lose their end."""
@@ -447,15 +428,12 @@ def left_pad(rows, width, fill=0):
     ids = torch.tensor([[fill] * (width - len(row)) + row for row in rows])
     return ids, torch.tensor([width - len(row) for row in rows])
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # the model
-
 
 def scale_gradient(x, factor):
     """x, with `factor` times its gradient."""
     return x if factor == 1 else x.detach() + factor * (x - x.detach())
-
 
 class Harmon(nn.Module):
     def __init__(self, config, tokenizer=None):
@@ -826,6 +804,5 @@ class Harmon(nn.Module):
         else:
             total += text_tokens / 2 * c.vocab_size * c.hidden_size
         return 6 * total + 12 * scores
-
 
 Model = Harmon

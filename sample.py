@@ -32,7 +32,6 @@ DEFAULT_PROMPTS = [
 LINE_COLORS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75))
 GRAY, PALE = (90, 90, 90), (225, 225, 225)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 def grid(pictures, captions=None, columns=8, scale=3):
@@ -52,7 +51,6 @@ def grid(pictures, captions=None, columns=8, scale=3):
             lines[-1] = f"{lines[-1]} {word}".strip()
         pen.multiline_text((x, y), "\n".join(lines[:2]), fill="black", spacing=1)
     return sheet
-
 
 def plot(series, x_label, size=(720, 400), bottom=0.0):
     """{name: (xs, ys)} -> PIL image with a line each. The y axis starts at `bottom` and leaves out the highest 2 % of
@@ -85,7 +83,6 @@ def plot(series, x_label, size=(720, 400), bottom=0.0):
     pen.text((width // 2 - 40, height - 22), x_label, fill=GRAY)
     return image
 
-
 def curves(history, parts):
     """Loss curves of a run, one smoothed line per part -> PIL image."""
     series = {}
@@ -95,7 +92,6 @@ def curves(history, parts):
             smooth.append(0.9 * smooth[-1] + 0.1 * row[part] if smooth else row[part])
         series[part] = [row["step"] for row in rows], smooth
     return plot(series, "optimizer step")
-
 
 @torch.no_grad()
 def show(model, source, generator):
@@ -111,7 +107,6 @@ def show(model, source, generator):
     model.train(was_training)
     return data.to_uint8(out), captions, source
 
-
 def before_after(before, after):
     """Two results of `show`, the first perhaps None -> one PIL image with a row each, below a row of the sources."""
     pictures, captions, source = after
@@ -121,13 +116,11 @@ def before_after(before, after):
     scale = max(1, 120 // pictures.shape[1])
     return grid(np.concatenate(list(rows.values())), titles, columns=len(pictures), scale=scale)
 
-
 def save_png(image, path):
     """Atomic: a reader never sees half a picture. Makes the folder; returns the path."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     checkpoint.atomic(path, lambda f: image.save(f, "png"))
     return path
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
@@ -160,7 +153,6 @@ def parse_args(argv=None):
         p.error("--n and --steps must be at least 1")
     return args
 
-
 def call(model, args, name, *inputs, **options):
     """model.name(*inputs, **options), thinking first for --think. ValueError where the model has no such mode."""
     method = getattr(model, name, None)
@@ -171,7 +163,6 @@ def call(model, args, name, *inputs, **options):
             raise ValueError(f"--think: --arch {args.arch} has no such mode")
         options["think"] = True
     return method(*inputs, **options)
-
 
 def use_image(model, args, pixels, **options):
     """Pictures for --image, uint8 (n, H, W, 3), and a caption for each; pixels as `main` has it."""
@@ -192,7 +183,6 @@ def use_image(model, args, pixels, **options):
     else:
         out = call(model, args, "reconstruct", source, **options)
     return np.concatenate([data.to_uint8(source[:1]), data.to_uint8(out)]), ["source", *captions]
-
 
 @torch.inference_mode()
 def main(argv=None):
@@ -219,7 +209,6 @@ def main(argv=None):
     sheet = grid(pictures, captions, min(8, len(pictures)), scale=max(1, 144 // pictures.shape[1]))
     path = save_png(sheet, args.out)
     print(f"{len(pictures)} picture{'s' * (len(pictures) > 1)}: {os.path.abspath(path)}")
-
 
 if __name__ == "__main__":
     checkpoint.one_line_errors(main)

@@ -42,11 +42,9 @@ PAIR_HELD_OUT = np.array([[frozenset((s, t)) in HELD_OUT_PAIRS for t in SHAPES] 
 CAPTION_BIAS = dict(drop_object=0.25, drop_color=0.25, rare_colors=("purple", "orange"), drop_rare_color=0.75,
                     say_size=0.1, say_ground=0.05, say_relation=0.25, say_count=0.5, wrong=0.15)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Scenes and pictures
 Object = namedtuple("Object", "shape color size cell shade")  # indices of SHAPES ... PLACES; a brightness from 0 to 15
-
 
 def _sprites():
     """Alpha masks (shape, size, CELL, CELL), drawn at 8 times the size and averaged, so that edges are anti-aliased."""
@@ -64,15 +62,12 @@ def _sprites():
             out[i, j] = mask.reshape(CELL, zoom, CELL, zoom).mean((1, 3))
     return out
 
-
 SPRITES = _sprites()
-
 
 def _pictures(cells):
     """Cells (n, 9, CELL, CELL, 3), floats from 0 to 255 -> uint8 pictures (n, 48, 48, 3)."""
     board = cells.reshape(-1, SIDE, SIDE, CELL, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
     return np.rint(board).astype(np.uint8).reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)
-
 
 class Scenes:
     """`n` scenes as arrays: ground (n,), count (n,), objects (n, 4, 5) whose columns are Object's; unused rows are -1.
@@ -137,7 +132,6 @@ class Scenes:
             cells[rows, cell] = cells[rows, cell] * (1 - alpha) + rgb[:, None, None] * alpha
         return _pictures(cells)
 
-
 def crowded_pictures(n, seed):
     """uint8 pictures (n, 48, 48, 3), every cell filled with probability 0.7: more to learn for an image tokenizer."""
     rng = np.random.default_rng([seed, 7])
@@ -147,12 +141,10 @@ def crowded_pictures(n, seed):
     rgb = COLOR_RGB[draw(len(COLORS))] * (0.8 + 0.2 * draw(16)[..., None] / 15)
     return _pictures(ground * (1 - alpha[..., None]) + rgb[:, :, None, None] * alpha[..., None])
 
-
 def holds_held_out(objects):
     """True if the objects hold a combination or a pair that captioned pictures never show."""
     return (any(COMBO_HELD_OUT[o.shape, o.color] for o in objects)
             or any(PAIR_HELD_OUT[o.shape, p.shape] for o in objects for p in objects))
-
 
 def relation(cell, other):
     """Where `cell` lies, seen from the cell `other`: one of RELATIONS if one direction clearly dominates, else None."""
@@ -161,30 +153,24 @@ def relation(cell, other):
         return None
     return RELATIONS[int(dx > 0)] if abs(dx) > abs(dy) else RELATIONS[2 + int(dy > 0)]
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Captions
 def a(words):
     return ("an " if words[0] in "aeiou" else "a ") + words
 
-
 def plural(noun):
     return noun + ("es" if noun.endswith("cross") else "s")
-
 
 def name(shape, color=None):
     return SHAPES[shape] if color is None else f"{COLORS[color]} {SHAPES[shape]}"
 
-
 def full_name(o):
     return f"{SIZES[o.size]} {name(o.shape, o.color)}"
-
 
 def caption_bias(sparse, wrong):
     """CAPTION_BIAS with other chances: `sparse` that an object or a color is left out (a rare color is named a third as
     often as another one), `wrong` that a caption is false."""
     return dict(CAPTION_BIAS, wrong=wrong, drop_object=sparse, drop_color=sparse, drop_rare_color=1 - (1 - sparse) / 3)
-
 
 def sparse_caption(scene, rng, bias=CAPTION_BIAS, other=None):
     """A caption as the web writes them: objects, colors, sizes and grounds are left out, and some are wrong.
@@ -223,18 +209,15 @@ def sparse_caption(scene, rng, bias=CAPTION_BIAS, other=None):
         text = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
     return text + (f" on a {GROUNDS[ground]} background" if rng.random() < bias["say_ground"] else "")
 
-
 def dense_caption(scene, rng):
     """Everything there is to say (except brightness), objects in random order."""
     ground, objects = scene
     parts = [f"{a(full_name(o))} {PLACES[o.cell]}" for o in rng.sample(objects, len(objects))]
     return ", ".join(parts) + f", {GROUNDS[ground]} background"
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Questions and edits
 QUESTION_KINDS = ("color", "shape", "count", "position", "size", "ground", "exists", "relation")
-
 
 def question(scene, rng, kind=None):
     """(question, answer, kind) with an answer of one or two words that the scene determines. `kind` is tried first;
@@ -269,7 +252,6 @@ def question(scene, rng, kind=None):
                              "size": ("What size is", SIZES[one.size])}[kind]
             return f"{asked} the {SHAPES[one.shape]}?", answer, kind
 
-
 def text_question(scene, rng):
     """(text and question, answer) about a WRITTEN scene: what a real model's language part has learned before."""
     ground, objects = scene
@@ -285,7 +267,6 @@ def text_question(scene, rng):
         text = dense_caption(scene, rng)
         asked, answer, _ = question(scene, rng)
     return f"{text}. {asked}", answer
-
 
 def edit(scene, rng):
     """(instruction, edited scene, kind): one change; the rest of the picture stays pixel for pixel."""
@@ -310,7 +291,6 @@ def edit(scene, rng):
     text = f"Replace {the} with {a(SHAPES[value])}." if kind == "shape" else f"Make {the} {NAMES[kind][value]}."
     return text, (ground, [new if o is old else o for o in objects]), kind
 
-
 def clean_edit(scene, rng):
     """An edit whose result holds nothing that is held out, for training: instructions are captions too."""
     while True:
@@ -318,11 +298,9 @@ def clean_edit(scene, rng):
         if not holds_held_out(new[1]):
             return text, new, kind
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts for judged pictures
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-
 
 def task_prompts(per_task, seed, split="test"):
     """GenEval's six tasks in the shape world: a list of 6 * per_task dicts.
@@ -360,7 +338,6 @@ def task_prompts(per_task, seed, split="test"):
             out.append(row)
     return out
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The judge
 def judge(images):
@@ -394,7 +371,6 @@ def judge(images):
         found[cell // (SIDE * SIDE)].append((*what, cell % (SIDE * SIDE)))
     return found
 
-
 def fulfils(found, row):
     """Does a judged picture show what a row of `task_prompts` asks for? found: what `judge` says of one picture.
 
@@ -410,18 +386,15 @@ def fulfils(found, row):
         return any(relation(cell, other) == row["relation"] for cell in cells[0] for other in cells[1])
     return all(cells)
 
-
 def same_objects(found, scene):
     """Intersection over union of a scene's objects and those that `judge` found, told by shape, color and cell."""
     truth = {(o.shape, o.color, o.cell) for o in scene[1]}
     got = {(shape, color, cell) for shape, color, _, cell in found}
     return len(truth & got) / max(1, len(truth | got))
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The flags of train.py that belong to this world
 SHARES = ("wrong_captions", "sparse_captions", "altered_share")  # the flags from 0 to 1
-
 
 def add_flags(parser):
     """Adds them to an argparse parser, as one group."""

@@ -24,7 +24,6 @@ QWEN_SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|o
 # phi-1.5 adds runs of 31..2 spaces, then of 9..2 tabs, after GPT-2's 50,257 ids.
 PHI_WHITESPACE = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]
 
-
 def read_json(path):
     """What a JSON file holds. Raises FileNotFoundError, or ValueError where it is no JSON."""
     try:
@@ -35,15 +34,12 @@ def read_json(path):
     except ValueError as e:
         raise ValueError(f"{path}: not valid JSON ({e}); the file may be incomplete, fetch it again") from None
 
-
 def _wrong(path, why):
     return ValueError(f"{path}: {why}; expected whole, unchanged files of one Qwen2/2.5 or phi-1.5 tokenizer")
-
 
 def _any_of(strings):
     ordered = sorted(strings, key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, ordered)) + ")") if ordered else None
-
 
 class Tokenizer:
     """Text <-> ids: BPE ranks, a split pattern, special strings, and plain added strings (phi's runs of whitespace).
@@ -84,7 +80,6 @@ class Tokenizer:
         parts = [self.bpe.decode_single_token_bytes(i) if i in self.known else b"\xef\xbf\xbd" for i in kept]
         return b"".join(parts).decode("utf-8", "replace")
 
-
 def _read_ranks(path):
     """tiktoken's file format, one `base64-of-the-bytes rank` per line -> {bytes: rank}. Raises ValueError."""
     ranks = {}
@@ -98,7 +93,6 @@ def _read_ranks(path):
     if len(ranks) < 256 or sorted(ranks.values()) != list(range(len(ranks))):
         raise _wrong(path, f"{len(ranks)} tokens, ranks are not 0..{len(ranks) - 1} (256 at least)")
     return ranks
-
 
 def _vocab_to_ranks(path, vocab, merges, skip):
     """vocab (string -> id) and merges ([left, right], ...) -> {bytes: id}; `skip`: strings that are no BPE tokens.
@@ -116,7 +110,6 @@ def _vocab_to_ranks(path, vocab, merges, skip):
         raise _wrong(path, f"{len(ranks)} tokens against 256 bytes + {len(order)} merges, or ids that do not rise with "
                            "the merges")
     return ranks
-
 
 def _read_vocab(path):
     """vocab.json + merges.txt, encoder.json + vocab.bpe or tokenizer.json -> (ranks, added strings, is it GPT-2's?).
@@ -140,7 +133,6 @@ def _read_vocab(path):
     if not gpt2 and json.dumps(QWEN_SPLIT) not in split:
         raise _wrong(path, f"splits text by {split[:90]}..., which is neither Qwen2's nor GPT-2's way")
     return _vocab_to_ranks(path, file["model"]["vocab"], merges, skip=added), added, gpt2
-
 
 @lru_cache(None)
 def load_tokenizer(name_or_path="tiny"):

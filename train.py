@@ -47,10 +47,10 @@ import evaluate
 import image_tokenizer
 import sample
 import shape_world
-from custom_kernels import Muon, peak_flops
+from custom_kernels import Muon
 
 ALIGN_WEIGHT = 0.25  # a contrast over a batch of 48 starts at log 48, several times the other losses, far from 0
-
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40": 181, "4090": 165, "3090": 71}  # dense bf16, for MFU
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,7 +95,6 @@ def parser():
     p.set_defaults(eps=1e-8, warmup_from=1)  # of recipes only
     return p
 
-
 def parse_args(argv=None):
     """-> args, and the stored state where a run is resumed. What is typed wins over the recipe (or over the stored
     arguments), and that over the parser's defaults."""
@@ -114,7 +113,6 @@ def parse_args(argv=None):
     args.captioned = args.captioned or args.pool
     return args, state
 
-
 def recipe(args):
     """The recipe of this run, a flat dictionary of flags: RECIPES[config][stage] of the model file."""
     if args.stage == "tokenizer":
@@ -126,11 +124,9 @@ def recipe(args):
                          f"{', '.join(recipes)}, published ones for reca and sft")
     return stages["plain" if args.stage == "reca" and args.data and "plain" in stages else args.stage]
 
-
 def loss_weight(args, part):
     drawing = dict.fromkeys(("t2i", "edit", "uncond"), args.t2i_weight)
     return (drawing | dict(i2t=args.i2t_weight, align=ALIGN_WEIGHT)).get(part, 1.0)
-
 
 def check_args(args, world):
     limits = dict.fromkeys(("steps", "batch", "accum", "pool", "captioned", "questions", "log_every"), (1, math.inf))
@@ -153,10 +149,8 @@ def check_args(args, world):
     if args.cfg is not None and (args.cfg < 1 or args.stage == "tokenizer"):
         raise ValueError(f"--cfg {args.cfg:g}: guidance starts at 1, which is none, and a tokenizer has no guidance")
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the machine, the model, the optimizers, one step
-
 
 def setup(args):
     """Processes, device, threads and seed -> (rank, world, device)."""
@@ -175,7 +169,6 @@ def setup(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
     return rank, world, device
-
 
 def build(args):
     """The model of this run with the weights it starts from."""
@@ -196,7 +189,6 @@ def build(args):
     model.config.cfg = args.cfg or model.config.cfg
     return model
 
-
 def make_optimizers(args, model, named):
     """[AdamW], or with --muon-lr [AdamW, Muon]: Muon takes the 2-D weights of numbered modules (blocks, projectors),
     AdamW keeps embeddings, heads, norms and biases."""
@@ -211,7 +203,6 @@ def make_optimizers(args, model, named):
         optimizers.append(Muon(inside.values(), lr=args.muon_lr, weight_decay=args.muon_decay))
     return optimizers
 
-
 def learning_rate(args, step, lr):
     """Linear warm-up to `lr`, then constant, or half a cosine to 0. Published warm-ups start at rate 0 (warmup_from
     0)."""
@@ -221,7 +212,6 @@ def learning_rate(args, step, lr):
         return lr
     t = (step - args.warmup) / max(1, args.steps - args.warmup)
     return lr * 0.5 * (1 + math.cos(math.pi * min(1.0, t)))
-
 
 class Run:
     """What a run holds. model: as it is saved; forward: as it is called, wrapped for several processes and compiled."""
@@ -264,7 +254,6 @@ class Run:
             forward = torch.compile(forward)
         return forward
 
-
 def train_step(run, step, micro_batches):
     """One optimizer step over this process's [{part: tensors}] -> ({part: its loss}, gradient norm), both still on the
     device: nothing in a step waits for it."""
@@ -292,7 +281,6 @@ def train_step(run, step, micro_batches):
         torch._foreach_lerp_(list(run.ema.values()), [p.detach() for _, p in run.named], 1 - args.ema)
     return totals, norm
 
-
 def global_counts(run, micro_batches):
     """{part: what its loss is divided by}: the targets of the whole step, over all processes and micro-batches, per
     process and micro-batch, as gradients are averaged over those. So a mean over tokens is one over the step's
@@ -305,10 +293,13 @@ def global_counts(run, micro_batches):
         dist.all_reduce(counts)
     return dict(zip(parts, (counts.clamp(min=1) / (run.world * len(micro_batches))).unbind()))
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # what is said, judged and saved
 
+def peak_flops(device):
+    """Dense bf16 operations per second of a GPU; infinite where that is not known, so that MFU is 0."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((1e12 * tflops for key, tflops in PEAK_TFLOPS.items() if key in name), math.inf)
 
 def report_step(run, done, totals, norm, seconds):
     """Says and logs a step, with the means over all processes. Raises ValueError where the loss is no number."""
@@ -330,7 +321,6 @@ def report_step(run, done, totals, norm, seconds):
     run.log.write(r, f"step {done}/{args.steps} {losses} lr {r['lr']:.1e} norm {r['grad_norm']:.2f} {r['ms']:.0f} ms "
                      f"{r['images_per_s']:.0f} img/s{mfu} ETA {eta // 60}:{eta % 60:02d}")
 
-
 def scores(run, step, title):
     """Judges the model on the first process, says and logs it -> scores, or None where there is nothing to judge."""
     args = run.args
@@ -342,7 +332,6 @@ def scores(run, step, title):
     run.history.append(dict(step=step, scores=s))
     return s
 
-
 def pictures(run):
     """What before_after.png shows: reconstructions for a tokenizer or a user's own pictures, else drawings for
     prompts."""
@@ -353,13 +342,11 @@ def pictures(run):
         source = run.batches.first_pictures(8)
     return sample.show(run.model, source, torch.Generator(run.device).manual_seed(run.args.seed))
 
-
 def save_weights(run, **extra):
     """model.safetensors and config.json, for sample.py, and loss.png."""
     args, model = run.args, run.model.tokenizer if run.args.stage == "tokenizer" else run.model
     checkpoint.save_model(model, args.out, args.arch, text_tokenizer=args.text_tokenizer or "tiny", **extra)
     sample.save_png(sample.curves(run.history, run.weights), os.path.join(args.out, "loss.png"))
-
 
 def stops(run, done, signals):
     """Do all processes stop after this step? They must agree; on GPUs, where asking waits, a signal takes ten steps."""
@@ -371,7 +358,6 @@ def stops(run, done, signals):
     flag = torch.tensor(float(here), device=run.device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag)
-
 
 def finish(run, about, before, sheet, started):
     """The end of a whole run, on the first process: averaged weights, scores, result.json, pictures."""
@@ -390,7 +376,6 @@ def finish(run, about, before, sheet, started):
         run.log.say(evaluate.report_change(before, after))
     sample.save_png(sample.before_after(sheet, pictures(run)), os.path.join(args.out, "before_after.png"))
     run.log.say(f"run folder: {args.out} ({', '.join(sorted(os.listdir(args.out)))})")
-
 
 def main(argv=None):
     started, signals = time.time(), []
@@ -421,7 +406,6 @@ def main(argv=None):
         dist.destroy_process_group()
     return 0 if done in (args.steps, args.stop_after) else 128 + (signals + [signal.SIGTERM])[0]
 
-
 def train(run, signals):
     """The loop -> the last step that was done."""
     args, clock, since, done = run.args, time.time(), run.start, run.start
@@ -445,7 +429,6 @@ def train(run, signals):
             break
     made.close()
     return done
-
 
 if __name__ == "__main__":
     checkpoint.one_line_errors(main)

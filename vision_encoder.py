@@ -18,7 +18,6 @@ from PIL import Image
 # ---------------------------------------------------------------------------------------------------------------------
 # configurations
 
-
 @dataclass
 class CLIPConfig:
     width: int = 1024
@@ -30,7 +29,6 @@ class CLIPConfig:
     patch: int = 14
     eps: float = 1e-5
 
-
 @dataclass
 class SigLIPConfig:
     width: int = 1152
@@ -40,7 +38,6 @@ class SigLIPConfig:
     patch: int = 14
     positions: int = 70  # rows and columns of the position table: pictures of up to 70*14 = 980 pixels a side
     eps: float = 1e-6
-
 
 VISION_ENCODERS = {
     "clip-vit-large-patch14-336": CLIPConfig(),
@@ -53,14 +50,11 @@ VISION_ENCODERS = {
 # ---------------------------------------------------------------------------------------------------------------------
 # the block
 
-
 def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
 
-
 def gelu_tanh(x):
     return F.gelu(x, approximate="tanh")
-
 
 class EncoderLayer(nn.Module):
     def __init__(self, width, heads, mlp_width, eps, activation):
@@ -82,14 +76,11 @@ class EncoderLayer(nn.Module):
         x = x + self.self_attn["out_proj"](h.transpose(1, 2).reshape(B, T, width))
         return x + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x))))
 
-
 def encoder_layers(c, activation):
     return nn.ModuleList(EncoderLayer(c.width, c.heads, c.mlp_width, c.eps, activation) for _ in range(c.layers))
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # CLIP
-
 
 class CLIPEmbeddings(nn.Module):
     def __init__(self, c):
@@ -103,7 +94,6 @@ class CLIPEmbeddings(nn.Module):
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, N, width), row by row
         first = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         return torch.cat([first, patches], dim=1) + self.position_embedding.weight  # (B, 1 + N, width)
-
 
 class CLIPVision(nn.Module):
     """CLIP's vision tower (arXiv 2103.00020) as LLaVA and Show-o use it: patch features of the penultimate layer, no
@@ -137,10 +127,8 @@ class CLIPVision(nn.Module):
             x = layer(x)
         return x[:, 1:]
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # SigLIP
-
 
 def patchify(images, patch):
     """images (..., C, H, W) -> (..., H/patch * W/patch, patch*patch*C): patches row by row, inside a patch (row,
@@ -154,7 +142,6 @@ def patchify(images, patch):
     x = x.permute(*range(n), n + 1, n + 3, n + 2, n + 4, n)  # (..., h, w, patch, patch, C)
     return x.reshape(*lead, (H // patch) * (W // patch), patch * patch * C)
 
-
 def grid_ids(rows, columns, stride, device=None):
     """Position ids (rows*columns,) of a grid in the top left corner of a table with `stride` columns: row * stride +
     column. Raises ValueError where the grid is larger than the table."""
@@ -162,7 +149,6 @@ def grid_ids(rows, columns, stride, device=None):
         raise ValueError(f"grid_ids: a grid of {rows}x{columns} does not fit the {stride}x{stride} position table: "
                          "shrink the picture")
     return (torch.arange(rows, device=device)[:, None] * stride + torch.arange(columns, device=device)).flatten()
-
 
 class SigLIPNaViT(nn.Module):
     """SigLIP's vision tower (arXiv 2303.15343) with a linear patch embedding and positions for pictures of any size, as
@@ -188,10 +174,8 @@ class SigLIPNaViT(nn.Module):
             x = layer(x)
         return m["post_layernorm"](x)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # preprocessing: PIL image -> normalized tensor, exactly as the published weights were trained
-
 
 def on_white(image):
     """PIL image -> RGB, what is transparent put on white."""
@@ -202,22 +186,18 @@ def on_white(image):
     white.paste(image, mask=image.getchannel("A"))
     return white
 
-
 def to_pixels(image, mean=0.5, std=0.5):
     """PIL image -> float32 (3, H, W), x/255 normalized with mean and std (numbers, or one per channel). The defaults
     give [-1, 1]."""
     x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
     return ((x - torch.as_tensor(mean).view(-1, 1, 1)) / torch.as_tensor(std).view(-1, 1, 1)).contiguous()
 
-
 def _resize_shorter(image, size):
     w, h = image.size
     w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
     return image.resize((w, h), Image.Resampling.BICUBIC)
 
-
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
 
 def clip_pixels(image, size=336):
     """CLIP: shorter side to `size` (bicubic), center crop (odd margins: the smaller one left and above), CLIP's mean
@@ -227,18 +207,15 @@ def clip_pixels(image, size=336):
     image = image.crop((left, top, left + size, top + size))
     return to_pixels(image, mean=CLIP_MEAN, std=CLIP_STD)
 
-
 def magvit_pixels(image, size):
     """Show-o's image tokenizer: as above into [-1, 1]; here an odd margin is halved with rounding to even."""
     image = _resize_shorter(image.convert("RGB"), size)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return to_pixels(image.crop((left, top, left + size, top + size)))
 
-
 def square_pixels(image, size):
     """Show-o's RecA data: resized to a square without cropping (bicubic; the aspect ratio is not kept), [-1, 1]."""
     return to_pixels(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
-
 
 def bagel_size(w, h, max_size, min_size, stride, max_pixels=14 * 14 * 9 * 1024, num_images=1):
     """BAGEL's rule for the size of a picture -> (w, h), multiples of `stride`: long side at most max_size, short side
@@ -254,7 +231,6 @@ def bagel_size(w, h, max_size, min_size, stride, max_pixels=14 * 14 * 9 * 1024, 
         w, h = scaled(max_size / max(w, h))
     return w, h
 
-
 def bagel_resize(image, max_size, min_size, stride, max_pixels=14 * 14 * 9 * 1024, num_images=1):
     """PIL image -> RGB PIL image of BAGEL's size (bicubic); transparent pictures are put on white. to_pixels() of it
     feeds both towers. Settings: autoencoder (1024, 512, 16); SigLIP (980, 224, 14), in the editing benchmarks (980,
@@ -263,14 +239,12 @@ def bagel_resize(image, max_size, min_size, stride, max_pixels=14 * 14 * 9 * 102
     size = bagel_size(*image.size, max_size, min_size, stride, max_pixels, num_images)
     return image.resize(size, Image.Resampling.BICUBIC)
 
-
 # Harmon's training data: Pillow's bicubic (which anti-aliases) and its rounding to 8 bits after every step are part of
 # the recipe.
 def preprocess_stretch(image, size):
     """Reconstruction data: stretched (no crop, no pad) to a square of the longer side, then resized."""
     square = image.convert("RGB").resize((max(image.size), max(image.size)), Image.Resampling.BICUBIC)
     return to_pixels(square.resize((size, size), Image.Resampling.BICUBIC))
-
 
 def preprocess_pad(image, size):
     """Image-to-text data and questions: padded to a square with gray 127 around (odd margin: less above and left),
@@ -280,10 +254,8 @@ def preprocess_pad(image, size):
     square.paste(image.convert("RGB"), ((side - image.width) // 2, (side - image.height) // 2))
     return to_pixels(square.resize((size, size), Image.Resampling.BICUBIC))
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # base training from nothing: what CLIP and SigLIP bring from their pre-training, for encoders that bring nothing
-
 
 def caption_words(tokenizer, captions):
     """n strings -> (n, tokenizer.vocab_size) float32: 1 where the caption has the id."""
@@ -291,7 +263,6 @@ def caption_words(tokenizer, captions):
     for row, caption in zip(words, captions):
         row[tokenizer.encode_ordinary(caption)] = 1
     return words
-
 
 def word_alignment(seen, words, embeddings, kind="contrast", scale=None, margin=0.3):
     """The words of a picture's caption should find a place in the picture that looks like them. As the words are the
@@ -326,7 +297,6 @@ def word_alignment(seen, words, embeddings, kind="contrast", scale=None, margin=
     words, likeness = words * (share < 0.5), (scale or 10.0) * likeness
     likeness = likeness.masked_fill(words.sum(1, keepdim=True) == 0, -1e4)
     return -(words * likeness.log_softmax(0)).sum() / words.sum().clamp(min=1)
-
 
 def gather(x, gradient=True):
     """The global batch of a tensor. Gradients reach this process's own rows, scaled up for DDP's mean."""

@@ -43,7 +43,6 @@ FLEX_BLOCK = 128
 FEW_QUERIES = 128  # up to here a dense mask is small, and compiling for every length of a cache would cost more
 LOG2E = 1.4426950408889634
 
-
 @dataclass
 class AttentionPlan:
     """What depends on a mask alone; made once by `attention_plan`, shared by all layers."""
@@ -52,7 +51,6 @@ class AttentionPlan:
     num_keys: int
     kind: str = "mask"  # "full" and "causal" are recognized on the CPU only, where looking costs no host sync
     cache: dict = field(default_factory=dict)  # masks and bounds, made on first use
-
 
 def attention_plan(lo, hi, num_keys):
     """Intervals lo, hi (R, Tq) of integers, R = 1 or the batch size -> AttentionPlan. Ends outside [0, num_keys] are
@@ -73,12 +71,10 @@ def attention_plan(lo, hi, num_keys):
             attention_bounds(plan)
     return plan
 
-
 def interval_mask(lo, hi, num_keys):
     """The same mask as a table: lo, hi (R, Tq) -> (R, 1, Tq, Tk) bool, True = may attend."""
     keys = torch.arange(num_keys, device=lo.device)
     return ((keys >= lo[..., None]) & (keys < hi[..., None])).unsqueeze(1)
-
 
 def attention(q, k, v, lo, hi, plan=None):
     """Softmax attention in which query i of row b sees the keys [lo[b, i], hi[b, i]): q (B, Hq, Tq, D), k and v
@@ -99,7 +95,6 @@ def attention(q, k, v, lo, hi, plan=None):
         return attention_decode_triton(q, k, v, plan)
     return attention_triton(q, k, v, plan)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the reference, and FlexAttention
 
@@ -118,7 +113,6 @@ def attention_reference(q, k, v, plan):
         plan.cache["mask"] = interval_mask(plan.lo, plan.hi, plan.num_keys) | empty, empty
     mask, empty = plan.cache["mask"]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa).masked_fill(empty, 0.0)
-
 
 def flex_block_mask(plan, block=FLEX_BLOCK):
     """The plan as FlexAttention's BlockMask: the tiles that hold something, and those that all their queries see."""
@@ -145,19 +139,16 @@ def flex_block_mask(plan, block=FLEX_BLOCK):
                                                       mask_mod=sees, seq_lengths=(Tq, Tk))
     return plan.cache["flex"]
 
-
 @functools.cache
 def compiled_flex():
     # towers, batch parts and image sizes are many shapes of one function; beyond the limit it would hold dense scores
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention)
 
-
 def attention_flex(q, k, v, plan):
     """FlexAttention with the plan's tiles; compiled, except on a CPU, where it is only a check."""
     flex = flex_attention if q.device.type == "cpu" or torch.compiler.is_compiling() else compiled_flex()
     return flex(q, k, v, block_mask=flex_block_mask(plan), enable_gqa=q.shape[1] != k.shape[1])
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the kernels; x_b, x_h and x_t are the strides of X's batch, head and time axes, scale2 is scale * log2(e)
@@ -187,14 +178,12 @@ def attention_bounds(plan):
         plan.cache["bounds"] = q_bounds.int().contiguous(), k_bounds.int().contiguous()
     return plan.cache["bounds"]
 
-
 def tiles(D, dtype):
     """Tile sides (queries, keys), warps and pipeline stages of each kernel: of those tried the largest that the
     compiler fits into an A100's and an H100's registers with hardly a spill (tests/test_kernels_compile.py)."""
     if dtype.itemsize > 2:
         return dict(forward=(64, 32, 4, 2), dq=(64, 32, 4, 1), dkdv=(32, 32, 4, 1))
     return dict(forward=(128, 64, 4 if D <= 64 else 8, 3), dq=(128, 64 if D <= 96 else 32, 8, 2), dkdv=(32, 128, 8, 2))
-
 
 @jit
 def load_part(ptr, stride, rows, limit, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CHECK: tl.constexpr):
@@ -207,7 +196,6 @@ def load_part(ptr, stride, rows, limit, WIDTH: tl.constexpr, COLUMNS: tl.constex
     else:
         return tl.load(ptrs)
 
-
 @jit
 def load_tile(ptr, stride, rows, limit, D0: tl.constexpr, D1: tl.constexpr, D: tl.constexpr, CHECK: tl.constexpr):
     """-> (rows, D0) and (rows, D1); rows >= limit (where CHECK) and columns >= D give 0. Here and below, a tile is this
@@ -218,7 +206,6 @@ def load_tile(ptr, stride, rows, limit, D0: tl.constexpr, D1: tl.constexpr, D: t
         second = load_part(ptr + D0, stride, rows, limit, D1, D - D0, CHECK)
     return first, second
 
-
 @jit
 def store_tile(ptr, stride, rows, limit, tile, D0: tl.constexpr, D1: tl.constexpr, D: tl.constexpr):
     cols = tl.arange(0, D0)
@@ -228,7 +215,6 @@ def store_tile(ptr, stride, rows, limit, tile, D0: tl.constexpr, D1: tl.constexp
         cols = D0 + tl.arange(0, D1)
         tl.store(ptrs + cols[None, :], tile[1], mask=(rows < limit)[:, None] & (cols < D)[None, :])
 
-
 @jit
 def times(tile, factor, D1: tl.constexpr):
     """A tile whose rows are multiplied by `factor`, a number or one for each row (rows, 1)."""
@@ -236,7 +222,6 @@ def times(tile, factor, D1: tl.constexpr):
     if D1 > 0:
         second = tile[1] * factor
     return tile[0] * factor, second
-
 
 @jit
 def dot_t(a, b, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
@@ -246,7 +231,6 @@ def dot_t(a, b, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
         s = tl.dot(a[1], tl.trans(b[1]), s, input_precision=PRECISION, out_dtype=ACC)
     return s
 
-
 @jit
 def add_dot(acc, a, b, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """The tile acc + a b; a is a matrix of scores."""
@@ -254,7 +238,6 @@ def add_dot(acc, a, b, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.conste
     if D1 > 0:
         second = tl.dot(a, b[1], acc[1], input_precision=PRECISION, out_dtype=ACC)
     return tl.dot(a, b[0], acc[0], input_precision=PRECISION, out_dtype=ACC), second
-
 
 @jit
 def tile_range(Bounds, own, own_limit, limit, OWN: tl.constexpr, WALK: tl.constexpr, GRAIN: tl.constexpr):
@@ -274,13 +257,11 @@ def tile_range(Bounds, own, own_limit, limit, OWN: tl.constexpr, WALK: tl.conste
     end_full = tl.maximum(tl.minimum(end_full // WALK * WALK, end), full)
     return start, full, end_full, end
 
-
 @jit
 def edge_tile(i, start, full, end_full, WALK: tl.constexpr):
     """The i-th tile that needs comparisons: those left of the fully visible ones, then those right of them."""
     left = (full - start) // WALK
     return tl.where(i < left, start + i * WALK, end_full + (i - left) * WALK)
-
 
 @jit
 def forward_step(acc, m, l, q, K, V, k_t, v_t, n, lo, hi, Tk, scale2, D: tl.constexpr, D0: tl.constexpr,
@@ -300,7 +281,6 @@ def forward_step(acc, m, l, q, K, V, k_t, v_t, n, lo, hi, Tk, scale2, D: tl.cons
     v = load_tile(V, v_t, keys, Tk, D0, D1, D, EDGE)
     acc = add_dot(times(acc, shrink[:, None], D1), p.to(v[0].dtype), v, D1, ACC, PRECISION)
     return acc, new_m, l * shrink + tl.sum(p, 1)
-
 
 @jit
 def attention_forward_kernel(Q, K, V, Out, Lse, Lo, Hi, QBounds, scale2, Tq, Tk,
@@ -331,7 +311,6 @@ def attention_forward_kernel(Q, K, V, Out, Lse, Lo, Hi, QBounds, scale2, Tq, Tk,
     lse = tl.where(empty, float("inf"), m + tl.log2(l))
     tl.store(Lse + (b * tl.num_programs(1) + h) * Tq + rows, lse, mask=rows < Tq)
 
-
 @jit
 def dq_step(dq, q, do, lse, delta, K, V, k_t, v_t, n, lo, hi, Tk, scale2, D: tl.constexpr, D0: tl.constexpr,
             D1: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
@@ -345,7 +324,6 @@ def dq_step(dq, q, do, lse, delta, K, V, k_t, v_t, n, lo, hi, Tk, scale2, D: tl.
         s = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), s, float("-inf"))
     ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
     return add_dot(dq, ds.to(k[0].dtype), k, D1, ACC, PRECISION)
-
 
 @jit
 def attention_dq_kernel(Q, K, V, Out, DOut, Lse, Delta, DQ, Lo, Hi, QBounds, scale, scale2, Tq, Tk,
@@ -378,7 +356,6 @@ def attention_dq_kernel(Q, K, V, Out, DOut, Lse, Delta, DQ, Lo, Hi, QBounds, sca
         dq = dq_step(dq, q, do, lse, delta, K, V, k_t, v_t, n, lo, hi, Tk, scale2, D, D0, D1, BN, True, PRECISION)
     store_tile(DQ + b * dq_b + h * dq_h, dq_t, rows, Tq, times(dq, scale, D1), D0, D1, D)
 
-
 @jit
 def dkdv_step(dk, dv, k, v, Q, DOut, Lse, Delta, Lo, Hi, q_t, do_t, i, keys, Tq, scale2, D: tl.constexpr,
               D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
@@ -398,7 +375,6 @@ def dkdv_step(dk, dv, k, v, Q, DOut, Lse, Delta, Lo, Hi, q_t, do_t, i, keys, Tq,
     dst = (pt * (dpt - delta[None, :])).to(q[0].dtype)
     dv = add_dot(dv, pt.to(do[0].dtype), do, D1, ACC, PRECISION)
     return add_dot(dk, dst, q, D1, ACC, PRECISION), dv
-
 
 @jit
 def attention_dkdv_kernel(Q, K, V, DOut, Lse, Delta, DK, DV, Lo, Hi, KBounds, scale, scale2, Tq, Tk,
@@ -431,7 +407,6 @@ def attention_dkdv_kernel(Q, K, V, DOut, Lse, Delta, DK, DV, Lo, Hi, KBounds, sc
     store_tile(DK + b * dk_b + hk * dk_h, dk_t, keys, Tk, times(dk, scale, D1), D0, D1, D)
     store_tile(DV + b * dv_b + hk * dv_h, dv_t, keys, Tk, dv, D0, D1, D)
 
-
 @jit
 def attention_decode_kernel(Q, K, V, Part, PartLse, Lo, Hi, scale2, Tq, Tk, piece,
                             q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, lo_b,
@@ -463,7 +438,6 @@ def attention_decode_kernel(Q, K, V, Part, PartLse, Lo, Hi, scale2, Tq, Tk, piec
     tl.store(PartLse + first + r, lse, mask=here)
     store_tile(Part + first * D, D, r, GROUP * Tq, times(acc, 1 / l[:, None], D1), D0, D1, D)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the kernels as differentiable operators that torch.compile leaves in its graph
 
@@ -475,21 +449,17 @@ def dense_rows(x):
                          "set NANORECA_KERNELS=reference")
     return x
 
-
 def strides(*tensors):
     return [n for t in tensors for n in t.stride()[:3]]
 
-
 def row_stride(t):  # a plan of one row serves every sample
     return t.stride(0) if t.shape[0] > 1 else 0
-
 
 def constants(q, k):
     D = q.shape[3]
     D0 = max(16, 1 << (D.bit_length() - 1))  # columns worked on as a power of two, and a rest of at least 16 or none
     D1 = max(16, triton.next_power_of_2(D - D0)) if D > D0 else 0
     return dict(GROUP=q.shape[1] // k.shape[1], D=D, D0=D0, D1=D1, PRECISION=dot_precision(q.dtype))
-
 
 @torch.library.custom_op("nanoreca::interval_attention", mutates_args=())
 def interval_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor,
@@ -503,11 +473,9 @@ def interval_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: to
         row_stride(q_bounds), BM=BM, BN=BN, GRAIN=GRAIN, **constants(q, k), num_warps=warps, num_stages=stages)
     return out, lse
 
-
 @interval_attention.register_fake
 def _(q, k, v, lo, hi, q_bounds, k_bounds):
     return torch.empty_like(q if q.stride(-1) == 1 else q.contiguous()), q.new_empty(q.shape[:3], dtype=exact(q))
-
 
 @torch.library.custom_op("nanoreca::interval_attention_backward", mutates_args=())
 def interval_attention_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -530,27 +498,21 @@ def interval_attention_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Te
         row_stride(k_bounds), BM=BM, BN=BN, GRAIN=GRAIN, **constants(q, k), num_warps=warps, num_stages=stages)
     return dq, dk, dv
 
-
 @interval_attention_backward.register_fake
 def _(grad, q, k, v, out, lse, lo, hi, q_bounds, k_bounds):
     return tuple(torch.empty_like(t if t.stride(-1) == 1 else t.contiguous()) for t in (q, k, v))
 
-
 def _setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3], *output, *inputs[3:])
-
 
 def _backward(ctx, grad, _):
     return *interval_attention_backward(grad, *ctx.saved_tensors), None, None, None, None
 
-
 interval_attention.register_autograd(_backward, setup_context=_setup)
-
 
 def attention_triton(q, k, v, plan):
     """`attention_reference` by our kernels; q, k, v of one dtype."""
     return interval_attention(q, k, v, plan.lo, plan.hi, *attention_bounds(plan))[0]
-
 
 @torch.library.custom_op("nanoreca::interval_attention_decode", mutates_args=())
 def interval_attention_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor,
@@ -569,11 +531,9 @@ def interval_attention_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     weights = torch.softmax(part_lse, 0).nan_to_num_(0)  # (pieces, rows), nan where no piece has a key
     return (part * weights[..., None]).sum(0).to(q.dtype).view(q.shape)
 
-
 @interval_attention_decode.register_fake
 def _(q, k, v, lo, hi):
     return q.new_empty(q.shape)
-
 
 def attention_decode_triton(q, k, v, plan):
     """The same without gradients, for few queries (Tq * Hq / Hkv <= 64) against many keys."""

@@ -33,7 +33,6 @@ def layout(cut, samples, *blocks):
     start = torch.arange(max(1, samples // cut))[:, None] * len(hi)
     return start.expand(-1, len(hi)).reshape(1, -1), (start + torch.tensor(hi)).reshape(1, -1)
 
-
 def attention_cases(like, cut):
     shapes = [  # name, batch, query heads, key heads, head dimension, (lo, hi)
         ("Harmon-1.5B LLM", 8, 12, 2, 128, layout(cut, 1, (1320, False))),
@@ -61,7 +60,6 @@ def attention_cases(like, cut):
         else:  # 2 products forward, 5 backward, 2 operations each
             yield title, ("attention", D), "flex", (q, k, v), ways, 14 * D * Hq * pairs, "TFLOP/s"
 
-
 def linear_cross_entropy_cases(like, cut):
     shapes = [(10570, 151936, 1536, False, 1.0), (10570, 151936, 1536, False, 0.1), (6920, 58498, 2048, True, 0.5)]
     for N, V, D, bias, kept in shapes:  # rows, classes, width, whether there is a bias, share of the labels that count
@@ -78,7 +76,6 @@ def linear_cross_entropy_cases(like, cut):
         title = f"linear_cross_entropy: {N} rows of {D}, {V} classes, {kept:.0%} of the labels"
         yield title, ("linear_cross_entropy", V), "chunked", inputs, ways, 6 * kept * N * V * D, "TFLOP/s"
 
-
 def diffusion_cases(like, cut):
     for name, N, C in (("diffusion_loss_rows", 4 * 8 * 888, 16), ("flow_loss_rows", 8 * 4098, 64)):  # 8 pictures
         N //= cut
@@ -94,9 +91,7 @@ def diffusion_cases(like, cut):
         work = 3 * rows.nbytes + 4 * x0.nbytes
         yield f"{name}: {N} of {C}", (name, None), "reference", (rows.requires_grad_(),), ways, work, "TB/s"
 
-
 CASES = dict(attention=attention_cases, linear_cross_entropy=linear_cross_entropy_cases, diffusion=diffusion_cases)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # times, and correctness in bfloat16
@@ -105,7 +100,6 @@ CASES = dict(attention=attention_cases, linear_cross_entropy=linear_cross_entrop
 def weights(shape, dtype, device):
     return torch.randn(shape, generator=torch.Generator(device).manual_seed(1), device=device).to(dtype)
 
-
 def results(f, inputs):
     """-> the outputs of f, and the gradients of one weighting of them in the inputs that want one."""
     outs = f(*inputs)
@@ -113,7 +107,6 @@ def results(f, inputs):
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     upstream = [weights(o.shape, o.dtype, o.device) for o in outs]
     return *outs, *(torch.autograd.grad(outs, wanted, upstream) if wanted else ())
-
 
 def measure(f, inputs, cuda):
     """-> dict(forward, both: ms, memory: GB beyond the inputs) or dict(error)."""
@@ -136,7 +129,6 @@ def measure(f, inputs, cuda):
     except Exception as e:  # one way that cannot do a shape, or runs out of memory, must not end the table
         return dict(error=f"{type(e).__name__}: {str(e).strip()[:80]!r}")
 
-
 def table(case, cuda, where):
     """Measure all ways of a case and print them with the line for pick.py -> what bench.json keeps."""
     title, key, fallback, inputs, ways, work, unit = case
@@ -154,7 +146,6 @@ def table(case, cuda, where):
     measured = f"{where}, {title.split(':')[0]}: {ours:.3f} ms against {best[0]:.3f} ms ({best[1]})"
     print(f"  pick.py: {key}: ({choice!r}, {measured!r})")
     return dict(shape=title, key=key, work=work, unit=unit, pick=choice, rows=rows)
-
 
 def check(device="cuda", dtype=torch.bfloat16, cut=4):
     """Every kernel: its error against the reference in float32 on the same (rounded) inputs must be at most twice the
@@ -178,7 +169,6 @@ def check(device="cuda", dtype=torch.bfloat16, cut=4):
                 lines.append((f"{name} {i}: {'OK' if ok else 'NOT OK'}, error {error:.2e}, allowed {allowed:.2e}", ok))
     print("\n".join(line for line, _ in lines))
     return lines
-
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m custom_kernels.bench", description=__doc__.split(",")[0])
@@ -204,7 +194,6 @@ def main():
     with open(args.out, "w") as f:
         json.dump(report, f, indent=1)
     print(f"\nwritten to {args.out}")
-
 
 if __name__ == "__main__":
     main()

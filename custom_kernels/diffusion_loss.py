@@ -9,7 +9,6 @@ import torch
 
 from .pick import choose, exact, jit, tl, triton
 
-
 def diffusion_tables(betas):
     """Noise schedule betas (T,) -> (T, 5) float32, computed in float64. Columns, with a_t the cumulative product of
     1 - beta: 0 sqrt(a_t) and 1 sqrt(1 - a_t), so that x_t = [0] x0 + [1] noise; 2 what an error of 1 in epsilon does to
@@ -23,12 +22,10 @@ def diffusion_tables(betas):
     mean_error = betas * prev.sqrt() / (1 - acp) * (1 / acp - 1).sqrt()
     return torch.stack([acp.sqrt(), (1 - acp).sqrt(), mean_error, betas.log(), log_variance], 1).float()
 
-
 def add_noise(x0, noise, t, tables):
     """x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise; x0, noise (N, C), t (N,) int64."""
     row = tables[t]  # (N, 5)
     return row[:, 0:1] * x0 + row[:, 1:2] * noise
-
 
 def diffusion_loss_rows(out, x0, noise, t, tables):
     """Harmon's token loss, DDPM with learned variance: out (N, 2C) = [epsilon | v], x0 and noise (N, C), t (N,) int64,
@@ -42,12 +39,10 @@ def diffusion_loss_rows(out, x0, noise, t, tables):
     triton = choose("diffusion_loss_rows", x0.shape[1], out.device) == "triton"
     return (diffusion_loss_rows_triton if triton else diffusion_loss_rows_reference)(out, x0, noise, t, tables)
 
-
 def flow_loss_rows(v, x0, noise):
     """BAGEL's token loss, rectified flow: v, x0, noise (N, C) -> mean_c (v - (noise - x0))^2, float32 (N,)."""
     triton = choose("flow_loss_rows", x0.shape[1], v.device) == "triton"
     return (flow_loss_rows_triton if triton else flow_loss_rows_reference)(v, x0, noise)
-
 
 def diffusion_loss_rows_reference(out, x0, noise, t, tables):
     C = x0.shape[1]
@@ -67,16 +62,13 @@ def diffusion_loss_rows_reference(out, x0, noise, t, tables):
     vb = torch.where(t[:, None] == 0, nll, kl).mean(1) / math.log(2)
     return error.square().mean(1), vb
 
-
 def normal_cdf(x):
     """The tanh approximation of the Gaussian's distribution function that the published losses use."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
 
-
 def flow_loss_rows_reference(v, x0, noise):
     v, x0, noise = (x.to(exact(x)) for x in (v, x0, noise))
     return (v - (noise - x0)).square().mean(1)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the kernels, ROWS rows at a time
@@ -86,7 +78,6 @@ def cdf_and_density(x):
     """normal_cdf and its derivative: (1 + tanh u) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)."""
     cdf = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     return cdf, cdf * (1.0 - cdf) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-
 
 @jit
 def diffusion_rows_kernel(Out, X0, Noise, T, Tables, Mse, Vb, Grad, N, C: tl.constexpr, ROWS: tl.constexpr,
@@ -129,7 +120,6 @@ def diffusion_rows_kernel(Out, X0, Noise, T, Tables, Mse, Vb, Grad, N, C: tl.con
     tl.store(Grad + at_out, error * (2.0 / C), mask=here)
     tl.store(Grad + at_out + C, tl.where(first, dnll, dkl) * span * bits, mask=here)
 
-
 @jit
 def flow_rows_kernel(V, X0, Noise, Mse, Grad, N, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     ACC: tl.constexpr = tl.float64 if V.dtype.element_ty == tl.float64 else tl.float32
@@ -141,7 +131,6 @@ def flow_rows_kernel(V, X0, Noise, Mse, Grad, N, C: tl.constexpr, ROWS: tl.const
     error = tl.load(V + at, mask=here, other=0.0).to(ACC) - target
     tl.store(Mse + r, tl.sum(error * error, 1) / C, mask=r < N)
     tl.store(Grad + at, error * (2.0 / C), mask=here)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one differentiable operator for both, which torch.compile leaves in its graph
@@ -161,30 +150,24 @@ def loss_rows(out: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: torch
         diffusion_rows_kernel[(triton.cdiv(N, ROWS),)](out, x0, noise, t, tables, mse, vb, grad, N, **sizes)
     return mse, vb, grad
 
-
 @loss_rows.register_fake
 def _loss_rows_fake(out, x0, noise, t, tables):
     mse = out.new_empty(x0.shape[:1], dtype=exact(out))
     return mse, torch.empty_like(mse), mse.new_empty(out.shape)
 
-
 def _setup(ctx, inputs, output):
     ctx.save_for_backward(output[2])
     ctx.channels, ctx.dtype = inputs[1].shape[1], inputs[0].dtype
-
 
 def _backward(ctx, dmse, dvb, _):
     halves = ctx.saved_tensors[0].split(ctx.channels, 1)  # epsilon and v, or v alone
     grad = torch.cat([upstream[:, None] * half for upstream, half in zip((dmse, dvb), halves)], 1)
     return grad.to(ctx.dtype), None, None, None, None
 
-
 loss_rows.register_autograd(_backward, setup_context=_setup)
-
 
 def diffusion_loss_rows_triton(out, x0, noise, t, tables):
     return loss_rows(out, x0, noise, t, tables)[:2]
-
 
 def flow_loss_rows_triton(v, x0, noise):
     return loss_rows(v, x0, noise, None, None)[0]

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 
 from .pick import autocast, choose, dot_precision, exact, jit, tl, triton
 
-
 def linear_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, count=None):
     """Sum over the rows with labels[i] != ignore_index of -log softmax(hidden @ weight.T + bias)[labels[i]], divided by
     `count`, or where that is None by the number of those rows (no such row: 0, with gradient 0). hidden (N, D), weight
@@ -26,7 +25,6 @@ def linear_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, c
     hidden, weight, bias = autocast(hidden, weight, bias)
     return linear_cross_entropy_fused(hidden, weight, labels, bias, ignore_index, count, kernels=choice == "triton")
 
-
 def linear_cross_entropy_reference(hidden, weight, labels, bias=None, ignore_index=-100, count=None):
     """The specification of `linear_cross_entropy` and its path on CPUs."""
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling():  # only here is counting no host sync
@@ -37,11 +35,9 @@ def linear_cross_entropy_reference(hidden, weight, labels, bias=None, ignore_ind
     total = F.cross_entropy(logits.to(exact(logits)), labels, ignore_index=ignore_index, reduction="sum")
     return total / ((labels != ignore_index).sum().clamp(min=1) if count is None else count)
 
-
 def chunk_rows(N, V, numbers):
     """Rows per chunk so that a chunk's logits are about `numbers` numbers."""
     return max(1, min(N, max(256, numbers // V // 256 * 256)))
-
 
 def chunked(hidden, weight, bias, labels, inv_count, ignore_index, gradients):
     """-> loss, and where `gradients` those of hidden (in its dtype), weight and bias (float32), else empty tensors."""
@@ -69,7 +65,6 @@ def chunked(hidden, weight, bias, labels, inv_count, ignore_index, gradients):
     dbias.mul_(inv_count)
     return loss * inv_count, dhidden if gradients else loss.new_empty(0), dweight, dbias
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the kernels; the first Kept rows of H and Labels are the kept ones
 
@@ -77,7 +72,6 @@ def chunked(hidden, weight, bias, labels, inv_count, ignore_index, gradients):
 def load_block(ptr, rows, stride, rows_here, cols, cols_here):
     ptrs = ptr + rows[:, None] * stride + cols[None, :]
     return tl.load(ptrs, mask=rows_here[:, None] & cols_here[None, :], other=0.0)
-
 
 @jit
 def ce_logits_kernel(H, W, Bias, Labels, Kept, Logits, Max, Sum, Picked, first, V, stride_l, chunk, D: tl.constexpr,
@@ -114,7 +108,6 @@ def ce_logits_kernel(H, W, Bias, Labels, Kept, Logits, Max, Sum, Picked, first, 
     mine = (label >= n * BN) & (label < n * BN + BN)
     tl.store(Picked + local, tl.sum(tl.where(cols[None, :] == label[:, None], acc, 0.0), 1), mask=here & mine)
 
-
 @jit
 def ce_softmax_kernel(Labels, Kept, Logits, Max, Sum, Picked, Loss, first, V, stride_l, chunk, tiles_n,
                       SWEEP: tl.constexpr, BLOCK: tl.constexpr):
@@ -141,7 +134,6 @@ def ce_softmax_kernel(Labels, Kept, Logits, Max, Sum, Picked, Loss, first, V, st
             p = tl.exp(tl.load(ptrs, mask=n + i < V, other=0.0).to(Max.dtype.element_ty) - lse)
             tl.store(ptrs, tl.where(n + i == label, p - 1.0, p), mask=n + i < V)
 
-
 @jit
 def ce_dhidden_kernel(P, W, Kept, Inv, DH, first, V, stride_l, chunk, D: tl.constexpr, BM: tl.constexpr,
                       BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
@@ -163,7 +155,6 @@ def ce_dhidden_kernel(P, W, Kept, Inv, DH, first, V, stride_l, chunk, D: tl.cons
         acc = tl.dot(p, w, acc, input_precision=PRECISION, out_dtype=ACC)
     out = DH + (first + local)[:, None] * D + cols[None, :]
     tl.store(out, acc * tl.load(Inv), mask=here[:, None] & (cols < D)[None, :])
-
 
 @jit
 def ce_dweight_kernel(P, H, Kept, Inv, DW, DB, first, V, stride_l, chunk, D: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -192,7 +183,6 @@ def ce_dweight_kernel(P, H, Kept, Inv, DW, DB, first, V, stride_l, chunk, D: tl.
     if HAS_BIAS:
         if n == 0:
             tl.store(DB + v, tl.load(DB + v, mask=v < V, other=0.0) + dbias * inv, mask=v < V)
-
 
 def by_kernels(hidden, weight, bias, labels, inv_count, ignore_index, gradients):
     """`chunked` by our kernels."""
@@ -227,7 +217,6 @@ def by_kernels(hidden, weight, bias, labels, inv_count, ignore_index, gradients)
         dhidden = torch.empty_like(dhidden).index_copy_(0, order, dhidden)
     return loss.sum() * inv_count, dhidden, dweight, dbias
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # one differentiable operator for both, which torch.compile leaves in its graph
 
@@ -237,7 +226,6 @@ def linear_cross_entropy_op(hidden: torch.Tensor, weight: torch.Tensor, bias: to
                             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return (by_kernels if kernels else chunked)(hidden, weight, bias, labels, inv_count, ignore_index, gradients)
 
-
 @linear_cross_entropy_op.register_fake
 def _(hidden, weight, bias, labels, inv_count, ignore_index, gradients, kernels):
     loss = hidden.new_empty((), dtype=exact(hidden))
@@ -246,11 +234,9 @@ def _(hidden, weight, bias, labels, inv_count, ignore_index, gradients, kernels)
     dbias = loss.new_empty(0 if bias is None else bias.shape)
     return loss, hidden.new_empty(hidden.shape), loss.new_empty(weight.shape), dbias
 
-
 def _setup(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
     ctx.dtypes = inputs[1].dtype, None if inputs[2] is None else inputs[2].dtype
-
 
 def _backward(ctx, grad, *_):
     dhidden, dweight, dbias = ctx.saved_tensors
@@ -258,9 +244,7 @@ def _backward(ctx, grad, *_):
     dbias = None if bias_type is None else (dbias * grad).to(bias_type)
     return (dhidden * grad).to(dhidden.dtype), (dweight * grad).to(weight_type), dbias, None, None, None, None, None
 
-
 linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup)
-
 
 def linear_cross_entropy_fused(hidden, weight, labels, bias=None, ignore_index=-100, count=None, kernels=True):
     """`linear_cross_entropy_reference` chunk by chunk, by Triton or (kernels=False) by PyTorch."""

@@ -3,7 +3,6 @@ import math
 
 import torch
 
-
 class Muon(torch.optim.Optimizer):
     """Coefficients, Nesterov momentum, decay and scale as in torch.optim.Muon, which always iterates in bf16: on a
     processor without bf16 products that is two thirds of a tiny model's step. Here the products are fp32 on CPUs and
@@ -29,7 +28,6 @@ class Muon(torch.optim.Optimizer):
                 x = orthogonalize(x if x.device.type == "cpu" else x.bfloat16()).to(same[0].dtype)
                 torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(same, list(x.unbind()), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
-
 
 def orthogonalize(x):
     """(n, rows, columns) -> the same singular vectors, singular values of roughly 1, by five Newton-Schulz steps."""

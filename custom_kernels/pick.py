@@ -37,11 +37,9 @@ if FORCED == "triton" or torch.cuda.is_available():  # a CPU-only run neither ne
                               "unset the variable")
 INTERPRETING = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
-
 def jit(kernel):
     """triton.jit where Triton is; elsewhere the kernels stay plain functions that nobody calls."""
     return kernel if triton is None else triton.jit(kernel)
-
 
 def choose(name, size, device):
     """-> 'reference', 'triton', 'flex' or 'chunked'."""
@@ -53,7 +51,6 @@ def choose(name, size, device):
     choice = (PICK.get((name, size)) or PICK[(name, None)])[0]
     return choice if triton is not None or choice == "chunked" else "reference"
 
-
 def autocast(*tensors):
     """What autocast does for PyTorch's own matrix products, for ours."""
     device = tensors[0].device.type
@@ -62,11 +59,9 @@ def autocast(*tensors):
         return tuple(None if t is None else t.to(dtype) for t in tensors)
     return tensors
 
-
 def exact(t):
     """The type in which sums over a tensor's elements are held."""
     return torch.float64 if t.dtype == torch.float64 else torch.float32
-
 
 def dot_precision(dtype):
     """float32 follows torch.set_float32_matmul_precision: three tf32 products (near float32's accuracy) or one."""

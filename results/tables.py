@@ -20,11 +20,9 @@ import checkpoint
 import sample
 import shape_world
 
-
 def held_out_colors(scores):
     """One object in a color that no captioned picture gives its shape."""
     return scores["generation"]["tasks"]["colors"].get("held_out", {}).get("score")
-
 
 COLUMNS = {  # of a table: what of a run's scores; None where it was not judged
     "score": lambda s: s["generation"]["score"],
@@ -38,7 +36,6 @@ COLUMNS = {  # of a table: what of a run's scores; None where it was not judged
     "edits: kept": lambda s: s.get("editing", {}).get("kept"),
 }
 CHANGES = ("base", "run", "captions alone", "run - base", "run - captions alone")
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs, and what a run is compared with
@@ -59,14 +56,12 @@ def read_results(folder):
             runs.setdefault((run["arch"], label), []).append(run)
     return runs
 
-
 def base_of(run, runs):
     """What a fine-tuning run is compared with: the run called "base" of its seed, or the only one there is. None for
     that run itself."""
     bases = runs.get((run["arch"], "base"), ())
     base = next((b for b in bases if b["seed"] == run["seed"]), bases[0] if len(bases) == 1 else None)
     return None if base is run else base
-
 
 def control_of(run, runs):
     """The control of a RecA run: the run on captions alone (stage sft) of the same seed, steps and number of judged
@@ -82,7 +77,6 @@ def control_of(run, runs):
     controls = [r for rows in runs.values() for r in rows if r.get("stage") == "sft" and kind(r) == kind(run)]
     return next((r for r in controls if base_of(r, runs)), None)
 
-
 def compared(results, runs, column):
     """(base, run, control): three lists of one number per seed. None where a seed has no base or a number is missing;
     control is empty where a seed has none."""
@@ -95,7 +89,6 @@ def compared(results, runs, column):
     base, run, control = values
     return base, run, control if len(control) == len(run) else []
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 def spread(values, sign="", bold=False):
@@ -106,13 +99,11 @@ def spread(values, sign="", bold=False):
     text = f"{mean.round(3) + 0.0:{sign}.3f} ± {deviation:.3f}"  # + 0.0: no "-0.000"
     return f"**{text}**" if bold and len(values) > 2 and abs(mean) > 2 * deviation else text
 
-
 def change_cells(base, run, control):
     """The text of the five columns CHANGES. Bases differ more from seed to seed than fine-tuning changes them, so a
     change is taken within each seed; bold: the mean is more than twice the standard deviation over seeds."""
     differences = [spread([b - a for a, b in zip(other, run)], "+", bold=True) for other in (base, control)]
     return [spread(base), spread(run), spread(control), *differences]
-
 
 def print_table(folder):
     """Prints two Markdown tables of the runs in `folder`: every run with all its columns, and the changes."""
@@ -133,7 +124,6 @@ def print_table(folder):
           f"interval in brackets.\n")
     print_changes(runs)
 
-
 def print_changes(runs):
     """Prints a row for each number of each fine-tuning run whose seeds all have a base: base, the run, the same steps
     on captions alone (means over seeds), and the changes."""
@@ -150,7 +140,6 @@ def print_changes(runs):
                 cells = change_cells(*found) + (before_after if i == 0 else [""] * 3)
                 print(f"| {arch} | {label}{borrowed} | {name} | " + " | ".join(cells) + " |")
     print("\nbold: more than twice the standard deviation over seeds. *: from the only base there is.")
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
@@ -170,7 +159,6 @@ def draw_figure(folder, path, key="score"):
         raise ValueError(f"--figure: no run in {folder} was scored on the way; train with --eval-every N")
     lowest = min(min(ys) for _, ys in lines.values())
     sample.save_png(sample.plot(lines, "optimizer step", bottom=0.9 * lowest), path)
-
 
 def draw_changes(folders, path, scale=2):
     """Change from the base, one dot per seed, of each RecA run that has a control, and of that control: two rows for
@@ -211,7 +199,6 @@ def draw_changes(folders, path, scale=2):
     draw.text((scale * (left + 260), scale * 8), "captions alone, minus base", fill=(255, 127, 14), font=font)
     sample.save_png(image, path)
 
-
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folder", nargs="+", help="result.json files of runs, named ARCH_RUN_seedN.json")
@@ -224,7 +211,6 @@ def main(argv=None):
         draw_figure(args.folder[0], args.figure)
     if args.changes:
         draw_changes(args.folder, args.changes)
-
 
 if __name__ == "__main__":
     checkpoint.one_line_errors(main)

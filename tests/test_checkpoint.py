@@ -21,18 +21,14 @@ SMALL_LFQ = LFQConfig(ch=16, encoder_ch_mult=(1, 2), encoder_res_blocks=(1, 2), 
 # ---------------------------------------------------------------------------------------------------------------------
 # reading
 
-
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2])}
-
 
 def same_tensor(got, want):
     return torch.equal(got, want) and got.dtype == want.dtype
 
-
 def same(got, want=None):
     want = STATE if want is None else want
     return got.keys() == want.keys() and all(same_tensor(got[k], t) for k, t in want.items())
-
 
 def test_read_every_format(tmp_path):
     save_file(STATE, tmp_path / "x.safetensors")
@@ -44,7 +40,6 @@ def test_read_every_format(tmp_path):
     for name in ("x.safetensors", "x.pth", "x.pt", "x.ckpt", "y.ckpt", "x.bin"):
         assert same(read_weights(tmp_path / name)), name
         assert same(read_weights(str(tmp_path / name), device=torch.device("cpu"))), name
-
 
 def test_read_folders(tmp_path):
     one, two, sharded, pickled = (tmp_path / n for n in ("one", "two", "sharded", "pickled"))
@@ -73,7 +68,6 @@ def test_read_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="empty.*0 weight files"):
         read_weights(tmp_path / "empty")
 
-
 class Surprise:
     """Unpickled by a careless reader, it makes a folder."""
 
@@ -82,7 +76,6 @@ class Surprise:
 
     def __reduce__(self):
         return os.mkdir, (self.folder,)
-
 
 def bad_file(path, kind):
     if kind == "missing":
@@ -114,7 +107,6 @@ def bad_file(path, kind):
         path.write_bytes(pickle.dumps({"a": Surprise(str(path) + ".folder")}, protocol=2))
         return ValueError, "never executed"
 
-
 @pytest.mark.parametrize("name, kind", [
     ("x.safetensors", "missing"), ("x.pth", "missing"), ("x.onnx", "kind"), ("x.safetensors", "pointer"),
     ("x.bin", "pointer"), ("x.safetensors", "truncated"), ("x.pth", "truncated"), ("x.safetensors", "empty"),
@@ -129,10 +121,8 @@ def test_bad_files_are_named_in_one_line(tmp_path, name, kind):
     assert e.value.__suppress_context__ or e.value.__context__ is None
     assert not os.path.exists(str(tmp_path / name) + ".folder")
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # loading
-
 
 def test_load_strict_table():
     m = nn.Sequential(OrderedDict(first=nn.Linear(3, 2), second=nn.Linear(2, 30)))
@@ -152,7 +142,6 @@ def test_load_strict_table():
     assert "... and 5 more" in text and len(text.splitlines()) == 1 + 1 + 21 + 1
     assert all(torch.equal(t, before[k]) for k, t in m.state_dict().items()), "something was loaded all the same"
 
-
 @pytest.mark.parametrize("change, text", [({"bias": None}, "1 missing, 0 unexpected, 0 of another"),
                                           ({"extra": torch.zeros(1)}, "0 missing, 1 unexpected, 0 of another"),
                                           ({"bias": torch.zeros(1)}, "0 missing, 0 unexpected, 1 of another")])
@@ -161,7 +150,6 @@ def test_load_strict_each_kind_alone(change, text):
     state = {k: t for k, t in (m.state_dict() | change).items() if t is not None}
     with pytest.raises(ValueError, match=text):
         load_strict(m, state)
-
 
 def test_load_strict_dtype_and_meta():
     source = LFQTokenizer(SMALL_LFQ)
@@ -183,7 +171,6 @@ def test_load_strict_dtype_and_meta():
     with pytest.raises(ValueError, match="table.*compute them"):
         load_strict(m, {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)})
 
-
 def test_loaded_weights_do_not_depend_on_the_file(tmp_path):
     """Trained in place after loading: the file must stay as it was, and overwriting the file must not change the
     model."""
@@ -198,10 +185,8 @@ def test_loaded_weights_do_not_depend_on_the_file(tmp_path):
             m.weight.mul_(3)
         assert torch.equal(read_weights(path)["weight"], torch.ones(64, 64))
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # writing
-
 
 def test_write_ties_and_views(tmp_path):
     w = torch.randn(4, 6)
@@ -215,7 +200,6 @@ def test_write_ties_and_views(tmp_path):
     (tmp_path / "usual").touch()
     modes = [os.stat(tmp_path / name).st_mode for name in ("x.safetensors", "usual")]
     assert modes[0] == modes[1], "others cannot read the file"
-
 
 @pytest.mark.parametrize("where", ["save_file", "fsync", "replace"])
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, where):

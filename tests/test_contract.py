@@ -39,11 +39,9 @@ import train
 ARCHS = checkpoint.architectures()
 PARTS = ("recon", "t2i", "i2t", "edit", "text")
 
-
 @pytest.fixture(scope="module", params=ARCHS)
 def arch(request):
     return request.param
-
 
 @pytest.fixture(scope="module")
 def model(arch):
@@ -56,14 +54,12 @@ def model(arch):
             p.data += 0.02 * torch.randn(p.shape)
     return model
 
-
 def batches(arch, model, stage, parts=PARTS):
     mix = [f"{part}=1" for part in parts]
     args, _ = train.parse_args(["--arch", arch, "--stage", stage, "--batch", "4", "--pool", "16", "--i2t-weight", "1",
                                 "--t2i-weight", "1", "--understanding", "full", "--device", "cpu", "--mix", *mix])
     model.trainable_parameters(stage)
     return data.Batches(args, model)
-
 
 def test_names_recipes_and_signatures(arch):
     file = checkpoint.model_file(arch)
@@ -90,7 +86,6 @@ def test_names_recipes_and_signatures(arch):
         assert found[:len(parameters)] == parameters, (name, found)
     assert file.Model.__module__ == f"model_{arch}" and file.Model.__name__ != "Model"
 
-
 def test_pictures_of_a_training_purpose_share_a_size(arch, model):
     size = model.config.image_size
     for purpose in ("recon", "t2i", "i2t"):
@@ -99,7 +94,6 @@ def test_pictures_of_a_training_purpose_share_a_size(arch, model):
     for purpose in ("answer", "edit", "reconstruct", "recon"):
         x = model.preprocess(Image.new("RGB", (size, size), (255, 0, 0)), purpose)
         assert x.min() == -1 and x.max() == 1, purpose
-
 
 @pytest.mark.parametrize("stage", ["base", "reca"])
 def test_batches_and_losses_are_functions_of_their_generators(arch, model, stage):
@@ -112,7 +106,6 @@ def test_batches_and_losses_are_functions_of_their_generators(arch, model, stage
     assert all(torch.equal(loss, model(second)[part]) for part, loss in again.items())
     assert all(loss.shape == () and torch.isfinite(loss) for loss in again.values())
 
-
 def test_any_mixture_gives_the_same_losses(arch, model):
     batch = batches(arch, model, "base", PARTS + ("uncond", "align", "words")).batch(0)
     whole = model(batch)
@@ -122,7 +115,6 @@ def test_any_mixture_gives_the_same_losses(arch, model):
     halved = {part: tensors | {"count": 2 * tensors["count"]} for part, tensors in batch.items() if "count" in tensors}
     for part, loss in model(halved).items():  # a loss is a sum divided by what it is told
         torch.testing.assert_close(2 * loss, whole[part])
-
 
 @pytest.mark.parametrize("stage", ["base", "sft", "reca"])
 def test_gradients_reach_exactly_what_trains(arch, model, stage):
@@ -135,7 +127,6 @@ def test_gradients_reach_exactly_what_trains(arch, model, stage):
         assert (p.grad is not None) == (name in named), name
     assert not any(name.startswith(model.image_tokenizer + ".") for name in named)
     model.zero_grad(set_to_none=True)
-
 
 def test_samplers(arch, model):
     size = model.config.image_size
@@ -155,12 +146,10 @@ def test_samplers(arch, model):
         answers = model.answer(images, ["What?", "Is there a star?"], max_new_tokens=3)
         assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
 
-
 def test_blocks_and_operations(arch, model):
     blocks = model.blocks()
     assert len(blocks) >= model.config.num_layers and len({id(block) for block in blocks}) == len(blocks)
     assert all(model.flops_per_sample(part) > 0 for part in PARTS)
-
 
 def test_special_strings_in_what_people_write_are_spelled_out(arch, model):
     for text in ("<|im_end|>", "a red star<|endoftext|>", "<|vision_start|>"):

@@ -1,21 +1,19 @@
 """Text tokenizers, templates, reading of real images, preprocessing, order. The shape world has its own tests."""
-import base64
 import io
 import json
 import os
-import random
 import struct
 import subprocess
 import sys
 import tarfile
-import unicodedata
 import zlib
 
 import numpy as np
 import pytest
-import regex
 import torch
 from PIL import Image
+
+import vision_encoder
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -24,14 +22,12 @@ import data  # noqa: E402
 GOLDEN = os.path.join(ROOT, "tests", "golden")
 HARD = json.load(open(os.path.join(GOLDEN, "tokenizers.json"), encoding="utf-8"))       # [text, Qwen2.5 ids, phi-1.5 ids]
 
-
 # ------------------------------------------------------------------------------------------------ reading of images
 def picture(i=0, size=(20, 16), mode="RGB", kind="PNG"):
     noise = np.random.default_rng(i).integers(256, size=(size[1], size[0], len(mode)), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(noise.squeeze(), mode).save(out, kind, **({"lossless": True} if kind == "WEBP" else {}))
     return out.getvalue()
-
 
 def pack(path, members):
     with tarfile.open(path, "w") as tar:
@@ -41,10 +37,8 @@ def pack(path, members):
             tar.addfile(info, io.BytesIO(content))
     return str(path)
 
-
 def same(image, i, **kw):
     return np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(picture(i, **kw))).convert("RGB")))
-
 
 def test_tar_shard(tmp_path, monkeypatch):
     shard = pack(tmp_path / "s.tar", [
@@ -62,7 +56,6 @@ def test_tar_shard(tmp_path, monkeypatch):
     sizes = []
     images.read(0)
     assert sizes == [len(picture(0))]                                     # the member's bytes only, not the rest of the shard
-
 
 def test_folder_and_modes(tmp_path):
     (tmp_path / "b" / "c").mkdir(parents=True), (tmp_path / "a").mkdir()
@@ -85,14 +78,12 @@ def test_folder_and_modes(tmp_path):
         Image.new(mode, (12, 12)).save(tmp_path / "m.tiff")
         assert data.open_image(tmp_path / "m.tiff").mode == "RGB"
 
-
 def write_folder(path, n, **broken):
     path.mkdir(parents=True)
     for i in range(n):
         (path / f"{i:04d}.png").write_bytes(broken.get(f"n{i}", picture(i)))
         (path / f"{i:04d}.txt").write_text(f"picture {i}")
     return path
-
 
 def test_broken_images_are_counted_and_stepped_over(tmp_path):
     good = picture(7)
@@ -107,7 +98,6 @@ def test_broken_images_are_counted_and_stepped_over(tmp_path):
     assert "3 of 200 samples are broken, more than 1%" in str(e.value) and "0003.png" in str(e.value) and "0101.png" in str(e.value)
     assert "--check" in str(e.value) and "\n" not in str(e.value)
 
-
 def test_odd_sizes_are_rejected_not_broken(tmp_path):
     sizes = {"a": (8, 30), "b": (9, 30), "c": (90, 9), "d": (89, 9), "e": (200, 12)}
     for name, size in sizes.items():
@@ -120,7 +110,6 @@ def test_odd_sizes_are_rejected_not_broken(tmp_path):
     with pytest.raises(ValueError, match="none of 3 pictures can be used: 0 broken, 3 rejected"):
         data.Images(tmp_path)[0]
 
-
 @pytest.mark.filterwarnings("ignore")
 def test_decompression_bomb(tmp_path):
     for name, (w, h) in (("a.png", (10000, 9000)), ("b.png", (30000, 9000))):
@@ -131,7 +120,6 @@ def test_decompression_bomb(tmp_path):
             data.open_image(tmp_path / name)
     images = data.Images(tmp_path, max_broken=1)
     assert images.read(0) is None and images.read(1) is None and len(images.problems) == 2
-
 
 def test_empty_captions(tmp_path):
     folder = write_folder(tmp_path / "f", 300)
@@ -145,7 +133,6 @@ def test_empty_captions(tmp_path):
     (folder / "0007.txt").write_text("")
     with pytest.raises(ValueError, match=r"4 of 300 samples are broken, more than 1%: .*0004.png \(empty caption\)"):
         data.Images(folder, captions=True)
-
 
 def test_damaged_tars(tmp_path):
     members = [(f"{i:03d}.png", picture(i)) for i in range(50)]
@@ -164,11 +151,9 @@ def test_damaged_tars(tmp_path):
     with pytest.raises(ValueError, match="compressed tar.*gunzip"):
         data.Images(tmp_path / "z.tar")
 
-
 def llava(path, rows):
     path.write_text(json.dumps(rows), encoding="utf-8")
     return str(path)
-
 
 def test_llava(tmp_path):
     write_folder(tmp_path / "img", 120)
@@ -193,7 +178,6 @@ def test_llava(tmp_path):
     with pytest.raises(ValueError, match="a dict, expected LLaVA JSON"):
         data.Images(llava(tmp_path / "x.json", {}))
 
-
 def test_missing_paths(tmp_path):
     for path, message in (("nowhere.tar", "no such folder"), ("nowhere", "no such folder")):
         with pytest.raises(FileNotFoundError, match=message):
@@ -205,7 +189,6 @@ def test_missing_paths(tmp_path):
         data.Images(tmp_path / "x.zip")
     with pytest.raises(FileNotFoundError, match="no such image"):
         data.open_image(tmp_path / "x.png")
-
 
 def test_check_command(tmp_path, monkeypatch, capsys):
     folder = write_folder(tmp_path / "f", 60)
@@ -223,9 +206,8 @@ def test_check_command(tmp_path, monkeypatch, capsys):
     p = subprocess.run([sys.executable, os.path.join(ROOT, "data.py"), "--check", str(tmp_path / "none")], capture_output=True, text=True)
     assert p.returncode == 2 and p.stderr.count("\n") == 1 and p.stderr.startswith("error: ") and "no such folder" in p.stderr
 
-
 # ------------------------------------------------------------------------------------------------ preprocessing
-@pytest.mark.parametrize("name, function", [("recon", data.preprocess_stretch), ("und", data.preprocess_pad)])
+@pytest.mark.parametrize("name, function", [("recon", vision_encoder.preprocess_stretch), ("und", vision_encoder.preprocess_pad)])
 def test_preprocessing_golden(name, function):
     from safetensors import safe_open
     path = os.path.join(os.environ.get("PARITY_DIR", GOLDEN), "harmon", "cases.safetensors")
@@ -240,17 +222,15 @@ def test_preprocessing_golden(name, function):
     worst = (got - want).abs().max().item()
     assert worst <= 1e-6, f"preproc.{name}  NOT OK  max difference {worst:.3g}  tolerance 1e-6"
 
-
 def test_preprocessing_by_hand():
     image = Image.new("RGB", (5, 2), (255, 0, 0))
-    x = data.preprocess_pad(image, 5)                                     # 3 rows of grey: 1 above, 2 below
+    x = vision_encoder.preprocess_pad(image, 5)                                     # 3 rows of grey: 1 above, 2 below
     assert x.shape == (3, 5, 5) and x.dtype == torch.float32
     grey = 127 / 255 * 2 - 1
     assert torch.allclose(x[0, :, 0], torch.tensor([grey, 1, 1, grey, grey]))
     assert torch.allclose(x[1, :, 0], torch.tensor([grey, -1, -1, grey, grey]))
-    x = data.preprocess_stretch(image, 5)
+    x = vision_encoder.preprocess_stretch(image, 5)
     assert x.shape == (3, 5, 5) and x[0].min() == 1 and x[1].max() == -1
-
 
 # ------------------------------------------------------------------------------------------------ order and randomness
 def test_every_epoch_is_a_permutation():
@@ -264,9 +244,7 @@ def test_every_epoch_is_a_permutation():
     with pytest.raises(ValueError, match="0 samples"):
         data.batch_indices(0, 8, 0, 0)
 
-
 FIRST = [5, 6, 4, 3, 8]
-
 
 def test_order_needs_no_replay_and_no_state():
     want = [data.batch_indices(1000, 32, 1, s) for s in range(200)]
@@ -276,7 +254,6 @@ def test_order_needs_no_replay_and_no_state():
     assert not torch.equal(data.batch_indices(1000, 32, 2, 0), want[0])
     assert not torch.equal(data.batch_indices(1000, 32, 1, 0, "t2i"), want[0])
     assert data.batch_indices(10, 5, 0, 0).tolist() == FIRST, "the order of samples changed: old runs no longer resume as they were"
-
 
 def test_sample_generator():
     draw = lambda *a: tuple(torch.randn(4, generator=data.sample_generator(*a)).tolist())

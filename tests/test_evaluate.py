@@ -15,7 +15,6 @@ import shape_world
 from data import to_float, to_uint8
 from shape_world import COLORS, TASKS, Scenes
 
-
 def scene_for(row, rng):
     """A scene that shows what a prompt row asks for, at random cells."""
     objects = [(s, rng.randrange(len(COLORS)) if c is None else c) for s, c in row["objects"]] * row.get("count", 1)
@@ -23,7 +22,6 @@ def scene_for(row, rng):
         cells = rng.sample(range(9), len(objects))
         if "relation" not in row or shape_world.relation(*cells) == row["relation"]:
             return 0, [(s, c, rng.randrange(2), cell, 15) for (s, c), cell in zip(objects, cells)]
-
 
 class Blank(torch.nn.Module):
     """White pictures, no answers. `calls`: (rows, seed of the generator, its state before the call)."""
@@ -45,7 +43,6 @@ class Blank(torch.nn.Module):
 
     def answer(self, images, questions, max_new_tokens=32):
         return [""] * len(questions)
-
 
 class Master(Blank):
     """Knows the prompts, questions and edits of one seed, and draws and answers what is right."""
@@ -75,7 +72,6 @@ class Master(Blank):
         assert max_new_tokens == 6 and torch.equal(images, self.shown)
         return [f" {answer.title()}\n" for answer in self.answers]
 
-
 def test_scores_report_holds_the_numbers():
     s, pictures, rows = evaluate.score_generation(Blank(), per_task=3)
     assert s["score"] == 0 and s["objects"] == 0 and s["n"] == 18 and pictures.shape == (18, 48, 48, 3)
@@ -85,7 +81,6 @@ def test_scores_report_holds_the_numbers():
     assert s["tasks"]["colors"]["held_out"] == dict(score=0.0, n=1, interval=evaluate.wilson(0, 1))
     one, _, _ = evaluate.score_generation(Blank(), per_task=1)  # no task has both kinds of prompts
     assert np.isnan(one["seen"]) and np.isnan(one["held_out"]) and one["n"] == 6
-
 
 def test_a_model_that_does_everything_right_scores_one():
     model = Master(per_task=12, questions=80, edits=192).train()
@@ -107,7 +102,6 @@ def test_a_model_that_does_everything_right_scores_one():
     assert text[1] == "  " + "  ".join(f"{t} 1.00" for t in TASKS)
     assert text[2].startswith("  questions 1.000 (color 1.00 ") and "  reconstruction 1.000  editing asked " in text[2]
 
-
 def test_a_model_that_does_nothing_scores_nothing():
     scores, _, _ = evaluate.score_all(Blank(), 12, questions=16, reconstructions=8)
     assert scores["questions"]["accuracy"] == 0 and scores["reconstruction"]["exact"] == 0
@@ -115,14 +109,12 @@ def test_a_model_that_does_nothing_scores_nothing():
     short, _, _ = evaluate.score_all(Blank(), 12, questions=0, reconstructions=0)
     assert set(short) == {"generation", "seconds"} and len(evaluate.report(short).splitlines()) == 2
 
-
 def test_an_editor_that_changes_nothing_keeps_all_and_does_nothing():
     model = Master(1, 1, 192)
     model.edit = lambda images, instructions, generator=None: images
     scores, pictures, source = evaluate.score_editing(model)
     assert (pictures == source).all() and scores["asked"] < 0.02 and scores["both"] < 0.02
     assert scores["kept"] > 0.9 and set(scores["kinds"]) == {"add", "color", "ground", "remove", "shape", "size"}
-
 
 def test_one_generator_draws_all_batches():
     """The numbers of older runs stay comparable: the seeds and the size of a batch are part of the measurement."""
@@ -139,7 +131,6 @@ def test_one_generator_draws_all_batches():
     evaluate.score_reconstruction(model, n=300, seed=7)
     assert seeds == [2007, 2007]
 
-
 @pytest.mark.skipif(not os.path.isdir(checkpoint.default_weights("mar")), reason="weights/mar-reca is not there")
 def test_shipped_weights_score_above_chance(capsys, tmp_path):
     evaluate.main(["--arch", "mar", "--n", "24", "--steps", "8", "--device", "cpu", "--json", str(tmp_path / "s.json")])
@@ -150,7 +141,6 @@ def test_shipped_weights_score_above_chance(capsys, tmp_path):
     out = capsys.readouterr().out.splitlines()
     assert out[:3] == evaluate.report(scores).splitlines() and len(out) == 3 + len(TASKS)
     assert out[3].startswith("  single_object  ") and out[-1].count(" of 2") == 2 and "held-out" in out[-1]
-
 
 def test_flags_reach_the_scores(monkeypatch):
     seen = []
@@ -164,7 +154,6 @@ def test_flags_reach_the_scores(monkeypatch):
     evaluate.main(["--n", "12", "--seed", "3", "--split", "dev", "--editing", "--cfg", "2", "--device", "cpu"])
     evaluate.main(["--device", "cpu"])
     assert seen == [((12, 3, "dev"), dict(editing=True, cfg=2.0)), ((600, 0, "test"), dict(editing=False))]
-
 
 def test_geneval_folders(tmp_path, capsys, monkeypatch):
     class Noise(Blank):
@@ -187,7 +176,6 @@ def test_geneval_folders(tmp_path, capsys, monkeypatch):
     assert (recipe["n"], recipe["seed"], recipe["steps"], recipe["argv"]) == (2, 5, 3, sys.argv[1:])
     assert "3 prompts x 2 pictures" in capsys.readouterr().out
 
-
 WRONG = [
     (["--config", "harmon-1.5b"], ValueError, "--config harmon-1.5b: the judge knows the shape world only"),
     (["--n", "5"], ValueError, "--n 5: at least 1 picture per prompt with --geneval, else 6"),
@@ -195,7 +183,6 @@ WRONG = [
     (["--geneval", "no/such.jsonl"], FileNotFoundError, "--geneval no/such.jsonl: no such file"),
     (["--ckpt", "no/such/folder"], FileNotFoundError, "no/such/folder: no config.json"),
 ]
-
 
 @pytest.mark.parametrize("argv, kind, message", WRONG, ids=[" ".join(w[0]) for w in WRONG])
 def test_errors_are_one_line(argv, kind, message):

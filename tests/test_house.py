@@ -16,11 +16,9 @@ MAY_IMPORT = {  # rooms below each room; a model file's name stands for all of t
     "sample": ["data", "checkpoint"], "evaluate": ["data", "shape_world", "checkpoint"],
     "train": ["data", "shape_world", "checkpoint", "image_tokenizer", "sample", "evaluate", "custom_kernels"]}
 
-
 def lines(path):
     with open(os.path.join(ROOT, path), encoding="utf-8") as f:
         return f.read().splitlines()
-
 
 def python_files(*folders):
     for folder in folders:
@@ -28,9 +26,7 @@ def python_files(*folders):
             if name.endswith(".py"):
                 yield os.path.join(folder, name) if folder else name
 
-
 PRODUCT = list(python_files("", "custom_kernels"))
-
 
 def test_every_file_stays_within_its_budget():
     lengths = {path: len(lines(path)) for path in PRODUCT}
@@ -41,12 +37,10 @@ def test_every_file_stays_within_its_budget():
     assert sum(kernels) <= 1400, kernels
     assert sum(lengths.values()) <= 6600, (sum(lengths.values()), lengths)
 
-
 def test_no_line_is_longer_than_120_characters():
     for path in PRODUCT + list(python_files("tests", "weights", "results")):
         for number, line in enumerate(lines(path), 1):
             assert len(line) <= 120, f"{path}:{number}: {len(line)} characters"
-
 
 def test_imports_go_downwards_only():
     """Also those inside of functions; so there is no circle."""
@@ -59,7 +53,6 @@ def test_imports_go_downwards_only():
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
             for name in {name.split(".")[0] for name in names} & rooms - {me}:
                 assert name in MAY_IMPORT[me], f"{path} imports {name}"
-
 
 def test_no_architecture_is_named_outside_its_model_file():
     """But as the default of --arch, and in docstrings and help texts: a new model_X.py needs no other file."""

@@ -25,21 +25,17 @@ from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig, LFQConfi
 HERE = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.environ.get("PARITY_DIR", os.path.join(HERE, "golden"))
 
-
 @pytest.fixture(autouse=True)
 def same_start():
     torch.manual_seed(0)
     yield
 
-
 def build(name, **changes):
     c = replace(TOKENIZERS[name], **changes)
     return (LFQTokenizer if isinstance(c, LFQConfig) else Autoencoder)(c)
 
-
 def pictures(n=2, h=48, w=48, seed=0):
     return torch.rand(n, 3, h, w, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
 
 TINY = sorted(n for n in TOKENIZERS if n.startswith("tiny"))
 # Small, but with everything the published ones have: two levels, attention in a level, both 1x1 convolutions, 3x3
@@ -52,7 +48,6 @@ SMALL_LFQ = LFQConfig(ch=16, encoder_ch_mult=(1, 2), encoder_res_blocks=(1, 2), 
 # ---------------------------------------------------------------------------------------------------------------------
 # golden numbers, published keys
 
-
 def golden(model, file="cases.safetensors"):
     """config.json and the tensors of golden/<model>; skips by name where they are not."""
     for name in ("config.json", file):
@@ -60,7 +55,6 @@ def golden(model, file="cases.safetensors"):
             pytest.skip(f"{os.path.join(GOLDEN, model, name)} is not there")
     with open(os.path.join(GOLDEN, model, "config.json")) as f:
         return json.load(f), load_file(os.path.join(GOLDEN, model, file))
-
 
 def compare(rows, cases, tolerance):
     """rows: (name of the golden tensor, ours). Float: |a - b| <= tolerance * max(1, max|b|); integers: equal."""
@@ -77,7 +71,6 @@ def compare(rows, cases, tolerance):
         bad += not error <= limit
     print("\n".join(table))
     assert not bad, "\n" + "\n".join(table)
-
 
 @torch.no_grad()
 def test_golden_kl():
@@ -97,7 +90,6 @@ def test_golden_kl():
     assert torch.equal(latents, given), "decode changed its argument"
     assert m.stride == config["mar"]["vae_stride"]
 
-
 @torch.no_grad()
 def test_golden_flux():
     config, weights = golden("bagel", "ae.safetensors")
@@ -114,7 +106,6 @@ def test_golden_flux():
              ("vae.encode.out", m.encode(cases["vae.encode.in"], cases["vae.encode.eps"])),
              ("vae.decode.out", m.decode(cases["vae.decode.in"]))], cases, 2e-5)
     assert m.stride == a["downsample"]
-
 
 @torch.no_grad()
 def test_golden_magvit():
@@ -143,7 +134,6 @@ def test_golden_magvit():
              ("vae.out.decoded_nonsquare", m.decode(given["nonsquare_indices"].view(-1, *c["nonsquare"]))),
              ("vae.out.quantizer_loss", commitment), ("vae.out.entropy_loss", entropy)], cases, 2e-5)
 
-
 @pytest.mark.parametrize("name, file, prefix", [("kl16", "harmon-0.5b", "vae."), ("flux", "flux-ae", ""),
                                                 ("magvitv2", "magvitv2", "")])
 def test_keys(name, file, prefix):
@@ -158,10 +148,8 @@ def test_keys(name, file, prefix):
         assert sum(p.numel() for p in m.parameters()) == {"flux": 83_819_683, "magvitv2": 95_387_004}[name]
     assert m.stride == {"kl16": 16, "flux": 8, "magvitv2": 16}[name]
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # encode, decode
-
 
 @pytest.mark.parametrize("name", TINY)
 @torch.no_grad()
@@ -176,7 +164,6 @@ def test_tiny_shapes_and_size(name):
     x = pictures(3)
     assert torch.allclose(m.encode(x)[1:2].float(), m.encode(x[1:2]).float(), atol=1e-5)
 
-
 @pytest.mark.parametrize("config", [SMALL_KL, SMALL_LFQ, *[TOKENIZERS[n] for n in TINY]],
                          ids=lambda c: f"{type(c).__name__}-{c.ch}")
 def test_bad_images(config):
@@ -184,7 +171,6 @@ def test_bad_images(config):
     for shape in ((1, 1, 48, 48), (3, 48, 48), (1, 3, 48, m.stride - 1)):
         with pytest.raises(ValueError, match=re.escape(str(shape)) + f".*at least {m.stride}"):
             m.encode(torch.zeros(shape))
-
 
 @torch.no_grad()
 def test_posterior_sample_scale_and_shift():
@@ -196,7 +182,6 @@ def test_posterior_sample_scale_and_shift():
     z = m.encode(x)
     given = z.clone()
     assert torch.allclose(m.decode(z), m.decoder(m.post_quant_conv(mean)), atol=1e-4) and torch.equal(z, given)
-
 
 @torch.no_grad()
 def test_lfq_codes_are_sign_patterns():
@@ -215,17 +200,14 @@ def test_lfq_codes_are_sign_patterns():
     m.decode(m.encode(None))
     assert torch.equal(seen[0], torch.where(z > 0, 1.0, -1.0))
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # training
-
 
 def test_lfq_forward_is_decode_of_encode():
     m = LFQTokenizer(SMALL_LFQ)
     x = pictures(2, 16, 16)
     with torch.no_grad():
         assert torch.allclose(m(x)[0], m.decode(m.encode(x)), atol=1e-5)
-
 
 def test_lfq_straight_through():
     """The gradient that reaches z is the one that reaches the signs, and it goes on into the first convolution of the
@@ -242,7 +224,6 @@ def test_lfq_straight_through():
     assert kept["q"].grad.abs().max() > 0 and torch.equal(kept["z"].grad, kept["q"].grad)
     assert torch.allclose(kept["q"].abs(), torch.ones(()), atol=1e-6)
     assert m.encoder.conv_in.weight.grad.abs().max() > 0
-
 
 def test_lfq_losses_against_brute_force():
     """Probabilities by softmax over both values of every bit, entropies by summation, one number at a time."""
@@ -279,7 +260,6 @@ def test_lfq_losses_against_brute_force():
         m.quantizer_losses(far)[1].backward()
         assert torch.isfinite(far.grad).all()
 
-
 def test_autoencoder_loss_against_brute_force():
     m = Autoencoder(replace(SMALL_KL, kl_weight=0.125))
     x = pictures(2, 32, 32)
@@ -300,7 +280,6 @@ def test_autoencoder_loss_against_brute_force():
     other, _ = image_tokenizer.tokenizer_loss(m, x, torch.Generator().manual_seed(4))
     assert same.item() == loss.item() != other.item()
 
-
 def test_lfq_loss_weights():
     m = LFQTokenizer(replace(SMALL_LFQ, l1_weight=0.5, mse_weight=3.0))
     x = pictures(2, 16, 16)
@@ -311,7 +290,6 @@ def test_lfq_loss_weights():
             "entropy": entropy}
     assert set(parts) == set(want) and all(parts[k].item() == pytest.approx(want[k].item(), rel=1e-5) for k in want)
     assert loss.item() == pytest.approx(sum(v.item() for v in want.values()), rel=1e-5)
-
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_parameter_learns(name):
@@ -334,7 +312,6 @@ def test_every_parameter_learns(name):
         losses.append((parts["l1"] + parts["mse"]).item())
     assert losses[-1] < 0.8 * losses[0], losses
 
-
 @pytest.mark.parametrize("config", [replace(SMALL_KL, scale=1.0), TOKENIZERS["tiny-kl"]], ids=["small", "tiny"])
 @torch.no_grad()
 def test_calibrate_per_channel(config):
@@ -353,7 +330,6 @@ def test_calibrate_per_channel(config):
         assert torch.allclose(old, new, atol=1e-3 * old.abs().max()), (old - new).abs().max()
     assert set(m.state_dict()) == keys and m.config == config
 
-
 @torch.no_grad()
 def test_calibrate_dead_latents():
     dead = Autoencoder(SMALL_KL)
@@ -361,10 +337,8 @@ def test_calibrate_dead_latents():
     with pytest.raises(ValueError, match="channel 2 is constant.*kl_weight"):
         image_tokenizer.calibrate(dead, pictures(4, 32, 32))
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the tokenizer stage
-
 
 @pytest.mark.parametrize("name", TINY)
 def test_stage_has_what_the_loop_asks_for(name):
@@ -385,7 +359,6 @@ def test_stage_has_what_the_loop_asks_for(name):
     assert {p.ndim for k, p in named.items() if stage.no_decay(k, p)} == {1} and stage.blocks() == []
     assert torch.equal(stage.reconstruct(images), stage.tokenizer.decode(stage.tokenizer.encode(images)))
 
-
 @torch.no_grad()
 def test_stage_finish():
     """Latents become standard; codes stay what they are."""
@@ -397,13 +370,11 @@ def test_stage_finish():
     assert torch.allclose(kl.tokenizer.encode(images).std((0, 2, 3), correction=0), torch.ones(16), atol=1e-3)
     assert all(torch.equal(t, before[k]) for k, t in lfq.state_dict().items())
 
-
 def test_tiny_names():
     for name in TINY:
         assert image_tokenizer.tiny_name(replace(TOKENIZERS[name])) == name
     with pytest.raises(ValueError, match="bits=13.*--tokenizer-ckpt"):
         image_tokenizer.tiny_name(TOKENIZERS["magvitv2"])
-
 
 @pytest.mark.parametrize("name", TINY)
 def test_tiny_round_trip(name, tmp_path):

@@ -26,7 +26,6 @@ GOLDEN = os.environ.get("PARITY_DIR", os.path.join(ROOT, "tests", "golden"))
 att = sys.modules["custom_kernels.attention"]  # the package's function of that name hides the module
 lce, dif = sys.modules["custom_kernels.linear_cross_entropy"], sys.modules["custom_kernels.diffusion_loss"]
 
-
 def same(name, got, want, tolerance):
     assert (got.shape, got.dtype) == (want.shape, want.dtype), f"{name}: {got.shape} {got.dtype}, not {want.shape}"
     assert got.isfinite().all(), f"{name}: not finite"
@@ -37,7 +36,6 @@ def same(name, got, want, tolerance):
     print(line)
     assert ok == "OK", line
 
-
 def with_gradients(f, inputs, generator):
     """-> outputs of f(*inputs) and the gradients of one random weighting of them, in the inputs that want one."""
     outs = f(*inputs)
@@ -46,17 +44,14 @@ def with_gradients(f, inputs, generator):
     weights = [torch.randn(o.shape, dtype=o.dtype, generator=generator) for o in outs]
     return [*(o.detach() for o in outs), *torch.autograd.grad(outs, wanted, weights)]
 
-
 def compare(name, f, reference, inputs, tolerance=3e-6):
     got = with_gradients(f, inputs, torch.Generator().manual_seed(1))
     want = with_gradients(reference, inputs, torch.Generator().manual_seed(1))
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         same(f"{name} [{i}]", a, b, tolerance)
 
-
 def compare_attention(name, plan, inputs):
     compare(name, lambda *x: att.attention_triton(*x, plan), lambda *x: att.attention_reference(*x, plan), inputs)
-
 
 def intervals(kind, R, Tq, Tk, g):
     """Intervals of many kinds, with some empty ones and some of one key."""
@@ -81,12 +76,10 @@ def intervals(kind, R, Tq, Tk, g):
         lo[:, 1], hi[:, 1] = Tk - 1, Tk  # one key
     return lo, hi
 
-
 def qkv(B, Hq, Hkv, Tq, Tk, D, g, dtype=torch.float32):
     """As models have them: (B, T, H, D) in memory."""
     sizes = (Tq, Hq), (Tk, Hkv), (Tk, Hkv)
     return [torch.randn(B, T, H, D, generator=g, dtype=dtype).transpose(1, 2).requires_grad_() for T, H in sizes]
-
 
 def diffusion_case(dtype, N, C, g):
     t = torch.randint(0, 1000, (N,), generator=g)
@@ -96,7 +89,6 @@ def diffusion_case(dtype, N, C, g):
     out = torch.cat([noise + 0.02 * near, v], 1).requires_grad_()
     betas = torch.linspace(1e-4, 0.02, 1000)
     return out, x0.clamp(-1, 1), noise, t, ck.diffusion_tables(betas)
-
 
 if INTERPRETING:
     @pytest.mark.parametrize("kind, B, R, Hq, Hkv, Tq, Tk, D", [
@@ -517,7 +509,6 @@ else:
         failed = [line for line, ok in bench.check() if not ok]
         assert not failed, "\n".join(failed)
 
-
 def test_rms_norm_on_cpu_is_the_textbook_one():
     g = torch.Generator().manual_seed(0)
     x, w, up = (torch.randn(s, generator=g) for s in ((3, 5, 32), (32,), (3, 5, 32)))
@@ -535,7 +526,6 @@ def test_rms_norm_on_cpu_is_the_textbook_one():
         same(f"rms_norm {name}", one, two, 1e-5)
     frozen = ck.rms_norm(x.requires_grad_(), w, 1e-6)  # a weight that does not train gets no gradient
     assert torch.autograd.grad((frozen * up).sum(), x)[0].isfinite().all()
-
 
 def test_muon_is_torchs_muon_in_full_precision():
     g = torch.Generator().manual_seed(0)

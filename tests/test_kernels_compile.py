@@ -17,7 +17,6 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that one block can have
 SPILL = 128  # bytes of stack a half-precision kernel may need per thread; more: registers in memory inside the loops
 
-
 def note_launches():
     """Replace every kernel by a recorder -> the list that the launches go to."""
     launches = []
@@ -35,7 +34,6 @@ def note_launches():
             setattr(module, name, Recorder(getattr(module, name)))
     return launches
 
-
 def launch_attention(dtype, D):
     import torch
 
@@ -48,14 +46,12 @@ def launch_attention(dtype, D):
     m.interval_attention_backward(q, q, k, k, out, lse, plan.lo, plan.hi, *bounds)
     m.interval_attention_decode(q[:, :, :1], k, k, plan.lo[:, :1], plan.hi[:, :1])
 
-
 def launch_cross_entropy(dtype, gradients):
     import torch
 
     from custom_kernels.linear_cross_entropy import by_kernels
     hidden, weight, bias = (torch.zeros(shape, dtype=dtype) for shape in ((64, 256), (1000, 256), (1000,)))
     by_kernels(hidden, weight, bias if gradients else None, torch.zeros(64).long(), torch.ones(()), -100, gradients)
-
 
 def launch_rows(dtype):
     import torch
@@ -64,7 +60,6 @@ def launch_rows(dtype):
     x0, out, v = torch.zeros(64, 16), torch.zeros(64, 32, dtype=dtype), torch.zeros(64, 16, dtype=dtype)
     loss_rows(out, x0, x0, torch.zeros(64).long(), torch.zeros(1000, 5))
     loss_rows(v, x0, x0, None, None)
-
 
 def compile_launch(kernel, args, named, arch):
     """-> the compiled kernel that this launch would make Triton compile on that GPU."""
@@ -92,7 +87,6 @@ def compile_launch(kernel, args, named, arch):
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
-
 def registers_and_stack(compiled):
     """What the assembler says it needed, per thread: registers, bytes of stack."""
     import tempfile
@@ -104,7 +98,6 @@ def registers_and_stack(compiled):
         file.flush()
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
     return [int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", text).groups()]
-
 
 def main(everything):
     import torch
@@ -140,7 +133,6 @@ def main(everything):
     print(f"{bad} not OK")
     return bad
 
-
 def test_kernels_compile_for_a100_and_h100():
     pytest.importorskip("triton", reason="triton is not installed (pip install --no-deps triton==3.7.1)")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -148,7 +140,6 @@ def test_kernels_compile_for_a100_and_h100():
     run = subprocess.run([sys.executable, os.path.abspath(__file__)], env=env, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-3000:]
     assert run.stdout.count("  OK\n") > 40, run.stdout
-
 
 if __name__ == "__main__":
     sys.exit(1 if main("all" in sys.argv[1:]) else 0)

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import load_strict
 from custom_kernels.attention import interval_mask
-from data import clip_pixels, magvit_pixels, square_pixels
 from image_tokenizer import LFQConfig
 from model_ar import (
     CONFIGS,
@@ -42,12 +41,11 @@ from model_ar import (
     with_bos,
 )
 from text_tokenizer import load_tokenizer
-from vision_encoder import CLIPConfig
+from vision_encoder import CLIPConfig, clip_pixels, magvit_pixels, square_pixels
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.path.join(os.environ.get("PARITY_DIR", os.path.join(HERE, "golden")), "showo")
 TOLERANCE = 1e-4
-
 
 @lru_cache(maxsize=None)
 def golden():
@@ -57,7 +55,6 @@ def golden():
             pytest.skip(f"{os.path.join(GOLDEN, name)} is not there")
     with open(os.path.join(GOLDEN, "config.json")) as f:
         return json.load(f), load_file(os.path.join(GOLDEN, "cases.safetensors"))
-
 
 @lru_cache(maxsize=None)
 def model(clip):
@@ -100,14 +97,12 @@ def model(clip):
     m.trainable_parameters("reca")
     return m.eval()
 
-
 def case(name, kind="out"):
     """{name without its prefix: tensor}; skips by name where the folder lacks the case."""
     found = {k[len(f"{name}.{kind}."):]: v for k, v in golden()[1].items() if k.startswith(f"{name}.{kind}.")}
     if not found:
         pytest.skip(f"no case {name}.{kind} in {GOLDEN}")
     return found
-
 
 class Report:
     """Collects comparisons; done() fails with the whole table. Floats within 1e-4, everything else exactly."""
@@ -132,21 +127,17 @@ class Report:
             print("\n" + "\n".join(self.lines))
         assert self.good, "\n" + "\n".join(self.lines)
 
-
 def lists(ids):
     """Rows padded with -1 -> lists."""
     return [[i for i in row if i >= 0] for row in ids.tolist()]
-
 
 def lm_prompt(text, c, limit):
     """Text alone, as published: bos text eos, cut to `limit`; every id is a target."""
     return [*with_bos(text, c), c.eos][:limit]
 
-
 def padded(rows, c, length=None):
     """Prompts (lists) -> ids (B, T) right-padded, lengths (B,)."""
     return pad_rows(rows, c.pad, length or max(map(len, rows))), torch.tensor([len(r) for r in rows])
-
 
 def read(x, layout):
     """A tensor in memory order (B, T, ...) in the order in which the row is read (all pads present)."""
@@ -154,29 +145,24 @@ def read(x, layout):
     assert (positions.sort(1).values == torch.arange(positions.shape[1])).all(), "positions are not 0..T-1"
     return x[torch.arange(len(x))[:, None], positions.argsort(1)]
 
-
 def dense(layout, rows):
     """The mask as a matrix in the order in which rows are read: (B, 1, T, T) bool."""
     mask = interval_mask(layout.lo, layout.hi, layout.lo.shape[1])[:, 0].expand(rows, -1, -1)
     return read(read(mask, layout).transpose(1, 2), layout).transpose(1, 2)[:, None]
-
 
 def target_ids(image, context, c):
     """Ids in memory order: eoi, image, soi, context."""
     column = torch.ones_like(image[:, :1])
     return torch.cat([column * c.eoi, image, column * c.soi, context], 1)
 
-
 def split_t2i(rows, c, N):
     """Published t2i rows PAD.. text soi image eoi -> prompts as lists, image ids."""
     return [[i for i in row[:-N - 2] if i != c.pad] for row in rows.tolist()], rows[:, -N - 1:-1]
-
 
 def gradients(m, loss):
     m.zero_grad()
     loss.backward()
     return {k: p.grad if p.grad is not None else torch.zeros_like(p) for k, p in m.named_parameters()}
-
 
 def check_gradients(report, prefix, grads, out):
     """out: {"gradnorm.name" or "grad.name": value} below the prefix."""
@@ -188,10 +174,8 @@ def check_gradients(report, prefix, grads, out):
             total = torch.stack([g.norm() for g in grads.values()]).norm()
             report.check(key, total if name == "__total__" else grads[name].norm(), want)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # encoders and preprocessing
-
 
 def test_image_tokenizer():
     given, out, r, vq = case("vae", "in"), case("vae"), Report(), model(False).vq
@@ -211,7 +195,6 @@ def test_image_tokenizer():
     r.check("decoded_nonsquare", vq.decode(codes), out["decoded_nonsquare"])
     r.done()
 
-
 def test_clip():
     given, out, r, m = case("clip", "in"), case("clip"), Report(), model(True)
     hidden, layers = [], m.clip.vision_model["encoder"]["layers"]
@@ -225,7 +208,6 @@ def test_clip():
     m.clip.config.skip_last = skip
     r.check("projected", m.project(features), out["projected"])
     r.done()
-
 
 def test_preprocessing():
     given, out, r, c = case("preproc", "in"), case("preproc"), Report(), model(True).config
@@ -246,10 +228,8 @@ def test_preprocessing():
     hook.remove()
     r.done()
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # prompts, masks, masking
-
 
 def test_prompts():
     given, out, r, c = case("prompt", "in"), case("prompt"), Report(), model(True).config
@@ -286,7 +266,6 @@ def test_prompts():
     r.check("vq_recon labels", labels, out["vq_recon.labels"][:, -N - 1:-1])
     r.done()
 
-
 def test_masks():
     out, given, r, c, p = case("mask"), case("prompt", "in"), Report(), model(True).config, model(False).config
     texts, short, N = lists(given["text_ids"]), lists(given["short_text_ids"]), given["image_ids"].shape[1]
@@ -306,7 +285,6 @@ def test_masks():
     r.check("vq_recon", dense(layout, len(n)), out["vq_recon"])
     r.done()
 
-
 def test_masking():
     given, out, r, c = case("masking", "in"), case("masking"), Report(), model(True).config
     r.check("cosine", mask_ratio(given["t"]), out["cosine"])
@@ -315,7 +293,6 @@ def test_masking():
     r.check("input_ids", ids, out["input_ids"])
     r.check("labels", labels, out["labels"])
     r.done()
-
 
 def test_learning_rate():
     """The published schedule: its first step has rate 0, and its cosine ends at the last step."""
@@ -327,10 +304,8 @@ def test_learning_rate():
         r.check(f"max {steps}", torch.tensor(rates), want)
     r.done()
 
-
 def sha(array):
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-
 
 @pytest.mark.parametrize("name", [
     "t2i_256_demo", "t2i_512_demo", "t2i_512_train_plain", "t2i_512_train_clip", "t2i_256_train_clip", "reca_clip_512",
@@ -378,10 +353,8 @@ def test_full_size_layout(name):
     if "first_nonpad" in want:
         assert int((ids[0] != c.pad).int().argmax()) == want["first_nonpad"]
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # backbone and losses
-
 
 def test_backbone():
     given, out, r, m = case("lm", "in"), case("lm"), Report(), model(False)
@@ -399,7 +372,6 @@ def test_backbone():
     r.check("only what is read", m.showo.model(m.embed(ids), layout, slice(2, 5)), out["final_norm"][:, 2:5])
     r.done()
 
-
 def train_inputs(m):
     """The batch of the case `train`: text-to-image and text-only parts, and their published rows."""
     given, c = case("train", "in"), m.config
@@ -410,17 +382,14 @@ def train_inputs(m):
     return given, {"t2i": {"codes": codes, "ids": ids, "lengths": n, "u": given["u"], "r": given["r"]},
                    "text": {"ids": pad_rows(rows, c.pad, length), "labels": pad_rows(rows, IGNORE, length)}}
 
-
 def weighted(losses, stage):
     """The published sum of the losses of a stage, whose names for our parts are lm (text) and mmu (i2t)."""
     named = {"lm" if part == "text" else "mmu" if part == "i2t" else part: loss for part, loss in losses.items()}
     return sum(named[k] * w for k, w in golden()[0]["loss_coefficients"][stage].items())
 
-
 def mmu_inputs(given, head, c):
     ids = torch.cat([head, given["mmu_ids"]], 1)
     return {"ids": ids, "labels": torch.cat([torch.full_like(head, IGNORE), given["mmu_labels"]], 1)}
-
 
 def test_base_losses():
     r, m, out = Report(), model(False), case("train")
@@ -455,14 +424,12 @@ def test_base_losses():
     check_gradients(r, "", gradients(m, weighted(losses, "train")), out)
     r.done()
 
-
 def clip_batch(m):
     """The case `train_clip`: text-to-image and text rows of `train`, image-to-text rows through CLIP."""
     given, c = case("train_clip", "in"), m.config
     mmu, soi, eoi = (torch.full_like(given["system_ids"][:, :1], i) for i in (c.mmu, c.soi, c.eoi))
     head = torch.cat([mmu, given["system_ids"], soi, eoi], 1)
     return train_inputs(m)[1] | {"i2t": mmu_inputs(given, head, c) | {"features": m.clip(given["clip_pixels"])}}
-
 
 def test_base_losses_clip():
     r, m, out = Report(), model(True), case("train_clip")
@@ -479,7 +446,6 @@ def test_base_losses_clip():
         r.check(f"loss_{theirs}", losses[ours], out[f"loss_{theirs}"])
     check_gradients(r, "", gradients(m, weighted(losses, "train")), out)
     r.done()
-
 
 def test_reca_clip():
     """The reconstruction loss, and its gradients in both conventions: none to the input row (published), or all."""
@@ -512,7 +478,6 @@ def test_reca_clip():
     check_gradients(r, "total.", gradients(m, total), out)
     r.done()
 
-
 @pytest.mark.parametrize("name", ["resize", "resize_back"])
 def test_reca_vq(name):
     r, m, given = Report(), model(False), case("reca_vq", "in")
@@ -540,10 +505,8 @@ def test_reca_vq(name):
     check_gradients(r, "", gradients(m, loss), out)
     r.done()
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # samplers
-
 
 @pytest.mark.parametrize("name", ["sample_cfg", "sample_nocfg", "sample_inpaint"])
 def test_sampler(name):
@@ -572,7 +535,6 @@ def test_sampler(name):
     layout = t2i_layout(n, c.max_prompt, N, c.max_prompt)
     r.check("final_input_ids", read(target_ids(trace[-1]["image"], ids, c), layout), out["final_input_ids"])
     r.done()
-
 
 @pytest.mark.parametrize("clip", [False, True])
 def test_understanding(clip):
@@ -603,10 +565,8 @@ def test_understanding(clip):
     r.check("tokens without a cache", torch.cat(plain, 1).flatten(), out["tokens"].flatten())
     r.done()
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # published keys
-
 
 @pytest.mark.parametrize("name, config", [
     ("show-o", "show-o-256"), ("show-o-512x512", "show-o-512"), ("show-o-512x512-wo-llava-tuning", "show-o-512"),
@@ -627,16 +587,13 @@ def test_keys(name, config):
         got = {k: tuple(v.shape) for k, v in state.items() if not k.startswith(("vq.", "clip."))}
     assert got == want
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # what no golden number covers
-
 
 @lru_cache(maxsize=None)
 def tiny():
     torch.manual_seed(0)
     return ShowO(CONFIGS["tiny"], load_tokenizer("tiny")).eval()
-
 
 SAMPLES = {"recon": [{"prompt": "Describe it."}, {"prompt": "What do you see in the picture?"}],
            "edit": [{"instruction": "Make it blue."}, {"instruction": "Remove the large red star."}],
@@ -645,7 +602,6 @@ SAMPLES = {"recon": [{"prompt": "Describe it."}, {"prompt": "What do you see in 
                    {"question": "How many stars are there?", "answer": "two large stars"}],
            "text": [{"question": "a red star. What color is it?", "answer": "red"},
                     {"question": "What?", "answer": "no"}]}
-
 
 def tiny_batch(stage, pad_to=None):
     m, g = tiny(), torch.Generator().manual_seed(1)
@@ -661,7 +617,6 @@ def tiny_batch(stage, pad_to=None):
             batch[part] |= {f"source_{k}": v for k, v in source.items()}
     return batch
 
-
 @pytest.mark.parametrize("stage", ["base", "reca"])
 def test_pads_change_nothing_and_counts_add_up(stage):
     """Padding is invisible; the mean over a batch is the sum over its rows with a common count."""
@@ -676,7 +631,6 @@ def test_pads_change_nothing_and_counts_add_up(stage):
         r.check(f"{part} by rows", sum(rows), whole[part])
     r.done()
 
-
 def test_editing_is_reconstruction_of_another_picture():
     m, batch = tiny(), tiny_batch("reca")
     edit = batch["edit"]
@@ -684,7 +638,6 @@ def test_editing_is_reconstruction_of_another_picture():
     same = plain | {f"source_{k}": edit[k] for k in ("features", "codes")}
     assert m({"edit": same})["edit"] == m.reca_loss(**plain)
     assert m({"edit": edit})["edit"] != m({"edit": same})["edit"]
-
 
 def test_codes_do_not_depend_on_autocast():
     m, images = tiny(), torch.rand(16, 3, 48, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -694,7 +647,6 @@ def test_codes_do_not_depend_on_autocast():
         assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in m(tiny_batch("reca")).values())
         m.generate(["a"], generator=torch.Generator().manual_seed(0))
     assert torch.equal(codes, m.precompute(images)["codes"])
-
 
 def test_rows_that_have_ended():
     m = model(False)
@@ -708,7 +660,6 @@ def test_rows_that_have_ended():
         m.showo.lm_head.bias[m.config.eos] += 1e4
         assert m.write(x, causal_layout(3), lengths, 12).shape == (16, 1)
         m.showo.lm_head.bias.copy_(bias)
-
 
 def test_what_trains():
     """In base training everything but the image tokenizer gets a gradient; afterwards the encoder is frozen as well."""
@@ -730,7 +681,6 @@ def test_what_trains():
     assert m.no_decay("showo.lm_head.bias", None) and not m.no_decay("showo.model.final_layernorm.weight", None)
     with pytest.raises(ValueError, match="expected base, sft or reca"):
         m.trainable_parameters("pretrain")
-
 
 def test_collate():
     m, c = tiny(), CONFIGS["tiny"]
@@ -771,7 +721,6 @@ def test_collate():
         collate("edit", [{"instruction": "star " * 99}])
     with pytest.raises(ValueError, match="--text-tokenizer"):
         ShowO(dataclasses.replace(c, text_vocab=9, eos=8), m.tokenizer)
-
 
 def test_samplers():
     """Same generator, same picture; rows do not depend on their neighbors in the batch; known codes stay."""
@@ -822,7 +771,6 @@ def test_samplers():
         near, old = image.narrow(dim, 1 if flip else 0, 2), codes.narrow(dim, 0 if flip else 1, 2)
         assert torch.equal(near, old + m.config.image_offset)
 
-
 @pytest.mark.parametrize("clip", [False, True])
 def test_published_files(clip, tmp_path, monkeypatch):
     """Files in the published form load strictly; a CLIP file may hold its text tower."""
@@ -859,7 +807,6 @@ def test_published_files(clip, tmp_path, monkeypatch):
     torch.save(split["showo"], tmp_path / "show-o" / "pytorch_model.bin")
     with pytest.raises(ValueError, match="missing +showo.lm_head.bias"):
         ShowO.load_published(tmp_path / "show-o", **files)
-
 
 @pytest.mark.parametrize("config", ["show-o-512", "show-o-clip-512"])
 def test_published_size_runs_without_a_host_sync(config, monkeypatch):

@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import model_diffusion
-from custom_kernels import attention_plan
 from image_tokenizer import AutoencoderConfig
 from model_diffusion import CONFIGS, IGNORE, Bagel, BagelConfig, is_generation, layout
 from vision_encoder import SigLIPConfig, bagel_resize, bagel_size, grid_ids, patchify, to_pixels
@@ -25,7 +24,6 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.path.join(os.environ.get("PARITY_DIR", os.path.join(HERE, "golden")), "bagel")
 TIGHT, SAMPLER = 2e-5, 1e-4  # factors on max(1, max|reference|)
 PACKED = ("und", "t2i", "edit", "multi", "reca")
-
 
 @lru_cache(maxsize=None)
 def golden():
@@ -48,7 +46,6 @@ def golden():
     model = Bagel.load_published(os.path.join(GOLDEN, "weights.safetensors"), c, os.path.join(GOLDEN, "ae.safetensors"))
     return config, load_file(os.path.join(GOLDEN, "cases.safetensors")), model
 
-
 def case(name):
     """Tensors of one case without their prefix, config.json and the model in its initial state; skips by name where the folder lacks the case."""
     config, cases, model = golden()
@@ -59,7 +56,6 @@ def case(name):
     model.zero_grad(set_to_none=True)
     model.config.timestep_shift = config["train_timestep_shift"].get(name, 1.0)
     return g, config, model
-
 
 class Report:
     """Collects comparisons and fails with the whole table."""
@@ -89,7 +85,6 @@ class Report:
         assert self.lines, "nothing was compared"
         assert self.good, "\n" + "\n".join(self.lines)
 
-
 def segments(g, model):
     """The published packed batch -> our samples (lists of segments), and the published index of each of our tokens [understanding | generation]."""
     c, at, split, samples, understanding = model.config, 0, 0, [], []
@@ -115,7 +110,6 @@ def segments(g, model):
         samples.append(sample)
     return samples, torch.tensor(understanding + vae)
 
-
 def dense_mask(row):
     """[understanding | generation] x the same, bool, of a packed row, from what the layers get."""
     names = [n for n in ("und", "gen") if n + "_pos" in row]
@@ -125,13 +119,11 @@ def dense_mask(row):
     slot = row["inverse"][0] if "inverse" in row else k  # memory slot of each token
     return torch.cat(seen)[:, slot]
 
-
 def published_order(x, ours):
     """Rows of ours in the published sequence."""
     out = torch.empty_like(x)
     out[ours] = x
     return out
-
 
 def packed(name):
     """Everything a loss needs, from the published batch: row (tensors of layout) and images; with the layout compared on the way."""
@@ -158,7 +150,6 @@ def packed(name):
         images["noise"], images["u"] = g["noise"][None], g["packed_timesteps"][first][None]
     return g, config, model, report, row, images, ours
 
-
 def norms(model, report, name, want, only=lambda n: True):
     own = dict(model.named_parameters())
     norm = lambda n: 0.0 if own[n].grad is None else own[n].grad.norm()
@@ -169,10 +160,8 @@ def norms(model, report, name, want, only=lambda n: True):
             report.close(f"{name}.{key}", own[key[5:]].grad, value)
     return torch.stack([torch.as_tensor(norm(n)) for n in own]).norm()
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # parts
-
 
 def test_autoencoder():
     g, _, model = case("vae")
@@ -190,7 +179,6 @@ def test_autoencoder():
         report.close("vae.encode.out as tokens", model.sample_latents(moments, model.latent_tokens(g["encode.eps"])), model.latent_tokens(g["encode.out"]))
     report.equal("vae.decode.in untouched", given, g["decode.in"])
     report.done()
-
 
 def test_vision():
     g, config, model = case("vit")
@@ -215,7 +203,6 @@ def test_vision():
     report.close("vit features of a batch", own[0], expected)
     report.done()
 
-
 def test_time_and_place():
     g, config, model = case("time")
     report = Report()
@@ -233,7 +220,6 @@ def test_time_and_place():
     x = model.embed_latents(tokens, torch.tensor([[0.25]]), torch.zeros(1, len(ids), dtype=torch.long), ids[None])
     report.close("latent.llm_in", x[0], g["llm_in"])
     report.done()
-
 
 def test_text():
     g, _, model = case("text")
@@ -253,10 +239,8 @@ def test_text():
     report.close("text.cache.v0", cache[0][1][0].transpose(0, 1), g["cache.v0"])
     report.done()
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # losses
-
 
 def test_understanding_loss():
     g, _, model, report, row, images, ours = packed("und")
@@ -275,7 +259,6 @@ def test_understanding_loss():
     report.close("und.ce_mean", loss, g["ce_mean"])
     report.close("und.ce_mean with count", model.i2t_loss(features=images["features"], count=torch.tensor(3.0), **row), g["ce"].sum() / 3)
     report.done()
-
 
 @pytest.mark.parametrize("name", ["t2i", "edit", "multi", "reca"])
 def test_flow_forward(name):
@@ -308,7 +291,6 @@ def test_flow_forward(name):
     report.close(f"{name}.mse", (v - (noise - x0)[0, noisy]).square(), g["mse"])
     report.done()
 
-
 @pytest.mark.parametrize("name", ["t2i", "edit", "multi"])
 def test_flow_loss(name):
     g, _, model, report, row, images, _ = packed(name)
@@ -319,7 +301,6 @@ def test_flow_loss(name):
         loss.backward()
         report.close(f"{name}.grad_norm_total", norms(model, report, name, g), g["grad_norm_total"])
     report.done()
-
 
 def test_reca_loss():
     """As RecA trains: the understanding stream detached; nothing outside the published set of parameters gets a gradient."""
@@ -334,7 +315,6 @@ def test_reca_loss():
     report.add("reca.params_with_gradient", moved == sorted(config["reca_params_with_gradient"]), f"{len(moved)} / {len(config['reca_params_with_gradient'])}")
     report.add("reca.trainable_parameters", sorted(trained) == moved, f"{len(trained)} trained")
     report.done()
-
 
 def test_reca_loss_through_the_understanding_stream():
     """Without detaching, and with the understanding weights merely frozen: the gradients of the generation expert are those of the first, not of RecA."""
@@ -353,7 +333,6 @@ def test_reca_loss_through_the_understanding_stream():
     key = "grad_norm.language_model.model.layers.0.self_attn.k_norm_moe_gen.weight"
     assert key not in g or abs(g[key] - loose[key]) > 10 * TIGHT, "the two variants cannot be told apart in this set"
     report.done()
-
 
 def test_packing_and_padding_agree():
     """Samples in one packed row, in rows padded to the longest, and one at a time: the same loss per token; the same gradients."""
@@ -378,15 +357,12 @@ def test_packing_and_padding_agree():
             report.close(f"padded rows, {n}", p.grad, want[n])
     report.done()
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # inference
-
 
 def natural(cache, h, w):
     """Keys or values that begin with an image (start, end, image tokens) in the published order start, image tokens, end."""
     return cache[:, [0, *range(2, h * w + 2), 1, *range(h * w + 2, cache.shape[1])]].transpose(0, 1)
-
 
 def test_chat():
     g, config, model = case("chat")
@@ -414,7 +390,6 @@ def test_chat():
         report.close("chat.logits of a padded row", torch.stack(several)[:len(single), 1], torch.cat(single))
     report.done()
 
-
 def run_sampler(model, contexts, noise, grid, features=None, latents=None, **how):
     """-> final tokens, x before each step, velocity of each step (without the batch axis)."""
     trace, m = [], len(contexts)
@@ -422,15 +397,12 @@ def run_sampler(model, contexts, noise, grid, features=None, latents=None, **how
     x = model.sample(cache, noise[None], grid, trace=trace, **how)
     return x[0], torch.cat([x for x, _ in trace]), torch.cat([v for _, v in trace]), cache
 
-
 def sampler_settings(s):
     return dict(steps=s["num_timesteps"], shift=s["timestep_shift"], cfg=s["cfg_text_scale"], cfg_image=s["cfg_img_scale"], interval=tuple(s["cfg_interval"]),
                 renorm_min=s["cfg_renorm_min"])
 
-
 def token_grid(latent, model):
     return latent.shape[-2] // model.config.latent_patch_size, latent.shape[-1] // model.config.latent_patch_size
-
 
 def test_text_to_image_sampler():
     g, config, model = case("gen")
@@ -456,7 +428,6 @@ def test_text_to_image_sampler():
     report.add("gen.image_u8", int((u8.int() - g["image_u8"].int()).abs().max()) <= 1, "at most one grey level apart, where rounding decides")
     report.done()
 
-
 def test_editing_sampler():
     g, config, model = case("genedit")
     report, c = Report(), model.config
@@ -478,7 +449,6 @@ def test_editing_sampler():
     report.equal("genedit.kv_len", cache.kv[0][0].shape[2] - cache.start, g["kv_len"])
     report.done()
 
-
 def test_reconstruction_sampler():
     g, config, model = case("recon")
     report, p = Report(), model.config.vit.patch
@@ -491,7 +461,6 @@ def test_reconstruction_sampler():
     report.close("recon.v", vs, g["v"], SAMPLER)
     report.done()
 
-
 def test_preprocessing():
     g, config, _ = case("transform")
     report = Report()
@@ -501,10 +470,8 @@ def test_preprocessing():
     report.close("transform.image_out", to_pixels(picture), g["image_out"])
     report.done()
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # the text interface, on a tiny model from scratch
-
 
 class Words:
     """A stand-in for the text tokenizer: one id per word."""
@@ -516,14 +483,12 @@ class Words:
     def decode(self, ids):
         return " ".join(f"w{i}" for i in ids)
 
-
 @lru_cache(maxsize=None)
 def small():
     torch.manual_seed(0)
     model = Bagel(replace(CONFIGS["tiny"], vocab_size=64, num_layers=2, steps=4), Words())
     torch.nn.init.normal_(model.llm2vae.weight, std=0.02)
     return model
-
 
 def batch_of(model, part, n, cache):
     text = {"recon": {"prompt": "describe the image"}, "t2i": {"caption": "a red star and a circle"}, "edit": {"instruction": "make it blue"},
@@ -538,7 +503,6 @@ def batch_of(model, part, n, cache):
     for prefix in (["", "source_"] if part == "edit" else [""] if part != "text" else []):
         out.update({prefix + k: v[:n] if not prefix else v[:n].flip(0) for k, v in cache.items()})
     return out
-
 
 def test_one_forward_for_all_parts():
     """Losses do not depend on how a batch is cut (DDP, accumulation), once `count` is the global one; and every parameter that trains gets a gradient."""
@@ -557,7 +521,6 @@ def test_one_forward_for_all_parts():
             count = ((batch[part]["labels"] != IGNORE).sum() if "labels" in batch[part] else batch[part]["gen_noisy"].sum()) / 2
             halves = [model({part: {**{k: v[rows] for k, v in batch[part].items()}, "count": count}})[part] for rows in (slice(0, 2), slice(2, 4))]
             assert abs(sum(halves) / 2 - losses[part]) < 1e-5, part
-
 
 def test_forward_hands_each_part_its_own_images():
     """An edit reads the source (clean latents at time 0, features) and paints the target; a dropped text leaves no marker behind."""
@@ -579,7 +542,6 @@ def test_forward_hands_each_part_its_own_images():
         row = batch_of(model, part, 4, {})
         assert ((row["ids"] == model.config.special[0]) & (row["und_hi"] > row["und_lo"])).sum(1).tolist() == [1, 0, 1, 1], part
 
-
 def test_dropped_segments():
     """A dropped text is absent with its markers; a dropped picture leaves nothing but its rotary position."""
     c = small().config
@@ -588,7 +550,6 @@ def test_dropped_segments():
     assert row["gen_pos"][:, -1].tolist() == [1, 5] and row["rope"].tolist() == [1, 5]
     assert (row["gen_hi"] - row["gen_lo"]).tolist() == [[0, 7], [0, 6]] and row["gen_image"][:, -1].tolist() == [0, 1]
     assert row["ids"].max() == c.vocab_size + 1 and (row["ids"][1] < c.vocab_size).all()
-
 
 def test_optimizer_state_is_the_generation_expert_only():
     model = small()
@@ -606,7 +567,6 @@ def test_optimizer_state_is_the_generation_expert_only():
     with torch.no_grad():
         for n, p in model.named_parameters():
             p.copy_(before[n])
-
 
 def test_samplers_take_text():
     """Shapes and ranges; the same generator gives the same pictures; a picture does not depend on its neighbours in the batch."""
@@ -626,7 +586,6 @@ def test_samplers_take_text():
     assert len(answers) == 2 and all(isinstance(a, str) for a in answers)
     assert model.answer(images[1:], ["how many are there"], max_new_tokens=3) == answers[1:]
 
-
 def test_thinking_adds_a_text():
     model = small()
     seen = []
@@ -643,15 +602,12 @@ def test_thinking_adds_a_text():
     assert seen[0] == [[system, star]] and seen[1][0][:2] == [system, star] and len(seen[1][0]) == 3 and seen[1][1] == [system]
     assert seen[2] == [[system, *pictures, blue]] and seen[3][1:] == [[system, *pictures], [system, blue]] and len(seen[3][0]) == 5
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # published files
-
 
 def keys(name):
     with gzip.open(os.path.join(HERE, "golden", "keys", f"{name}.keys.json.gz"), "rt") as f:
         return {k: tuple(v) for k, v in json.load(f).items()}
-
 
 def test_keys_of_bagel_7b_mot():
     """The published keys and shapes, 14.6 B parameters, of which RecA trains 6.54 B."""
@@ -664,7 +620,6 @@ def test_keys_of_bagel_7b_mot():
     trained = sum(p.numel() for _, p in model.trainable_parameters("reca"))
     assert round(total / 1e9, 3) == 14.607 and round(trained / 1e9, 3) == 6.540
     assert model.flops_per_sample("recon") > 6 * 6.5e9 * 4096
-
 
 def test_keys_errors_are_tables(tmp_path):
     config, _, model = golden()
@@ -681,7 +636,6 @@ def test_keys_errors_are_tables(tmp_path):
     (tmp_path / "ema.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(ValueError, match="ema.safetensors"):
         Bagel.load_published(str(tmp_path), model.config, ae)
-
 
 def test_keys_load_into_the_wanted_dtype():
     _, _, model = golden()

@@ -19,12 +19,22 @@ import train
 from custom_kernels import add_noise
 from data import load_tokenizer
 from image_tokenizer import AutoencoderConfig, load_strict
-from model_mar import CONFIGS, IGNORE, IMAGE, Harmon, HarmonConfig, Qwen2, first_answer, kept_steps, noise_process, tables_on
+from model_mar import (
+    CONFIGS,
+    IGNORE,
+    IMAGE,
+    Harmon,
+    HarmonConfig,
+    Qwen2,
+    first_answer,
+    kept_steps,
+    noise_process,
+    tables_on,
+)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.path.join(os.environ.get("PARITY_DIR", os.path.join(HERE, "golden")), "harmon")
 WHOLE, SINGLE, ROWS = (2e-5, None), (3e-6, None), (1e-4, 1e-3)  # factor on max(1, max|b|); per element: 1e-3 + 1e-4 |b|
-
 
 @lru_cache(maxsize=None)
 def golden():
@@ -54,7 +64,6 @@ def golden():
     model.trainable_parameters("reca")
     return config, cases, model.eval()
 
-
 def case(name):
     """Inputs, outputs (as dicts) and the model; skips by name where the folder lacks the case."""
     config, cases, model = golden()
@@ -62,7 +71,6 @@ def case(name):
     if not take("in") and not take("out"):
         pytest.skip(f"no case {name} in {GOLDEN}")
     return take("in"), take("out"), model
-
 
 class Report:
     """Collects comparisons and fails with the whole table."""
@@ -96,13 +104,11 @@ class Report:
             print("\n" + "\n".join(self.lines))
         assert self.good, "\n" + "\n".join(self.lines)
 
-
 def left(mask, *tensors):
     """Right-padded rows (B, W) with their mask -> the same rows left-padded, and the number of pads."""
     pads = (mask == 0).sum(1)
     index = (torch.arange(mask.shape[1]) - pads[:, None]) % mask.shape[1]
     return [t.gather(1, index) for t in tensors] + [pads]
-
 
 def right(x, pads):
     """Left-padded rows (B, W, ...) -> right-padded, zeros at the pads, as the golden numbers have them."""
@@ -111,12 +117,10 @@ def right(x, pads):
     valid = torch.arange(W) < (W - pads[:, None])
     return rows * valid.view(*valid.shape, *[1] * (x.ndim - 2))
 
-
 def gradients(model, loss):
     model.zero_grad()
     loss.backward()
     return {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
-
 
 def check_gradients(report, name, grads, out):
     for key, want in out.items():
@@ -124,7 +128,6 @@ def check_gradients(report, name, grads, out):
             report.close(f"{name}.{key}", grads[key[9:]].norm(), want, WHOLE)
         elif key.startswith("grad."):
             report.close(f"{name}.{key}", grads[key[5:]], want, WHOLE)
-
 
 def generation_inputs(model, given):
     """The golden randomness covers all tokens in raster order; ours only the masked ones, in the order of `masked`."""
@@ -140,7 +143,6 @@ def generation_inputs(model, given):
     visible = given["orders"][:, k:].sort(1).values
     return dict(latents=latents, ids=ids, pads=pads, masked=masked, visible=visible, t=t, noise=noise), masked
 
-
 def record(monkeypatch, target, name):
     """Lets target.name run as before and keeps (args, result) of every call."""
     calls, original = [], getattr(target, name)
@@ -153,16 +155,13 @@ def record(monkeypatch, target, name):
     monkeypatch.setattr(target, name, wrapped)
     return calls
 
-
 def raster(z, visible, masked):
     """Decoder output in the order [visible, masked] -> raster order."""
     order = torch.cat([visible, masked], 1)[..., None].expand_as(z)
     return torch.empty_like(z).scatter(1, order, z)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # single modules
-
 
 def test_vae():
     given, out, model = case("vae.encode")
@@ -176,7 +175,6 @@ def test_vae():
     report.close("vae.decode.image", model.decode_latents(given["latents"]), out["image"], SINGLE)
     report.equal("vae.decode leaves its argument alone", given["latents"], before)
     report.done()
-
 
 @pytest.mark.parametrize("name", ["visual", "visual_native", "visual_rect", "visual_masked"])
 def test_visual(name):
@@ -192,7 +190,6 @@ def test_visual(name):
     report.close(f"{name}.z_enc", z, out["z_enc"], SINGLE)
     report.done()
 
-
 def test_decoder():
     given, out, model = case("decoder")
     masks, _, _ = case("visual_masked")
@@ -203,7 +200,6 @@ def test_decoder():
     report = Report()
     report.close("decoder.z", raster(z, visible, masked), out["z"], SINGLE)
     report.done()
-
 
 def test_llm():
     given, out, model = case("llm")
@@ -224,7 +220,6 @@ def test_llm():
     report.close("llm in two pieces with a cache", right(split, pads), out["last_hidden"], SINGLE)
     report.done()
 
-
 def _first_layer(llm):
     """The decoder cut after its first layer, without the final norm."""
     cut = Qwen2.__new__(Qwen2)
@@ -232,7 +227,6 @@ def _first_layer(llm):
     cut.config = replace(llm.config, num_layers=1)
     cut.model = torch.nn.ModuleDict({"layers": llm.model.layers[:1], "norm": torch.nn.Identity()})
     return cut
-
 
 def test_diffloss():
     given, out, model = case("diffloss")
@@ -251,7 +245,6 @@ def test_diffloss():
     report.close("diffloss.loss", ((mse + vb) * given["mask"]).sum() / given["mask"].sum(), out["loss"], ROWS)
     report.done()
 
-
 def test_pstep100():
     given, out, model = case("pstep100")
     net, index = model.mar.diffloss.net, given["t_index"]
@@ -263,7 +256,6 @@ def test_pstep100():
         report.close(f"pstep100.{name}", got, out[name], WHOLE)
     report.done()
 
-
 def test_dsample():
     given, out, model = case("dsample")
     noise, n = (given["init_noise"], given["step_noise"]), len(given["init_noise"])
@@ -272,7 +264,6 @@ def test_dsample():
     noise = (noise[0], noise[1][:, :n])
     report.close("dsample.nocfg", model.mar.diffloss.sample(given["z"][:n], 1.0, 1.0, noise), out["nocfg"], WHOLE)
     report.done()
-
 
 @pytest.mark.parametrize("name, spacing", [("train", ""), ("gen100", "100"), ("gen25", "25")])
 def test_tables(name, spacing):
@@ -289,11 +280,9 @@ def test_tables(name, spacing):
             report.close(f"tables.{name}.{key}", (got - want) / want.abs().clamp(min=1e-12), torch.zeros_like(want), (1e-12, 1e-9))
     report.done()
 
-
 def test_generation_timestep_map():
     config, _, model = golden()
     assert kept_steps(model.config.num_sampling_steps) == config["gen_timestep_map"]
-
 
 def test_schedule(monkeypatch):
     """The number of masked tokens before every sampler step, on a model that predicts nothing."""
@@ -316,7 +305,6 @@ def test_schedule(monkeypatch):
         report.equal(name, torch.tensor(seen), want)
     report.done()
 
-
 @pytest.mark.parametrize("name, how", [("und", "preprocess_pad"), ("recon", "preprocess_stretch")])
 def test_preprocessing(name, how):
     given, out, _ = case(f"preproc.{name}")
@@ -328,10 +316,8 @@ def test_preprocessing(name, how):
     report.close(f"preproc.{name}", getattr(data, how)(image, out["pixel_values"].shape[-1]), out["pixel_values"], SINGLE)
     report.done()
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # whole model: losses and gradients
-
 
 @pytest.mark.parametrize("name", ["t2i", "recon"])
 def test_generation(name, monkeypatch):
@@ -366,14 +352,12 @@ def test_generation(name, monkeypatch):
     check_gradients(report, name, gradients(model, loss), out)
     report.done()
 
-
 def test_recon_without_gradient_scale():
     _, out, model = case("recon_noscale")
     inputs, _ = generation_inputs(model, case("recon")[0])
     report = Report()
     check_gradients(report, "recon_noscale", gradients(model, model.reca_loss(**inputs, grad_scale=1.0)), out)
     report.done()
-
 
 def test_understanding(monkeypatch):
     given, out, model = case("und")
@@ -401,10 +385,8 @@ def test_understanding(monkeypatch):
     report.equal("und.greedy_tokens", model.generate_tokens(context, pads, len(out["greedy_tokens"]))[0], out["greedy_tokens"])
     report.done()
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # samplers
-
 
 def check_sampler(name, model, given, out, run, monkeypatch):
     """run(orders, noise) -> image; compares every step of the sampler."""
@@ -423,7 +405,6 @@ def check_sampler(name, model, given, out, run, monkeypatch):
     report.close(f"{name}.image", image, out["image"], WHOLE)
     report.done()
 
-
 @pytest.mark.parametrize("name", ["sample_cfg", "sample_nocfg"])
 def test_sampler(name, monkeypatch):
     given, out, model = case(name)
@@ -434,7 +415,6 @@ def test_sampler(name, monkeypatch):
         model.sample(model.embed(ids), pads, tuple(p["image_shape"]), orders=orders, noise=noise, **options))
     check_sampler(name, model, given, out, run, monkeypatch)
 
-
 def test_reconstruction_sampler(monkeypatch):
     given, out, model = case("recon_sample")
     p = golden()[0]["sampler_cases"]["recon_sample"]
@@ -444,16 +424,13 @@ def test_reconstruction_sampler(monkeypatch):
                                                         temperature=p["temperature"], orders=orders, noise=noise)
     check_sampler("recon_sample", model, given, out, run, monkeypatch)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # published weights
-
 
 def published_keys(size):
     """Names and shapes of the transformers-style export; without `vae.` they are those of harmon_*.pth, its `vae.` part is kl16.ckpt."""
     with gzip.open(os.path.join(HERE, "golden", "keys", f"harmon-{size}.keys.json.gz")) as f:
         return json.load(f)
-
 
 @pytest.mark.parametrize("size, decayed, exempt", [("0.5b", 668_872_192, 36_070_688), ("1.5b", 2_342_740_480, 152_033_568)])
 def test_keys_and_counts_of_published_sizes(size, decayed, exempt):
@@ -468,7 +445,6 @@ def test_keys_and_counts_of_published_sizes(size, decayed, exempt):
     names = {name for name, _ in model.trainable_parameters("reca")}
     assert {name for name, _ in parameters} - names == {"mar.class_emb.weight"}
     assert all(p.requires_grad == (name in names) for name, p in model.named_parameters())
-
 
 @pytest.mark.parametrize("size", ["0.5b", "1.5b"])
 @pytest.mark.parametrize("layout", ["pth", "hf"])
@@ -488,7 +464,6 @@ def test_keys_load_at_published_sizes(size, layout, tmp_path):
     assert model.llm.lm_head.weight is model.llm.model["embed_tokens"].weight
     assert model.mar.diffloss.net.final_layer["linear"].bias[3] == 0.5 and not any(p.requires_grad for p in model.vae.parameters())
 
-
 def save_sharded(folder, tensors):
     names = sorted(tensors)
     shards = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
@@ -496,7 +471,6 @@ def save_sharded(folder, tensors):
         save_file({k: tensors[k].clone() for k in keys}, folder / shard)
     with open(folder / "model.safetensors.index.json", "w") as f:
         json.dump({"weight_map": {k: shard for shard, keys in shards.items() for k in keys}}, f)
-
 
 @pytest.mark.parametrize("layout", ["pth", "file", "sharded"])
 def test_load_published_keeps_the_numbers(layout, tmp_path):
@@ -526,7 +500,6 @@ def test_load_published_keeps_the_numbers(layout, tmp_path):
     context, pads = half.context([[1, 2, IMAGE, 3]], half.precompute(images)["latents"])
     assert half.generate_tokens(context, pads, 3).shape == (1, 3)
 
-
 def test_load_published_errors(tmp_path):
     _, _, model = golden()
     state = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("vae.")}
@@ -548,10 +521,8 @@ def test_load_published_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Harmon.load_published(tmp_path / "nowhere.pth")
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # the data side and training, on the tiny model
-
 
 @lru_cache(maxsize=None)
 def tiny():
@@ -561,7 +532,6 @@ def tiny():
         torch.nn.init.normal_(p, std=0.1)
     model.trainable_parameters("base")
     return model
-
 
 class QwenLike:
     """Enough of Qwen's tokenizer for the template: newlines that follow each other are one token."""
@@ -575,7 +545,6 @@ class QwenLike:
     def decode(self, ids):
         back = {v: k for k, v in self.special.items()}
         return "".join(self.words[i] if i < len(self.words) else back[i] if i in back else chr(i - 100) for i in ids)
-
 
 def test_prompts_have_the_published_shape():
     model = Harmon.__new__(Harmon)
@@ -598,7 +567,6 @@ def test_prompts_have_the_published_shape():
     assert ids("text", question="ab?", answer="cd") == [i for i in ids("i2t", question="ab?", answer="cd")[:3]] + row[5:]
     with pytest.raises(ValueError, match="'video'"):
         ids("video")
-
 
 def test_collate():
     model, tok = tiny(), tiny().tokenizer
@@ -625,7 +593,6 @@ def test_collate():
     text = tok.decode(t2i["ids"][1, int(t2i["pads"][1]):].tolist())
     assert text == "<|im_start|>user\nGenerate an image.<|im_end|>\n<|im_start|>assistant\n"
 
-
 def test_draw():
     model = tiny()
     c, make = model.config, lambda seed: torch.Generator().manual_seed(seed)
@@ -648,7 +615,6 @@ def test_draw():
         assert (counts % bucket == 0).all() and counts.max() <= 1024 and counts.min() >= 704
         assert abs(counts.float().mean() / 1024 - 0.8667) < 0.015
 
-
 def tiny_batch(n=6, parts=("recon", "i2t", "t2i", "edit", "text")):
     model, make = tiny(), lambda *s: torch.Generator().manual_seed(hash(s) % 2 ** 31)
     latents = torch.randn(2 * n, 3, 3, 16, generator=make(0))
@@ -666,7 +632,6 @@ def tiny_batch(n=6, parts=("recon", "i2t", "t2i", "edit", "text")):
         if part == "edit":
             batch[part]["source_latents"] = latents[n:]
     return batch
-
 
 def test_a_batch_may_be_split():
     """Losses and gradients of a batch = the mean over its parts, if these share the count, as ranks and micro-batches do."""
@@ -689,7 +654,6 @@ def test_a_batch_may_be_split():
             report.close(name, p.grad, expected[name], (1e-4, 1e-6))
     report.done()
 
-
 def test_every_parameter_learns_and_conditions_matter():
     model, batch = tiny(), tiny_batch()
     grads = gradients(model, sum(model(batch).values()))
@@ -707,7 +671,6 @@ def test_every_parameter_learns_and_conditions_matter():
             padded[k][3] = drop[k][3]
         assert abs(loss("recon", **padded) / base["recon"] - 1) < 1e-5  # pads change nothing
 
-
 def test_grad_scale_is_for_post_training():
     model = tiny()
     assert model.grad_scale == 1.0
@@ -724,7 +687,6 @@ def test_grad_scale_is_for_post_training():
     with pytest.raises(ValueError, match="stage 'x'"):
         model.trainable_parameters("x")
     model.trainable_parameters("base")
-
 
 def test_dropout_and_checkpointing():
     batch = tiny_batch(n=3, parts=("recon", "i2t"))
@@ -745,7 +707,6 @@ def test_dropout_and_checkpointing():
         assert model(batch)["recon"].item() != first["recon"]
         quiet = model.eval()(batch)["recon"].item()
         assert quiet == model(batch)["recon"].item() and quiet != first["recon"]
-
 
 def test_answers_with_a_cache_equal_those_without():
     """Batched, rows of different lengths, with and without images; greedy and at a temperature."""
@@ -773,7 +734,6 @@ def test_answers_with_a_cache_equal_those_without():
     tokens = model.generate_tokens(context, pads, 8)
     assert tokens.shape == (2, 8) and model.generate_tokens(context[:1], pads[:1], 8, stop=int(tokens[0, 0])).shape == (1, 1)
 
-
 def test_linear_guidance(monkeypatch):
     model = tiny().eval()
     monkeypatch.setattr(model.mar.diffloss, "spacing", "3")
@@ -781,7 +741,6 @@ def test_linear_guidance(monkeypatch):
     model.generate(["a red circle"], cfg=4.0, steps=4, schedule="linear", generator=torch.Generator().manual_seed(0))
     made = (1, 3, 6, 8)  # of 9 tokens; the schedule counts one as masked to the end
     assert [round(args[2], 4) for args, _, _ in calls] == [round(1 + 3 * n / 9, 4) for n in made]
-
 
 def test_pictures(monkeypatch):
     model, make = tiny().eval(), lambda seed: torch.Generator().manual_seed(seed)
@@ -803,7 +762,6 @@ def test_pictures(monkeypatch):
     with pytest.raises(ValueError, match="schedule"):
         model.generate(prompts, schedule="cosine")
 
-
 def test_tiny_fits_its_budget_and_flops_are_plausible():
     model = tiny()
     assert sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vae.")) <= 2_000_000
@@ -813,13 +771,11 @@ def test_tiny_fits_its_budget_and_flops_are_plausible():
         big = Harmon(CONFIGS["harmon-1.5b"])
     assert 1.5e13 < big.flops_per_sample("recon") < 4e13  # about 1,300 LLM tokens, two encoder passes, 3,600 DiffLoss rows
 
-
 def test_preprocess():
     model, image = tiny(), Image.new("RGB", (60, 30), (255, 0, 0))
     for purpose in ("understand", "recon", "edit"):
         x = model.preprocess(image, purpose)
         assert x.shape == (3, 48, 48) and ((x[0] > 0.99).float().mean() < 0.6) == (purpose == "understand")
-
 
 @pytest.mark.filterwarnings("ignore")
 def test_dynamic_lengths_are_sums():

@@ -13,11 +13,9 @@ JOINED = re.sub(r"\\\n\s*", " ", README)  # lines that end in a backslash go on
 COMMANDS = re.findall(r"^    ((?:pip|python|torchrun) [^\n]*)", JOINED, re.M)
 COMMANDS = [re.sub(r"\s+#.*", "", c).strip() for c in COMMANDS]
 
-
 def test_two_set_up_commands():
     assert [c for c in COMMANDS if c.startswith("pip install")] == [
         "pip install -r requirements.txt && torchrun train.py --arch mar", "pip install -r requirements.txt && pytest"]
-
 
 def test_every_command_parses():
     seen = 0
@@ -36,14 +34,12 @@ def test_every_command_parses():
             seen += 1
     assert seen >= 6
 
-
 def test_docstring_commands_of_the_scripts_parse():
     for module, parse in ((train, train.parse_args), (sample, sample.parse_args)):
         text = re.sub(r"\\\s*\n\s*", " ", module.__doc__)
         for line in re.findall(rf"{module.__name__}\.py([^\n#]*)", text):
             if "--resume" not in line:
                 parse(shlex.split(line))
-
 
 def test_readme_names_code_that_exists():
     import data
@@ -59,7 +55,6 @@ def test_readme_names_code_that_exists():
         assert os.path.exists(os.path.join(ROOT, path)), path
     for path in re.findall(r"^    (\w+\.py|\w+/) ", README, re.M):  # the list of files
         assert os.path.exists(os.path.join(ROOT, path)), path
-
 
 def test_readme_keeps_its_budget():
     """140 lines, 1,400 words, no line over 300 characters, the first command within 200 words."""

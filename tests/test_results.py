@@ -17,20 +17,16 @@ ROWS = {  # the README's rows: folder, the RecA run in it, its architecture
     "AR, longest trained": ("ar-longest-trained", "ar", "reca-half"),
 }
 
-
 def read(*path):
     with open(os.path.join(ROOT, *path), encoding="utf-8") as f:
         return f.read()
 
-
 def cells(line):
     return [cell.strip() for cell in line.strip().strip("|").split("|")]
-
 
 def short(text):
     """Numbers as the README writes them: .5, not 0.5."""
     return re.sub(r"(?<!\d)0\.", ".", text)
-
 
 def test_tables_of_the_stored_runs(capsys):
     for folder in ("first", "poor-captions"):
@@ -43,7 +39,6 @@ def test_tables_of_the_stored_runs(capsys):
         tables.print_table(os.path.join(RESULTS, "archive", folder))
         out = capsys.readouterr().out
         assert all(f"| {arch} | {run} | 3 |" in out for run in ("base", "reca", "reca-full", "sft"))
-
 
 @pytest.mark.parametrize("row", ROWS)
 def test_the_table_of_the_readme_is_what_its_three_folders_give(row):
@@ -61,7 +56,6 @@ def test_the_table_of_the_readme_is_what_its_three_folders_give(row):
     wanted.append(f"{sum(base) / 3:.3f} → {sum(run) / 3:.3f}")
     assert cells(line)[1:] == [short(cell) for cell in wanted]
 
-
 def test_the_tables_of_both_readmes_are_what_the_stored_runs_give(capsys):
     """Every row of results/README.md with three or more ±: its numbers stand side by side in what results/tables.py
     prints, bold where that is. (The README's rows: the test above.)"""
@@ -76,7 +70,6 @@ def test_the_tables_of_both_readmes_are_what_the_stored_runs_give(capsys):
         arrows = [cell for cell in cells(row) if "→" in cell]  # questions and so on, beside them
         assert any(numbers in line and all(cell in line for cell in arrows) for line in printed.splitlines()), row
 
-
 def test_everything_that_the_readmes_name_exists():
     for folder in ("", "results", "weights"):
         text = read(folder, "README.md")
@@ -86,19 +79,16 @@ def test_everything_that_the_readmes_name_exists():
         for path in named:
             assert path.startswith("https://") or os.path.exists(os.path.join(ROOT, folder, path)), (folder, path)
 
-
 def test_every_archived_folder_is_explained():
     text = read("results", "README.md")
     for entry in os.scandir(os.path.join(RESULTS, "archive")):
         assert not entry.is_dir() or entry.name == "__pycache__" or f"`{entry.name}`" in text, entry.name
-
 
 def test_figures_can_be_made_again(tmp_path):
     folders = [os.path.join(RESULTS, folder) for folder, _, _ in ROWS.values()]
     tables.draw_changes(folders, str(tmp_path / "changes.png"))
     tables.draw_figure(os.path.join(RESULTS, "archive", "poor-captions"), str(tmp_path / "curves.png"))
     assert (tmp_path / "changes.png").stat().st_size > 1000 and (tmp_path / "curves.png").stat().st_size > 1000
-
 
 def result(score, curve, seed=0, stage="reca", steps=20):
     """A run's result.json, with made-up scores."""
@@ -110,7 +100,6 @@ def result(score, curve, seed=0, stage="reca", steps=20):
 
     return json.dumps({"arch": "ar", "stage": stage, "seed": seed, "args": {"steps": steps, "i2t_weight": 0.0},
                        "scores": scores(score), "curve": [(i * 10, scores(value)) for i, value in enumerate(curve)]})
-
 
 def test_tables_and_figures_over_seeds(tmp_path, capsys):
     runs = [("ar_reca_seed0", 0.5, (0.2, 0.3)), ("ar_reca_seed1", 0.7, (0.2, 0.5)), ("ar_reca_seed2", 0.6, ()),

@@ -15,7 +15,6 @@ from shape_world import Scenes
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-
 class Fake(torch.nn.Module):
     """Records its calls; pictures of 8 pixels: what it is given, or random."""
 
@@ -42,7 +41,6 @@ class Fake(torch.nn.Module):
         self.calls.append(("answer", images.shape, questions, max_new_tokens, temperature))
         return ["blue"]
 
-
 class Painter(Fake):
     """With the modes that only some models have."""
 
@@ -61,7 +59,6 @@ class Painter(Fake):
     def answer(self, images, questions, max_new_tokens=32, temperature=0.0, generator=None, think=False):
         return ["I think: blue"] if think else ["blue"]
 
-
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """run(model, *flags) -> the sheet as an array, or None; "PICTURE" and "MASK" stand for files."""
@@ -78,13 +75,11 @@ def run(tmp_path, monkeypatch):
         return np.asarray(Image.open(out)) if out.exists() else None
     return go
 
-
 def weights(arch):
     folder = checkpoint.default_weights(arch, "base")
     if not os.path.isdir(folder):
         pytest.skip(f"weights/{arch}-base is not there")
     return ["--arch", arch, "--ckpt", folder, "--device", "cpu"]
-
 
 def test_sampler_script_same_seed_same_picture(tmp_path, capsys):
     common = weights("mar")
@@ -101,7 +96,6 @@ def test_sampler_script_same_seed_same_picture(tmp_path, capsys):
     assert Image.open(tmp_path / "c.png").size == (2 * (144 + 6) + 6, 144 + 26 + 12)  # the source beside it
     with pytest.raises(FileNotFoundError, match="nothing.png: no such image"):
         sample.main([*common, "--image", str(tmp_path / "nothing.png"), "--reconstruct"])
-
 
 @pytest.mark.parametrize("arch", checkpoint.architectures())
 def test_every_model_does_what_its_flags_promise(arch, tmp_path, capsys):
@@ -120,7 +114,6 @@ def test_every_model_does_what_its_flags_promise(arch, tmp_path, capsys):
         else:
             with pytest.raises(ValueError, match=f"^{flags[0]}: --arch {arch} has no such mode$"):
                 sample.main(argv)
-
 
 def test_flags_reach_the_model(run, capsys):
     model = Fake()
@@ -144,7 +137,6 @@ def test_flags_reach_the_model(run, capsys):
     run(model, "--image", "PICTURE", "--reconstruct")
     assert model.calls == [("reconstruct", (48, 48))]
 
-
 def test_inpaint_paints_where_the_mask_is_white(run):
     model = Painter()
     sheet = run(model, "--image", "PICTURE", "--inpaint", "MASK", "--prompt", "a star", "--n", "2")
@@ -155,12 +147,10 @@ def test_inpaint_paints_where_the_mask_is_white(run):
     source, new = sheet[32:176, 6:150], sheet[32:176, 156:300]
     assert (new[:, :72] == source[:, :72]).all() and (new[:, 72:] == 255).all() and not (source[:, 72:] == 255).all()
 
-
 def test_inpaint_refuses_a_mask_of_another_size(run, tmp_path):
     Image.new("L", (40, 48)).save(tmp_path / "small.png")
     with pytest.raises(ValueError, match=r"small.png: 40x48 pixels, expected 48x48"):
         run(Painter(), "--image", "PICTURE", "--inpaint", str(tmp_path / "small.png"), "--prompt", "a star")
-
 
 def test_extrapolate_shows_the_larger_picture_alone(run):
     model = Painter()
@@ -168,7 +158,6 @@ def test_extrapolate_shows_the_larger_picture_alone(run):
     name, side, prompts, how = model.calls[-1]
     assert (name, side, prompts, how["steps"]) == ("extrapolate", "right", ["a star"], 4)
     assert sheet.shape == (144 + 26 + 12, 216 + 12, 3)
-
 
 def test_think_goes_to_models_that_can(run, capsys):
     model = Painter()
@@ -183,7 +172,6 @@ def test_think_goes_to_models_that_can(run, capsys):
         with pytest.raises(ValueError, match="^--think: --arch mar has no such mode$"):
             run(model, *flags, "--think")
 
-
 WRONG = [
     (["--question", "what?"], "--image FILE and one of"),
     (["--image", "x.png"], "--image FILE and one of"),
@@ -197,19 +185,16 @@ WRONG = [
     (["--arch", "none"], "invalid choice"),
 ]
 
-
 @pytest.mark.parametrize("argv, message", WRONG, ids=[" ".join(w[0]) for w in WRONG])
 def test_flags_that_do_not_fit_end_in_one_line(argv, message, capsys):
     with pytest.raises(SystemExit) as e:
         sample.parse_args(argv)
     assert e.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
-
 def test_error_is_one_line_and_exit_code_2():
     argv = [sys.executable, os.path.join(ROOT, "sample.py"), *weights("mar"), "--think"]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (2, "error: --think: --arch mar has no such mode\n")
-
 
 def test_grid_and_plot():
     pictures = np.arange(5 * 4 * 6 * 3, dtype=np.uint8).reshape(5, 4, 6, 3)
@@ -222,7 +207,6 @@ def test_grid_and_plot():
     assert plotted.shape == (400, 720, 3)
     assert (plotted == sample.LINE_COLORS[0]).all(2).sum() > 300 and not (plotted == sample.LINE_COLORS[1]).all(2).any()
     assert np.asarray(sample.plot({}, "step")).min() == 255
-
 
 def test_save_png_keeps_the_old_picture_when_the_disk_is_full(tmp_path, monkeypatch):
     image, path = Image.new("RGB", (4, 4), "red"), str(tmp_path / "deep" / "a.png")

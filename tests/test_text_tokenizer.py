@@ -19,13 +19,11 @@ WEIGHTS = text_tokenizer.WEIGHTS
 # [text, Qwen2.5 ids, phi-1.5 ids]
 HARD = read_json(os.path.join(os.path.dirname(__file__), "golden", "tokenizers.json"))
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The tiny vocabulary and the templates
 def words_are_tokens(tok, text):
     """Is every word and every mark of the text one token?"""
     return len(tok.encode(text)) == len(regex.findall(r"\w+|[^\w\s]", text))
-
 
 def test_tiny_vocabulary():
     tok = load_tokenizer("tiny")
@@ -42,7 +40,6 @@ def test_tiny_vocabulary():
     english = open(os.path.join(WEIGHTS, "tokenizer_english.txt"), encoding="utf-8").read()
     assert len(tok.encode(english)) < 2.1 * len(english.split())
 
-
 def test_every_word_of_the_shape_world_is_one_token():
     tok, rng = load_tokenizer("tiny"), random.Random(0)
     scenes = shape_world.Scenes(400, seed=1)
@@ -55,19 +52,16 @@ def test_every_word_of_the_shape_world_is_one_token():
     for text in set(texts):
         assert words_are_tokens(tok, text), [tok.decode([i]) for i in tok.encode(text)]
 
-
 def test_tiny_vocabulary_is_what_the_trainer_makes(tmp_path):
     build_tokenizer(tmp_path / "t.tiktoken")
     shipped = open(os.path.join(WEIGHTS, "tokenizer.tiktoken"), "rb").read()
     assert (tmp_path / "t.tiktoken").read_bytes() == shipped, "run weights/make_tokenizer.py and train all again"
-
 
 def test_templates():
     tok = load_tokenizer("tiny")
     assert len(set(RECA_TEMPLATES)) == len(RECA_TEMPLATES) >= 100
     assert sum(len(tok.encode(t)) <= 12 for t in RECA_TEMPLATES) >= 100
     assert all(t == t.strip() and t and "|" not in t and "\n" not in t for t in RECA_TEMPLATES)
-
 
 def test_special_strings():
     tok = load_tokenizer("tiny")
@@ -81,7 +75,6 @@ def test_special_strings():
     assert tok.decode([0x80]) == "\ufffd" and tok.decode([]) == "" and tok.encode("") == []
     assert tok.decode(torch.tensor(tok.encode("two stars"))) == "two stars"
 
-
 def random_texts(n, seed=0):
     rng = random.Random(seed)
     pieces = [" ", "  ", "\t", "\n", "\r\n", "a", "the", " circle", "I'll", "1", "23", ".", "...", "é", "e\u0301",
@@ -93,7 +86,6 @@ def random_texts(n, seed=0):
     for _ in range(n):
         yield "".join(rng.choice(pieces) if rng.random() < 0.7 else anything() for _ in range(rng.randrange(30)))
 
-
 def test_round_trip_of_any_text():
     tok = load_tokenizer("tiny")
     for text in [*random_texts(2000), *(row[0] for row in HARD)]:
@@ -101,7 +93,6 @@ def test_round_trip_of_any_text():
         assert tok.decode(tok.encode(text)) == want
         assert tok.decode(tok.encode_ordinary(text)) == unicodedata.normalize("NFC", text)
     assert tok.encode("cafe\u0301") == tok.encode("caf\u00e9")
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Published vocabularies
@@ -115,7 +106,6 @@ def slow_bpe(text, split, ranks):
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         out += [ranks[p] for p in parts]
     return out
-
 
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory):
@@ -157,7 +147,6 @@ def vocabulary(tmp_path_factory):
     (root / "ours.tiktoken").write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for t, i in ranks.items()))
     return root, ranks
 
-
 def test_formats_agree(vocabulary):
     root, ranks = vocabulary
     qwen, qwen_json = load_tokenizer(root / "qwen"), load_tokenizer(root / "qwen.json")
@@ -178,7 +167,6 @@ def test_formats_agree(vocabulary):
             assert phi.encode_ordinary(text) == slow_bpe(text, text_tokenizer.GPT2_SPLIT, ranks)
         assert phi.decode(phi.encode(text)) == text  # no normalization in GPT-2's kind
 
-
 def test_whitespace_of_phi(vocabulary):
     phi = load_tokenizer(vocabulary[0] / "gpt2")
 
@@ -191,7 +179,6 @@ def test_whitespace_of_phi(vocabulary):
     assert phi.encode(" " * 70) == [spaces(31), spaces(31), spaces(8)]  # longest first, from the left
     assert phi.encode("\t" * 12) == [tabs(9), tabs(3)]
     assert phi.encode("x" + " " * 4 + "x")[1] == spaces(4)
-
 
 @pytest.mark.parametrize("kind, column", [("NANORECA_QWEN", 1), ("NANORECA_PHI", 2)])
 def test_published_ids(kind, column):
@@ -209,7 +196,6 @@ def test_published_ids(kind, column):
         assert tok.encode("<|im_start|>user\n\nHi")[:3] == [151644, 872, 271]
     else:
         assert tok.vocab_size == 50295 and tok.eos == 50256
-
 
 def test_bad_tokenizers(vocabulary, tmp_path):
     root, _ = vocabulary
@@ -249,7 +235,6 @@ def test_bad_tokenizers(vocabulary, tmp_path):
             load_tokenizer(path)
         said = str(e.value)
         assert message in said and str(path).split("/")[-1][:5] in said and "\n" not in said, said
-
 
 def test_train_bpe_asks_for_more_text():
     with pytest.raises(ValueError, match="give only 257 tokens"):

@@ -25,7 +25,6 @@ ARCHS = [arch for arch in checkpoint.architectures() if "base" in checkpoint.mod
 SMALL = ["--batch", "8", "--pool", "32", "--eval-n", "0", "--log-every", "1", "--steps", "4", "--warmup", "2",
          "--device", "cpu", "--threads", "1"]
 
-
 def made(*argv, stage=None):
     """args, the model and the batches of a command."""
     args, _ = train.parse_args([*argv])
@@ -33,7 +32,6 @@ def made(*argv, stage=None):
     model = train.build(args)
     model.trainable_parameters(stage or args.stage)
     return args, model, data.Batches(args, model)
-
 
 def run(*argv, out):
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -45,11 +43,9 @@ def run(*argv, out):
         for s, h in handlers.items():
             signal.signal(s, h)
 
-
 def losses(folder):
     rows = [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
     return {r["step"]: {k: v for k, v in r.items() if k not in ("ms", "images_per_s", "step", "mfu")} for r in rows if "loss" in r}
-
 
 def torchrun(n, *argv):
     env = dict(os.environ, OMP_NUM_THREADS="1")
@@ -57,7 +53,6 @@ def torchrun(n, *argv):
                           cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
-
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_resume_is_exact_after_a_signal(arch, tmp_path, monkeypatch, capsys):
@@ -79,7 +74,6 @@ def test_resume_is_exact_after_a_signal(arch, tmp_path, monkeypatch, capsys):
     a, b = (torch.load(tmp_path / d / "checkpoint.pt", weights_only=True) for d in ("cut", "whole"))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in b["model"])
 
-
 @pytest.mark.parametrize("arch", ARCHS)
 def test_two_processes_equal_one_and_resume(arch, tmp_path):
     mix = ["--mix", "t2i=1", "i2t=1", "edit=0.5", "text=0.5", "align=0.5", "words=0.5"]
@@ -98,7 +92,6 @@ def test_two_processes_equal_one_and_resume(arch, tmp_path):
     torchrun(2, "--resume", str(tmp_path / "cut"), "--stop-after", "0")
     assert losses(tmp_path / "cut") == two
 
-
 def test_reca_run_leaves_everything_and_learns(tmp_path):
     if not os.path.isdir(checkpoint.default_weights("mar", "base")):
         pytest.skip("weights/mar-base is not there")
@@ -113,7 +106,6 @@ def test_reca_run_leaves_everything_and_learns(tmp_path):
     changed = [k for k, v in model.state_dict().items() if not torch.equal(v, base.state_dict()[k])]
     assert changed and not any(k.startswith("vae.") for k in changed)  # the frozen autoencoder stays to the bit
 
-
 def test_real_images_from_a_tar(tmp_path):
     if not os.path.isdir(checkpoint.default_weights("mar", "base")):
         pytest.skip("weights/mar-base is not there")
@@ -127,7 +119,6 @@ def test_real_images_from_a_tar(tmp_path):
             tar.addfile(info, b)
     assert run("--arch", "mar", "--data", str(tmp_path / "photos.tar"), *SMALL, out=tmp_path / "r") == 0
     assert Image.open(tmp_path / "r" / "before_after.png").size[0] > 500
-
 
 ERRORS = [
     (["--stage", "base", "--batch", "7", "--accum", "2"], r"--batch 7 .*--accum 2.*multiple of"),
@@ -147,7 +138,6 @@ ERRORS = [
     (["--stage", "tokenizer", "--cfg", "2"], r"--cfg 2: .*a tokenizer has no guidance"),
 ]
 
-
 @pytest.mark.parametrize("argv, message", ERRORS, ids=[m[1][:25] for m in ERRORS])
 def test_one_line_errors(argv, message, tmp_path):
     argv = [os.path.join(ROOT, "weights", "mar-base") if a == "BASE" else a for a in argv]
@@ -157,13 +147,11 @@ def test_one_line_errors(argv, message, tmp_path):
         run("--arch", "mar", *SMALL[:-4], *argv, out=tmp_path / "r") if "--resume" not in argv else run("--arch", "mar", *argv, out=tmp_path / "r")
     assert re.search(message, str(e.value)) and "\n" not in str(e.value)
 
-
 def test_error_is_one_line_and_exit_code_2(tmp_path):
     done = subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), "--ckpt", "no/such/folder", "--out", str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.startswith("error: no/such/folder") and "Traceback" not in done.stderr
     done = subprocess.run([sys.executable, os.path.join(ROOT, "sample.py"), "--no-such-flag"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "--no-such-flag" in done.stderr
-
 
 def test_truncated_checkpoint_and_full_disk(tmp_path, monkeypatch):
     run("--arch", "mar", "--stage", "base", *SMALL, "--steps", "1", out=tmp_path / "r")
@@ -178,7 +166,6 @@ def test_truncated_checkpoint_and_full_disk(tmp_path, monkeypatch):
         run("--arch", "mar", "--stage", "base", *SMALL, "--steps", "1", out=tmp_path / "r")
     assert path.read_bytes() == good  # the last checkpoint is untouched
 
-
 def test_model_config_of_another_arch_is_refused(tmp_path):
     run("--arch", "mar", "--stage", "base", *SMALL, "--steps", "1", out=tmp_path / "r")
     with pytest.raises(ValueError, match="holds a model of --arch mar"):
@@ -188,7 +175,6 @@ def test_model_config_of_another_arch_is_refused(tmp_path):
     json.dump(meta, open(tmp_path / "r" / "config.json", "w"))
     with pytest.raises(ValueError, match="(?s)wrong shape|shape"):
         checkpoint.load_model("mar", str(tmp_path / "r"))
-
 
 def test_batches_do_not_depend_on_the_split():
     args, model, one = made("--arch", "mar", "--stage", "base", "--batch", "8", "--pool", "32")
@@ -202,7 +188,6 @@ def test_batches_do_not_depend_on_the_split():
             assert whole[part]["count"] == sum(h[part]["count"] for h in halves)
     assert not torch.equal(one.batch(4)["t2i"]["noise"], whole["t2i"]["noise"])
 
-
 def gradients(arch, accum, *more):
     """The first step's losses and gradients, with --accum micro-batches."""
     args, _ = train.parse_args(["--arch", arch, "--batch", "8", "--pool", "16", "--accum", str(accum), "--device", "cpu",
@@ -213,7 +198,6 @@ def gradients(arch, accum, *more):
     totals, norm = train.train_step(run, 0, [run.batches.batch(0, m) for m in range(accum)])
     run.log.close()
     return {part: v.item() for part, v in totals.items()}, {n: p.grad for n, p in run.named if p.grad is not None}, norm
-
 
 @pytest.mark.parametrize("arch, parts", [("ar", ["i2t=1", "recon=1", "t2i=1", "text=1"]),
                                          ("diffusion", ["recon=1", "t2i=1", "edit=1"])])
@@ -227,7 +211,6 @@ def test_accumulation_changes_nothing(arch, parts, tmp_path):
         for name, g in gradients_1.items():
             assert (gradients_n[name] - g).norm() <= 1e-6 * norm, name
 
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_step_is_one_graph(arch):
@@ -236,7 +219,6 @@ def test_a_step_is_one_graph(arch):
     torch._dynamo.reset()
     found = torch._dynamo.explain(model)(batches.batch(0))
     assert (found.graph_count, found.graph_break_count) == (1, 0), [r.reason for r in found.break_reasons]
-
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_several_questions_about_a_picture_share_its_row(arch):
@@ -256,12 +238,10 @@ def test_several_questions_about_a_picture_share_its_row(arch):
         where = at + len(ids) - len(labels) + (not showo)  # Show-o's labels are shifted in the loss
         assert ids[where].tolist() == want
 
-
 def test_learning_rate_schedule():
     args, _ = train.parse_args(["--steps", "110", "--warmup", "10", "--lr", "1"])
     assert train.learning_rate(args, 0, 1.0) == pytest.approx(0.1) and train.learning_rate(args, 9, 1.0) == 1.0
     assert train.learning_rate(args, 60, 1.0) == pytest.approx(0.5) and train.learning_rate(args, 109, 1.0) < 0.01
-
 
 def test_tokenizer_stage_trains_and_calibrates(tmp_path):
     assert run("--arch", "mar", "--stage", "tokenizer", "--steps", "12", "--pool", "64", "--batch", "16", "--eval-n", "8", "--log-every", "1", "--warmup", "2", "--device", "cpu", out=tmp_path / "t") == 0
@@ -270,7 +250,6 @@ def test_tokenizer_stage_trains_and_calibrates(tmp_path):
     out = subprocess.run([sys.executable, "-c", f"import train; a, _ = train.parse_args(['--stage', 'base', '--tokenizer-ckpt', {str(tmp_path / 't')!r}]); m = train.build(a); print(m.vae.config.scale)"],
                          cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-500:]
-
 
 def test_interrupted_write_keeps_the_old_file(tmp_path):
     path = str(tmp_path / "f")
@@ -283,7 +262,6 @@ def test_interrupted_write_keeps_the_old_file(tmp_path):
     with pytest.raises(OSError, match="untouched"):
         checkpoint.atomic(path, fail)
     assert open(path).read() == "old" and os.listdir(tmp_path) == ["f"]
-
 
 def test_caption_flags_change_the_captions():
     def captions(*flags):
@@ -299,7 +277,6 @@ def test_caption_flags_change_the_captions():
     with pytest.raises(ValueError, match="--sparse-captions 1.5: must be from 0 to 1"):
         train.check_args(train.parse_args(["--sparse-captions", "1.5"])[0], 1)
 
-
 def test_captions_stay_with_their_own_pictures(tmp_path):
     # a is no picture to train on: the next one stands in, with its own caption
     for name, size in (("a", (200, 10)), ("b", (48, 48)), ("c", (48, 48))):
@@ -310,7 +287,6 @@ def test_captions_stay_with_their_own_pictures(tmp_path):
                        "--cache-gb", gb)[2]
         rows = [batches.row("t2i", i, random.Random(0))["caption"] for i in range(3)]
         assert rows == ["caption of b", "caption of b", "caption of c"]
-
 
 def test_shuffled_features_do_not_depend_on_the_process():
     args, model, batches = made("--arch", "ar", *SMALL, "--understanding", "shuffled")
@@ -326,7 +302,6 @@ def test_shuffled_features_do_not_depend_on_the_process():
         data.Batches(args, model)
     with pytest.raises(ValueError, match="--understanding shuffled: .*take scrambled"):
         made("--arch", "mar", *SMALL, "--understanding", "shuffled")
-
 
 def test_scrambled_boards_hold_the_same_cells_elsewhere(tmp_path):
     args, model, batches = made("--arch", "mar", *SMALL, "--understanding", "scrambled", "--altered-share", "1")
@@ -347,14 +322,12 @@ def test_scrambled_boards_hold_the_same_cells_elsewhere(tmp_path):
     assert torch.equal(some["source_latents"][8:], some["latents"][8:])
     assert run("--arch", "mar", *SMALL, "--understanding", "scrambled", "--stop-after", "1", out=tmp_path / "r") == 0
 
-
 def test_an_own_view_may_replace_what_reca_sees():
     def nothing(model, pixels, encodings, rows, generator):
         return {"source_latents": torch.zeros_like(encodings["latents"])}
     args, model, _ = made("--arch", "mar", *SMALL, "--understanding", "full")
     seen = data.Batches(args, model, view=nothing).batch(0)["recon"]
     assert not seen["source_latents"].any() and seen["latents"].any()
-
 
 def test_resume_takes_what_is_typed_now(tmp_path, monkeypatch):
     run("--arch", "mar", "--stage", "base", *SMALL, "--stop-after", "2", out=tmp_path / "r")
@@ -365,17 +338,14 @@ def test_resume_takes_what_is_typed_now(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--resume .*: that is a run of --arch mar, not ar"):
         train.parse_args(["--resume", str(tmp_path / "r"), "--arch", "ar"])
 
-
 def parse(*argv):
     return train.parse_args([*argv])[0]
-
 
 def test_own_images_get_plain_reca():
     for arch in ("mar", "ar", "diffusion"):
         plain, own = parse("--arch", arch, "--data", "photos"), parse("--arch", arch)
         assert set(plain.mix) == ({"recon"} if arch == "diffusion" else {"recon", "i2t"})
         assert plain.understanding == "full" and plain.t2i_weight == 0 and "t2i" in own.mix
-
 
 def test_muon_takes_the_matrices_inside_blocks():
     args, model, _ = made("--arch", "ar", "--stage", "base", *SMALL)
@@ -393,7 +363,6 @@ def test_muon_takes_the_matrices_inside_blocks():
     assert parse("--arch", "diffusion", "--stage", "base").muon_decay == 0.3
     assert parse("--arch", "ar", "--stage", "sft", "--muon-decay", "0.1").muon_decay == 0.1
 
-
 def test_tiny_diffusion_recipe_and_plain_reca():
     args = parse("--arch", "diffusion")
     assert args.mix == {"recon": 0.5, "t2i": 0.5, "edit": 0.25} and args.muon_lr == 0.005 and args.t2i_weight == 1.0
@@ -401,7 +370,6 @@ def test_tiny_diffusion_recipe_and_plain_reca():
     assert parse("--arch", "diffusion", "--mix", "recon=1").mix == {"recon": 1.0}
     published = parse("--arch", "diffusion", "--config", "bagel-7b-mot")
     assert published.mix == {"recon": 1.0} and published.muon_lr == 0 and published.eps == 1e-15
-
 
 def test_tiny_ar_recipe_and_its_control():
     reca, sft = (parse("--arch", "ar", "--stage", stage) for stage in ("reca", "sft"))
@@ -411,7 +379,6 @@ def test_tiny_ar_recipe_and_its_control():
     plain = parse("--arch", "ar", "--i2t-weight", "1", "--t2i-weight", "0", "--mix", "recon=1", "i2t=1")
     assert plain.mix == {"recon": 1.0, "i2t": 1.0}
 
-
 def test_tiny_mar_sees_half_of_its_pictures_scrambled():
     args = parse("--arch", "mar")
     assert (args.understanding, args.altered_share) == ("scrambled", 0.5)
@@ -419,12 +386,10 @@ def test_tiny_mar_sees_half_of_its_pictures_scrambled():
     assert parse("--arch", "mar", "--altered-share", "0.25").altered_share == 0.25
     assert parse("--arch", "mar", "--data", "photos").understanding == "full"  # your own images: RecA as published
 
-
 def test_features_are_dropped_only_without_captions_beside_them():
     for parts, drop in ((["recon=1"], True), (["recon=0.5", "t2i=0.5"], False)):
         batches = made("--arch", "diffusion", *SMALL, "--drop", "1", "--mix", *parts)[2]
         assert batches.row("recon", 0, random.Random(0))["drop"] == drop
-
 
 def test_a_process_may_end_while_batches_are_being_made():
     """A thread inside torch used to abort it: "terminate called without an active exception"."""

@@ -15,7 +15,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from checkpoint import load_strict
-from data import bagel_resize, bagel_size, clip_pixels, magvit_pixels, square_pixels, to_pixels
 from text_tokenizer import load_tokenizer
 from vision_encoder import (
     VISION_ENCODERS,
@@ -23,9 +22,15 @@ from vision_encoder import (
     CLIPVision,
     SigLIPConfig,
     SigLIPNaViT,
+    bagel_resize,
+    bagel_size,
     caption_words,
+    clip_pixels,
     grid_ids,
+    magvit_pixels,
     patchify,
+    square_pixels,
+    to_pixels,
     word_alignment,
 )
 
@@ -34,12 +39,10 @@ GOLDEN = os.environ.get("PARITY_DIR", os.path.join(HERE, "golden"))
 SMALL_CLIP = CLIPConfig(width=24, layers=3, skip_last=1, heads=2, mlp_width=40, image_size=12, patch=4)
 SMALL_SIGLIP = SigLIPConfig(width=24, layers=2, heads=2, mlp_width=40, patch=4, positions=5)
 
-
 @pytest.fixture(autouse=True)
 def same_start():
     torch.manual_seed(0)
     yield
-
 
 def golden(model, first):
     """config.json, weights and cases of golden/<model>; skips by name where a file or the tensor `first` is not
@@ -53,7 +56,6 @@ def golden(model, first):
         pytest.skip(f"no tensor {first} in {folder}")
     with open(os.path.join(folder, "config.json")) as f:
         return json.load(f), load_file(os.path.join(folder, "weights.safetensors")), cases
-
 
 def compare(rows, cases, tolerance=2e-5):
     """rows: (name of the golden tensor, ours). Float: |a - b| <= tolerance * max(1, max|b|); integers: equal."""
@@ -69,7 +71,6 @@ def compare(rows, cases, tolerance=2e-5):
     print("\n".join(table))
     assert not bad, "\n" + "\n".join(table)
 
-
 def outputs(modules):
     """Collects what the modules return, in the order in which they run."""
     kept = []
@@ -81,7 +82,6 @@ def outputs(modules):
         module.register_forward_hook(keep)
     return kept
 
-
 def clip_of(config):
     c = config["clip_vision_config"]
     return CLIPVision(CLIPConfig(width=c["hidden_size"], layers=c["num_hidden_layers"],
@@ -89,10 +89,8 @@ def clip_of(config):
                                  mlp_width=c["intermediate_size"], image_size=c["image_size"], patch=c["patch_size"],
                                  eps=c["layer_norm_eps"]))
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # golden numbers, published keys
-
 
 @torch.no_grad()
 def test_golden_clip():
@@ -105,7 +103,6 @@ def test_golden_clip():
     compare([("clip.out.hidden_first", kept[0]), ("clip.out.features", features),
              ("clip.out.hidden_last", layers[-1](kept[1]))], cases)
     assert m.num_tokens == config["clip_num_tokens"] == features.shape[1]
-
 
 @torch.no_grad()
 def test_golden_siglip():
@@ -128,14 +125,12 @@ def test_golden_siglip():
     compare([*[(name, torch.cat(parts)) for name, parts in zip(names, zip(*rows))],
              *[(f"vit.layer{i}.out", torch.cat(kept[i::len(layers)], 1)[0]) for i in range(len(layers))]], cases)
 
-
 def test_golden_preprocessing_showo():
     config, _, cases = golden("showo", "preproc.in.rgb")
     image, size = Image.fromarray(cases["preproc.in.rgb"].numpy()), config["magvitv2"]["resolution"]
     compare([("preproc.out.clip", clip_pixels(image, config["clip_vision_config"]["image_size"])),
              ("preproc.out.vq", magvit_pixels(image, size)),
              ("preproc.out.reca_square", square_pixels(image, size))], cases, 1e-6)
-
 
 def test_golden_preprocessing_bagel():
     config, _, cases = golden("bagel", "transform.wh")
@@ -144,7 +139,6 @@ def test_golden_preprocessing_bagel():
     image = Image.fromarray(cases["transform.image_u8"].numpy())
     compare([("transform.new_wh", torch.tensor(sizes)),
              ("transform.image_out", to_pixels(bagel_resize(image, *config["transform_image_args"])))], cases, 1e-6)
-
 
 @pytest.mark.parametrize("name, file, prefix", [("clip-vit-large-patch14-336", "clip-vit-large-patch14-336", ""),
                                                 ("siglip-so400m-14-980", "bagel-7b-mot", "vit_model.")])
@@ -155,10 +149,8 @@ def test_keys(name, file, prefix):
         want = {k[len(prefix):]: v for k, v in json.load(f).items() if k.startswith(prefix)}
     assert {k: list(t.shape) for k, t in m.state_dict().items()} == want
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # CLIP
-
 
 @torch.no_grad()
 def test_clip_reads_the_penultimate_layer():
@@ -175,11 +167,9 @@ def test_clip_reads_the_penultimate_layer():
     want = F.conv2d(x, e.patch_embedding.weight, stride=4)[:, :, 1, 2] + e.position_embedding.weight[1 + 5]
     assert torch.allclose(e(x)[:, 1 + 5], want, atol=1e-6)
 
-
 def test_clip_wrong_size():
     with pytest.raises(ValueError, match=re.escape("(1, 3, 12, 16), expected (B, 3, 12, 12)")):
         CLIPVision(SMALL_CLIP)(torch.zeros(1, 3, 12, 16))
-
 
 @pytest.mark.parametrize("name", ["tiny-clip", "tiny-siglip"])
 def test_tiny_parameters_all_learn(name):
@@ -196,10 +186,8 @@ def test_tiny_parameters_all_learn(name):
     for k, p in m.named_parameters():
         assert p.grad is not None and (p.grad.abs().max() > 0 or k.endswith("k_proj.bias")), k
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # SigLIP
-
 
 def test_siglip_pictures_see_only_themselves():
     m = SigLIPNaViT(SMALL_SIGLIP)
@@ -212,7 +200,6 @@ def test_siglip_pictures_see_only_themselves():
     out[1].sum().backward()
     assert (patches.grad.abs().amax(2) > 0).tolist() == [[False] * 6, [True] * 6, [False] * 6]
 
-
 def test_patch_order_equals_a_convolution():
     """Inside a patch: row, column, channel. So the linear layer is SigLIP's original convolution with its weight
     permuted."""
@@ -221,22 +208,18 @@ def test_patch_order_equals_a_convolution():
     assert torch.allclose(ours, F.conv2d(x, w, stride=4).flatten(2).transpose(1, 2), atol=1e-4)
     assert torch.equal(patchify(x, 4)[1], patchify(x[1], 4))
 
-
 def test_patch_and_grid_errors():
     with pytest.raises(ValueError, match="10x8 pixels.*4x4 patches.*multiples of 4"):
         patchify(torch.zeros(3, 10, 8), 4)
     with pytest.raises(ValueError, match="2x6 does not fit the 5x5"):
         grid_ids(2, 6, 5)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # preprocessing
-
 
 def ramp(w, h):
     """Every column of its own gray: resized and cropped pictures tell where they came from."""
     return Image.fromarray(np.repeat(np.tile(np.arange(w, dtype=np.uint8), (h, 1))[..., None], 3, 2))
-
 
 def test_crops():
     x = to_pixels(ramp(19, 8), 0.0, 1 / 255)[0, 0].tolist()
@@ -261,7 +244,6 @@ def test_crops():
     flat = magvit_pixels(Image.new("RGB", (20, 20), (255, 0, 51)), 4)
     assert torch.allclose(flat[:, 0, 0], torch.tensor([1.0, -1.0, -0.6]))
 
-
 def test_transparent_pictures_on_white():
     image = Image.new("RGBA", (32, 32), (10, 20, 30, 0))
     image.paste((200, 0, 0, 255), (0, 0, 16, 32))
@@ -275,7 +257,6 @@ def test_transparent_pictures_on_white():
     x = np.asarray(bagel_resize(p, 32, 32, 16))
     assert (x[:, 20:] == 255).all() and (x[:, 2] == (250, 0, 0)).all()
 
-
 def test_bagel_sizes():
     assert bagel_size(224, 100, 224, 224, 14) == (224, 98)  # RecA: long side exactly 224
     assert bagel_size(4000, 4000, 980, 224, 14) == (980, 980)
@@ -285,10 +266,8 @@ def test_bagel_sizes():
     assert bagel_size(980, 980, 980, 224, 14, num_images=4) == bagel_size(980, 980, 980, 224, 14, 14 * 14 * 9 * 256)
     assert bagel_size(5000, 3, 1024, 512, 16) == (1024, 16)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # words
-
 
 def test_caption_words():
     """Ids that the caption has, however often; a caption's own special strings are spelled out."""
@@ -299,7 +278,6 @@ def test_caption_words():
     for row, caption in zip(words, captions):
         assert row.nonzero().flatten().tolist() == sorted(set(tokenizer.encode_ordinary(caption)))
     assert words.max() == 1 and words[2].sum() > 1 and words[2, tokenizer.encode("<|im_end|>")] == 0
-
 
 def test_word_alignment_finds_words_at_their_places():
     g = torch.Generator().manual_seed(0)
@@ -321,7 +299,6 @@ def test_word_alignment_finds_words_at_their_places():
     # a picture without a caption is neither asked for nor in the contrast
     more = torch.cat([seen, told[:1]]), torch.cat([words, torch.zeros(1, 20)])
     torch.testing.assert_close(word_alignment(*more, embeddings), want)
-
 
 def test_words_of_dense_captions_each_for_itself():
     g = torch.Generator().manual_seed(0)

@@ -10,13 +10,11 @@ import evaluate
 import shape_world
 from shape_world import COLORS, HELD_OUT_COMBOS, HELD_OUT_PAIRS, SHAPES, Object, Scenes, fulfils, judge, same_objects
 
-
 def test_same_seed_same_pictures():
     a, b = Scenes(50, seed=3), Scenes(50, seed=3)
     assert (a.render() == b.render()).all() and (a.objects == b.objects).all()
     assert (Scenes(50, seed=4).objects != a.objects).any()
     assert (Scenes.of([a.scene(i) for i in range(50)]).render() == a.render()).all()
-
 
 def test_judge_is_right_on_ground_truth():
     scenes = Scenes(2000, seed=11)
@@ -24,12 +22,10 @@ def test_judge_is_right_on_ground_truth():
     exact = np.mean([set(f) == {tuple(o[:4]) for o in scenes.scene(i)[1]} for i, f in enumerate(found)])
     assert exact >= 0.99
 
-
 def test_judge_survives_noise():
     scenes = Scenes(500, seed=12)
     noisy = np.clip(scenes.render() + np.random.default_rng(0).normal(0, 8, (500, 48, 48, 3)), 0, 255).astype(np.uint8)
     assert np.mean([same_objects(f, scenes.scene(i)) == 1 for i, f in enumerate(judge(noisy))]) >= 0.99
-
 
 def scene_for(row, rng):
     """A scene that shows what a prompt row asks for, at random cells."""
@@ -38,7 +34,6 @@ def scene_for(row, rng):
         cells = rng.sample(range(9), len(objects))
         if "relation" not in row or shape_world.relation(*cells) == row["relation"]:
             return rng.randrange(4), [(s, c, rng.randrange(2), cell, 15) for (s, c), cell in zip(objects, cells)]
-
 
 def test_judge_accepts_right_and_rejects_wrong_pictures():
     rng, rows = random.Random(0), shape_world.task_prompts(100, seed=5)
@@ -53,7 +48,6 @@ def test_judge_accepts_right_and_rejects_wrong_pictures():
     rejected = [not fulfils(f, r) for f, r in zip(judge(Scenes.of(wrong).render()), rows)]
     assert np.mean(rejected) >= 0.99
 
-
 def test_judge_rejects_wrong_color_count_and_relation():
     def found(*objects):
         return judge(Scenes.of([(0, objects)]).render())[0]
@@ -66,18 +60,15 @@ def test_judge_rejects_wrong_color_count_and_relation():
     swapped = dict(objects=[(0, 2), (3, 0)])  # attribution: a blue circle and a red star is another picture
     assert not fulfils(both, swapped)
 
-
 def test_relations():
     assert [shape_world.relation(0, 2), shape_world.relation(5, 3)] == ["left of", "right of"]
     assert [shape_world.relation(1, 7), shape_world.relation(8, 2)] == ["above", "below"]
     assert shape_world.relation(7, 0) == "below" and shape_world.relation(0, 4) is None  # no direction dominates
 
-
 def test_a_picture_full_of_random_objects_scores_nothing():
     rows = shape_world.task_prompts(20, seed=0)
     found = judge(shape_world.crowded_pictures(len(rows), seed=0))
     assert np.mean([fulfils(f, r) for f, r in zip(found, rows)]) < 0.1
-
 
 def test_captioned_scenes_never_hold_held_out_things():
     scenes = Scenes(3000, seed=2, captioned=True)
@@ -87,7 +78,6 @@ def test_captioned_scenes_never_hold_held_out_things():
     assert sum(shape_world.holds_held_out(broad.scene(i)[1]) for i in range(3000)) > 1000
     names = {(SHAPES[o.shape], COLORS[o.color]) for i in range(3000) for o in broad.scene(i)[1]}
     assert HELD_OUT_COMBOS <= names and len(names) == 30 and len(HELD_OUT_PAIRS) == 2
-
 
 def test_sparse_captions_are_sparse_biased_and_sometimes_wrong():
     scenes, rng = Scenes(4000, seed=1, captioned=True), random.Random(0)
@@ -108,7 +98,6 @@ def test_sparse_captions_are_sparse_biased_and_sometimes_wrong():
             assert f"{c} {s}" not in text
     assert 0.03 < np.mean(false) < shape_world.CAPTION_BIAS["wrong"]
 
-
 def test_questions_and_edits_are_true():
     scenes, rng = Scenes(600, seed=8, captioned=True), random.Random(1)
     for i in range(600):
@@ -126,7 +115,6 @@ def test_questions_and_edits_are_true():
         if kind == "remove":
             assert len(new) == len(objects) - 1
 
-
 def test_prompts_of_dev_and_test_differ_and_a_third_is_held_out():
     test, dev = shape_world.task_prompts(60, 0, "test"), shape_world.task_prompts(60, 0, "dev")
     assert [r["prompt"] for r in test] != [r["prompt"] for r in dev]
@@ -136,17 +124,14 @@ def test_prompts_of_dev_and_test_differ_and_a_third_is_held_out():
             assert r["held_out"] == all((SHAPES[s], COLORS[c]) in HELD_OUT_COMBOS for s, c in r["objects"])
     assert np.mean([r["held_out"] for r in test if r["task"] == "colors"]) == 1 / 3
 
-
 def test_wilson_interval():
     low, high = evaluate.wilson(50, 100)
     assert abs(low - 0.4038) < 1e-3 and abs(high - 0.5962) < 1e-3
-
 
 def test_uint8_round_trip():
     pictures = Scenes(4, seed=0).render()
     assert (data.to_uint8(data.to_float(pictures)) == pictures).all()
     assert data.to_float(pictures).dtype == torch.float32
-
 
 def test_flags_and_caption_bias():
     parser = argparse.ArgumentParser()
@@ -157,7 +142,6 @@ def test_flags_and_caption_bias():
     bias = shape_world.caption_bias(args.sparse_captions, args.wrong_captions)
     assert bias == shape_world.CAPTION_BIAS  # written down twice: there and as the flags' defaults
     assert shape_world.caption_bias(1.0, 0.0)["drop_rare_color"] == 1 and shape_world.CAPTION_BIAS["wrong"] == 0.15
-
 
 def test_the_world_stays_as_it_is():
     """The shipped weights were trained on these words and pictures, and scores are of these prompts."""

@@ -28,7 +28,6 @@ LEADING = """A An The There This It In On One Two Three Four Five What How Where
 Move Does Do Change Turn Swap Put Delete Draw Yes No Describe Generate Edit Keep Answer Question Red Green Blue Yellow
 Purple Orange Cyan Pink White Black Gray Small Large Medium""".split()
 
-
 def train_bpe(texts, vocab_size):
     """Byte-pair encoding from weighted texts [(text, weight)] -> {token bytes: rank}; ranks 0-255 are the bytes.
 
@@ -59,7 +58,6 @@ def train_bpe(texts, vocab_size):
                 i += 1
     return ranks
 
-
 def tokenizer_corpus():
     """Weighted texts [(text, weight)]: the shape world's words first, then RecA's templates, then a page of English."""
     texts = [(f" {w}", 400) for w in WORLD_WORDS] + [(w, 200) for w in WORLD_WORDS + LEADING]
@@ -69,13 +67,11 @@ def tokenizer_corpus():
     with open(os.path.join(WEIGHTS, "tokenizer_english.txt"), encoding="utf-8") as f:
         return texts + [(f" {f.read()}".replace("\n", " "), 2)]
 
-
 def build_tokenizer(path=os.path.join(WEIGHTS, "tokenizer.tiktoken"), vocab_size=1024):
     """Writes the vocabulary as base64 rank lines (tiktoken's own file format); the special strings follow the ranks."""
     ranks = train_bpe(tokenizer_corpus(), vocab_size - len(TINY_SPECIAL))
     with open(path, "w", encoding="ascii") as f:
         f.writelines(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
-
 
 if __name__ == "__main__":
     build_tokenizer()
