@@ -54,34 +54,30 @@ def read_at(f, offset, size):
     return f.read(size)
 
 def open_image(source):
-    """Path or bytes of a picture -> RGB PIL image; transparency is put on white, 16-bit grey is scaled to 8 bits.
-    EXIF rotation is not applied, as in the published pipelines. FileNotFoundError, or ValueError with the reason
-    (broken, truncated, over 89 megapixels)."""
+    """Path or bytes of a picture -> RGB PIL image, transparency on white, 16-bit gray scaled to 8 bits, EXIF rotation
+    not applied, as in the published pipelines. FileNotFoundError, or ValueError with the reason."""
     name = "picture" if isinstance(source, bytes) else source
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} is over {MAX_PIXELS / 1e6:.0f} megapixels; make it "
-                                 "smaller")
+                raise ValueError(f"{image.width}x{image.height} is over {MAX_PIXELS / 1e6:.0f} megapixels")
             image.load()
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
             return on_white(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such image") from None
-    except Exception as e:                    # a broken file can raise anything in a decoder
+    except Exception as e:  # a broken file can raise anything in a decoder
         raise ValueError(f"{name}: cannot be read as a picture ({e})") from None
 
 class Images:
-    """Pictures under `paths`, at random access: folders (recursive; pictures and tar shards), single pictures, tar
-    shards, LLaVA JSON.
-
-    captions=True reads the .txt or .json (key caption, text or prompt) beside each picture; an empty or missing one
-    counts as broken. image_root is the folder of the paths inside LLaVA JSON (default: the folder of the JSON file).
-    `images[i]` -> (Sample, RGB PIL image); where i is broken or rejected it is the next good one, so that sample
-    order never depends on who reads. `problems` (broken) and `rejected` (a side <= 8 pixels or an aspect ratio >= 10)
-    map names to reasons. Raises ValueError as soon as more than max_broken of all are broken (1 counts only),
-    FileNotFoundError for a path that is not there. """
+    """Pictures at random access: in folders (recursive), tar shards, LLaVA JSON, single files. captions=True reads
+    the .txt or .json (key caption, text or prompt) beside each picture; an empty or missing one counts as broken.
+    image_root is the folder of the paths inside LLaVA JSON (default: the folder of the JSON file). `images[i]` ->
+    (Sample, RGB PIL image); where i is broken or rejected it is the next good one, so that sample order never depends
+    on who reads. `problems` (broken) and `rejected` (a side <= 8 pixels or an aspect ratio >= 10) map names to
+    reasons. Raises ValueError as soon as more than max_broken of all are broken (1 counts only), FileNotFoundError
+    for a path that is not there. """
 
     def __init__(self, paths, captions=False, image_root=None, max_broken=0.01):
         self.samples, self.problems, self.rejected, self.text_only, self.stands_for = [], {}, {}, 0, {}
@@ -298,10 +294,13 @@ def shuffled(model, pixels, encodings, rows, generator):
     return {"features": x.gather(1, order[..., None].expand_as(x))}
 
 def random_orders(rows, places, generator):
-    """(len(rows), places): all orders up to the last row are drawn, so that a row has the same one whoever encodes
-    it."""
-    orders = [torch.randperm(places, generator=generator) for _ in range(max(rows) + 1)]
-    return torch.stack(orders)[torch.as_tensor(rows)]
+    """(len(rows), places): row i has the i-th order that a fresh generator of this seed draws, whoever encodes it."""
+    return orders_up_to(1 << max(rows).bit_length(), places, generator.initial_seed())[torch.as_tensor(rows)]
+
+@lru_cache(2)
+def orders_up_to(n, places, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(places, generator=generator) for _ in range(n)])
 
 VIEWS = {"full": None, "scrambled": scrambled, "shuffled": shuffled}
 
@@ -354,13 +353,15 @@ class Batches:
             self.pool_of["i2t"] = "understanding"
         if self.view is not None:
             if args.data:
-                raise ValueError(f"--understanding {args.understanding}: it is made for the boards of the shape "
-                                 "world; leave it out with --data")
+                raise ValueError(f"--understanding {args.understanding} is for the shape world: leave it out with "
+                                 "--data")
             self.pool_of["recon"] = "altered"  # apart from "broad", whose encodings image-to-text keeps as they are
         need = {self.pool_of[part] for part in self.parts if part in self.pool_of}
         own = {"captioned" if captioned else "real"} if args.data else set()
-        if args.config != "tiny":
-            self.check_published(need, own)
+        if args.config != "tiny" and (not own or need - own - {"understanding"}):
+            raise ValueError(f"--config {args.config} draws {self.model.config.image_size}-pixel pictures: give "
+                             "--data PATH (folders, tars), --i2t-data JSON if i2t is trained, and a --mix of parts "
+                             f"that these have data for (here {', '.join(self.parts)}); the shape world is for tiny")
         sources, texts = self.shape_world(need - own)
         for name in own:
             sources[name] = Images(args.data, captions=captioned)
@@ -371,16 +372,6 @@ class Batches:
         self.listed = {name: source for name, source in sources.items() if isinstance(source, Images)}
         self.scenes = {name: source for name, source in sources.items() if isinstance(source, shape_world.Scenes)}
         return {name: source for name, source in sources.items() if name in need | {"edit_sources"}}, texts
-
-    def check_published(self, need, own):
-        args = self.args
-        if "i2t" in self.parts and not args.i2t_data:
-            raise ValueError(f"--config {args.config}: RecA keeps understanding by image-to-text data, so give "
-                             "--i2t-data JSON (or --i2t-weight 0 to go without)")
-        if need - own - {"understanding"} or not own:
-            raise ValueError(f"--config {args.config} draws {self.model.config.image_size}-pixel pictures: give "
-                             "--data PATH (folders, tars) and only the parts it has data for (--mix; here "
-                             f"{', '.join(self.parts)}); the shape world is for tiny")
 
     def shape_world(self, need):
         """-> {pool: scenes or pictures} and {pool: texts} of the shape world."""
@@ -419,8 +410,7 @@ class Batches:
                   f"{self.args.cache_gb:g}), so each step encodes its own")
 
     def pixels(self, name, source, rows):
-        """Images (n, 3, H, W) in [-1, 1] of some rows of a source, preprocessed as the model was trained to see
-        them."""
+        """Images (n, 3, H, W) in [-1, 1] of some rows of a source, as the model was trained to see them."""
         if isinstance(source, shape_world.Scenes):
             return to_float(source[rows].render())
         if isinstance(source, np.ndarray):
@@ -502,8 +492,7 @@ class Batches:
         if pool in self.listed and part != "recon":
             i = self.listed[pool].row(i)
         if part == "recon":
-            # with captions beside it, RecA leaves the unconditional half of guidance to them: it should know the
-            # captioned distribution
+            # where captions stand beside it, they alone teach the unconditional half of guidance
             return {"prompt": rng.choice(RECA_TEMPLATES), "drop": rng.random() < args.drop * ("t2i" not in self.parts)}
         if part == "t2i":
             return {"caption": self.texts[pool][i], "drop": rng.random() < args.drop}
@@ -511,8 +500,7 @@ class Batches:
             return {"caption": "", "drop": True}
         if part == "edit":
             return {"instruction": self.texts[pool][i], "drop": False}
-        # everything there is to say: what is not in it is not in the picture
-        if part == "words" and pool in self.scenes:
+        if part == "words" and pool in self.scenes:  # all there is to say: what is not said is not in the picture
             return {"caption": shape_world.dense_caption(self.scenes[pool].scene(i), rng)}
         if part in ("align", "words"):
             return {"caption": self.texts[pool][i]}
@@ -532,11 +520,9 @@ class Batches:
         return {}
 
     def batch(self, step, micro=0):
-        """Micro-batch `micro` of optimizer step `step` for this process. A pure function of its arguments and
-        --seed."""
+        """Micro-batch `micro` of optimizer step `step`, for this process: a function of these and of --seed alone."""
         out, seed = {}, self.args.seed
-        # 0: the longest row; on a GPU shapes should stay
-        pad_to = 0 if torch.device(self.device).type == "cpu" else None
+        pad_to = 0 if torch.device(self.device).type == "cpu" else None  # 0: the longest row; GPUs want fixed shapes
         for part, n in self.samples.items():
             per = n // (self.world * self.args.accum)
             first = (micro * self.world + self.rank) * per
