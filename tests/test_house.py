@@ -68,3 +68,11 @@ def test_no_architecture_is_named_outside_its_model_file():
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in defaults:
                 assert node.value not in names and not re.fullmatch(r"model_\w+", node.value), f"{path}: {node.value!r}"
             assert not (isinstance(node, ast.Name) and node.id in classes), f"{path}: {node.id}"
+
+def test_packaging_names_no_file():
+    """Every top-level file is packaged by its place, and what pip installs is what requirements.txt says."""
+    import tomllib
+    with open(os.path.join(ROOT, "pyproject.toml"), "rb") as f:
+        project = tomllib.load(f)
+    assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["include"][0] == "/*.py"
+    assert project["project"]["dependencies"] == lines("requirements.txt")
