@@ -86,7 +86,8 @@ def diffusion_case(dtype, N, C, g):
     t[:N // 3] = 0
     t[-1] = 999
     x0, noise, near, v = torch.randn(4, N, C, generator=g, dtype=dtype)
-    out = torch.cat([noise + 0.02 * near, v], 1).requires_grad_()
+    near *= torch.where(t == 0, 0.02, 1.0)[:, None]  # the bins of t = 0 are narrow; elsewhere errors must count
+    out = torch.cat([noise + near, v], 1).requires_grad_()
     betas = torch.linspace(1e-4, 0.02, 1000)
     return out, x0.clamp(-1, 1), noise, t, ck.diffusion_tables(betas)
 
@@ -150,7 +151,8 @@ if INTERPRETING:
         g = torch.Generator().manual_seed(0)
         q, k, v = qkv(1, 2, 1, 40, 70, 16, g)
         plan = ck.attention_plan(*intervals("random", 1, 40, 70, g), 70)
-        one, two = (torch.autograd.grad(att.attention_triton(q, k, v, plan).square().sum(), (q, k, v)) for _ in range(2))
+        squares = (att.attention_triton(q, k, v, plan).square().sum() for _ in range(2))
+        one, two = (torch.autograd.grad(total, (q, k, v)) for total in squares)
         assert all(torch.equal(a, b) for a, b in zip(one, two))
 
     @pytest.mark.parametrize("N, V, D, bias, kept, count", [
