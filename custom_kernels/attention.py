@@ -84,16 +84,11 @@ def attention(q, k, v, lo, hi, plan=None):
     if plan is None:
         plan = attention_plan(lo, hi, k.shape[2])
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    few = q.shape[2] <= FEW_QUERIES and not trains
-    choice = choose("attention_decode" if few else "attention", q.shape[3], q.device)
-    if choice == "reference":
+    choice = choose("attention", q.shape[3], q.device)
+    if choice == "reference" or (q.shape[2] <= FEW_QUERIES and not trains):
         return attention_reference(q, k, v, plan)
     q, k, v = autocast(q, k, v)
-    if choice == "flex":
-        return attention_flex(q, k, v, plan)
-    if few and q.shape[2] * (q.shape[1] // k.shape[1]) <= 64:
-        return attention_decode_triton(q, k, v, plan)
-    return attention_triton(q, k, v, plan)
+    return (attention_flex if choice == "flex" else attention_triton)(q, k, v, plan)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the reference, and FlexAttention
@@ -407,37 +402,6 @@ def attention_dkdv_kernel(Q, K, V, DOut, Lse, Delta, DK, DV, Lo, Hi, KBounds, sc
     store_tile(DK + b * dk_b + hk * dk_h, dk_t, keys, Tk, times(dk, scale, D1), D0, D1, D)
     store_tile(DV + b * dv_b + hk * dv_h, dv_t, keys, Tk, dv, D0, D1, D)
 
-@jit
-def attention_decode_kernel(Q, K, V, Part, PartLse, Lo, Hi, scale2, Tq, Tk, piece,
-                            q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, lo_b,
-                            GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-                            BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
-    """One piece of the keys for the queries that share a key head. Part (pieces, B, Hq, Tq, D), PartLse without D."""
-    ACC: tl.constexpr = tl.float64 if Q.dtype.element_ty == tl.float64 else tl.float32
-    s_id, hk, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    r = tl.arange(0, BM)  # query r: head r // Tq of the group, time r % Tq
-    here = r < GROUP * Tq
-    lo = tl.load(Lo + b * lo_b + r % Tq, mask=here, other=Tk)
-    hi = tl.load(Hi + b * lo_b + r % Tq, mask=here, other=0)
-    some = lo < hi
-    offsets = b * q_b + (hk * GROUP + r // Tq) * q_h + r % Tq * q_t
-    q = load_tile(Q + offsets[:, None], 0, r, GROUP * Tq, D0, D1, D, True)
-    acc = tl.zeros([BM, D0], ACC), tl.zeros([BM, D1 or 16], ACC)
-    m = tl.full([BM], float("-inf"), ACC)
-    l = tl.zeros([BM], ACC)
-    K += b * k_b + hk * k_h
-    V += b * v_b + hk * v_h
-    start = tl.maximum(s_id * piece, tl.min(tl.where(some, lo, Tk), 0) // BN * BN)
-    end = tl.minimum((s_id + 1) * piece, tl.max(tl.where(some, hi, 0), 0))
-    for n in range(start, end, BN):
-        acc, m, l = forward_step(acc, m, l, q, K, V, k_t, v_t, n, lo, hi, Tk, scale2, D, D0, D1, BN, True, PRECISION)
-    empty = l == 0.0
-    l = tl.where(empty, 1.0, l)
-    first = ((s_id * tl.num_programs(2) + b) * tl.num_programs(1) + hk) * (GROUP * Tq)
-    lse = tl.where(empty, float("-inf"), (m + tl.log2(l)) * 0.6931471805599453)  # -inf: this piece weighs nothing
-    tl.store(PartLse + first + r, lse, mask=here)
-    store_tile(Part + first * D, D, r, GROUP * Tq, times(acc, 1 / l[:, None], D1), D0, D1, D)
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the kernels as differentiable operators that torch.compile leaves in its graph
 
@@ -513,28 +477,3 @@ interval_attention.register_autograd(_backward, setup_context=_setup)
 def attention_triton(q, k, v, plan):
     """`attention_reference` by our kernels; q, k, v of one dtype."""
     return interval_attention(q, k, v, plan.lo, plan.hi, *attention_bounds(plan))[0]
-
-@torch.library.custom_op("nanoreca::interval_attention_decode", mutates_args=())
-def interval_attention_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor,
-                              hi: torch.Tensor) -> torch.Tensor:
-    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    B, Hq, Tq, D = q.shape
-    Hkv, Tk = k.shape[1:3]
-    BM, BN = max(16, triton.next_power_of_2(Hq // Hkv * Tq)), 64 if q.dtype.itemsize == 2 else 32
-    pieces = min(32, triton.cdiv(Tk, 4 * BN))  # at least four tiles each
-    piece = triton.cdiv(triton.cdiv(Tk, pieces), BN) * BN
-    part = q.new_empty(pieces, B * Hq * Tq, D, dtype=exact(q))
-    part_lse = part.new_empty(part.shape[:2])
-    attention_decode_kernel[(pieces, Hkv, B)](
-        q, k, v, part, part_lse, lo, hi, D ** -0.5 * LOG2E, Tq, Tk, piece, *strides(q, k, v), row_stride(lo),
-        BM=BM, BN=BN, **constants(q, k), num_warps=4, num_stages=2)
-    weights = torch.softmax(part_lse, 0).nan_to_num_(0)  # (pieces, rows), nan where no piece has a key
-    return (part * weights[..., None]).sum(0).to(q.dtype).view(q.shape)
-
-@interval_attention_decode.register_fake
-def _(q, k, v, lo, hi):
-    return q.new_empty(q.shape)
-
-def attention_decode_triton(q, k, v, plan):
-    """The same without gradients, for few queries (Tq * Hq / Hkv <= 64) against many keys."""
-    return interval_attention_decode(q, k, v, plan.lo, plan.hi)

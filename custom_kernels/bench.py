@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from . import diffusion_loss, pick
-from .attention import attention_decode_triton, attention_flex, attention_plan, attention_reference, attention_triton
+from .attention import attention_flex, attention_plan, attention_reference, attention_triton
 from .linear_cross_entropy import linear_cross_entropy_fused, linear_cross_entropy_reference
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -41,24 +41,20 @@ def attention_cases(like, cut):
         ("SigLIP, packed", 1, 16, 16, 72, layout(cut, 8, (256, True))),
         ("Show-o 512 RecA", 4, 32, 32, 64, layout(cut, 1, (576, True), (130, False), (1026, True))),
         ("BAGEL RecA, packed", 1, 28, 4, 128, layout(cut, 8, (258, True), (66, False), (4098, True))),
-        ("random, some empty", 2, 4, 1, 80, torch.randint(0, 1230 // cut, (2, 2, 1030 // cut)).sort(0).values),
-        ("decoding Harmon-1.5B", 1, 12, 2, 128, torch.tensor([[[0]], [[1200 // cut]]])),
-        ("decoding BAGEL", 1, 28, 4, 128, torch.tensor([[[0]], [[5000 // cut]]]))]
+        ("random, some empty", 2, 4, 1, 80, torch.randint(0, 1230 // cut, (2, 2, 1030 // cut)).sort(0).values)]
     for name, B, Hq, Hkv, D, (lo, hi) in shapes:
-        Tq, Tk, B, decoding = lo.shape[1], int(hi.max()), max(len(lo), B // cut), name.startswith("decoding")
-        q, k, v = (like.new_empty(B, T, H, D).normal_().transpose(1, 2).requires_grad_(not decoding)
+        Tq, Tk, B = lo.shape[1], int(hi.max()), max(len(lo), B // cut)
+        q, k, v = (like.new_empty(B, T, H, D).normal_().transpose(1, 2).requires_grad_()
                    for T, H in ((Tq, Hq), (Tk, Hkv), (Tk, Hkv)))
         plan = attention_plan(lo.to(like.device), hi.to(like.device), Tk)
-        kernel = attention_decode_triton if decoding else attention_triton
-        ways = dict(ours=lambda *qkv: kernel(*qkv, plan), reference=lambda *qkv: attention_reference(*qkv, plan))
-        if like.is_cuda and not decoding:
+        ways = dict(ours=lambda *qkv: attention_triton(*qkv, plan),
+                    reference=lambda *qkv: attention_reference(*qkv, plan))
+        if like.is_cuda:
             ways["FlexAttention"] = lambda *qkv: attention_flex(*qkv, plan)
         pairs = (hi - lo).sum().item() * (B // len(lo))
         title = f"attention, {name}: B {B} T {Tq} {Tk} heads {Hq}/{Hkv} of {D}, {pairs / B / Tq / Tk:.0%} of the pairs"
-        if decoding:
-            yield title, ("attention_decode", None), "reference", (q, k, v), ways, 2 * k.nbytes, "TB/s"
-        else:  # 2 products forward, 5 backward, 2 operations each
-            yield title, ("attention", D), "flex", (q, k, v), ways, 14 * D * Hq * pairs, "TFLOP/s"
+        # 2 products forward, 5 backward, 2 operations each
+        yield title, ("attention", D), "flex", (q, k, v), ways, 14 * D * Hq * pairs, "TFLOP/s"
 
 def linear_cross_entropy_cases(like, cut):
     shapes = [(10570, 151936, 1536, False, 1.0), (10570, 151936, 1536, False, 0.1), (6920, 58498, 2048, True, 0.5)]

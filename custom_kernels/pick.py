@@ -15,7 +15,6 @@ import torch
 NOT_MEASURED = "not measured yet"
 PICK = {  # size: head dimension, vocabulary, channels; None = every size that has no line of its own
     ("attention", None): ("flex", NOT_MEASURED),
-    ("attention_decode", None): ("reference", NOT_MEASURED),  # few queries: the dense mask is small
     ("linear_cross_entropy", None): ("chunked", NOT_MEASURED),
     ("diffusion_loss_rows", None): ("reference", NOT_MEASURED),
     ("flow_loss_rows", None): ("reference", NOT_MEASURED),

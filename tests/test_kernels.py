@@ -120,19 +120,6 @@ if INTERPRETING:
         want = att.attention_reference(q, k, v, plan).detach()
         same("float16", att.attention_triton(*half, plan).float(), want, 3e-3)
 
-    @pytest.mark.parametrize("Tq, Tk, Hq, Hkv, D", [(1, 300, 4, 2, 80), (3, 70, 6, 1, 64), (1, 20, 1, 1, 128)])
-    def test_decode(Tq, Tk, Hq, Hkv, D):
-        g = torch.Generator().manual_seed(0)
-        q, k, v = (t.detach() for t in qkv(2, Hq, Hkv, Tq, Tk, D, g))
-        lo = torch.randint(0, Tk, (2, Tq), generator=g)
-        hi = lo + torch.randint(1, Tk, (2, Tq), generator=g)
-        if Tq > 1:
-            hi[0, 0] = lo[0, 0]
-        plan = ck.attention_plan(lo, hi, Tk)
-        same("decode", att.attention_decode_triton(q, k, v, plan), att.attention_reference(q, k, v, plan), 2e-6)
-        picked = ck.attention(q, k, v, None, None, plan=plan)
-        same("attention picks it", picked, att.attention_decode_triton(q, k, v, plan), 0)
-
     def test_keys_outside_the_bounds_are_never_read():
         """Tiles that nobody sees hold nan: one multiplication with them, even by 0, would show."""
         g = torch.Generator().manual_seed(0)
@@ -210,8 +197,6 @@ if INTERPRETING:
         plan = ck.attention_plan(*intervals("random", 1, 5, 7, g), 7)
         whole = q, k, v, plan.lo, plan.hi, *att.attention_bounds(plan)
         torch.library.opcheck(att.interval_attention, whole, test_utils=tests)
-        decode = q.detach(), k.detach(), v.detach(), plan.lo, plan.hi
-        torch.library.opcheck(att.interval_attention_decode, decode, test_utils=tests)
         h, w = (torch.randn(n, 4, generator=g).requires_grad_() for n in (3, 5))
         for gradients, kernels in ((True, True), (False, True), (True, False), (False, False)):
             arguments = h, w, None, torch.tensor([1, -100, 2]), torch.ones(()), -100, gradients, kernels
