@@ -1,13 +1,12 @@
-"""Every way weights and run state go in and out: our run folders, published files, reports of keys that do not fit,
-atomic writes.
-
-A folder of ours is `model.safetensors` + `config.json` (what sample.py loads) and, where a run can go on,
-`checkpoint.pt` (what --resume loads). Published checkpoints are read in the format in which they were published,
-always without executing anything that is in them. """
+"""Every way weights and run state go in and out. A folder of ours is `model.safetensors` + `config.json` (what
+sample.py loads) and, where a run can go on, `checkpoint.pt` (what --resume loads). Published checkpoints are read in
+the format in which they were published, strictly, and without executing anything that is in them.
+"""
 import dataclasses
 import importlib
 import json
 import os
+import pathlib
 import shlex
 import shutil
 import subprocess
@@ -26,6 +25,10 @@ WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 # ---------------------------------------------------------------------------------------------------------------------
 # writing, and what every script needs at its edges
 
+def reason_of(e):
+    """The first line of an error: some of torch's go on with a page of advice."""
+    return (str(e).strip() or type(e).__name__).splitlines()[0][:160]
+
 def atomic(path, write):
     """Calls write(temporary path beside `path`), syncs that file to the disk and renames it: after a crash or on a
     full disk `path` holds what it held before. Raises OSError in one line."""
@@ -40,17 +43,14 @@ def atomic(path, write):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors raise their own kinds on a full disk
-        reason = getattr(e, "strerror", None) or str(e).strip().splitlines()[0]
+        reason = getattr(e, "strerror", None) or reason_of(e)
         raise OSError(f"{path}: cannot be written ({reason}); what was there before is untouched") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
 
 def write_text(path, text):
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as f:
-            f.write(text)
-    atomic(path, write)
+    atomic(path, lambda temporary: pathlib.Path(temporary).write_text(text, encoding="utf-8"))
 
 def check_device(name):
     """Raises ValueError for a --device that this machine or this torch does not have."""
@@ -63,8 +63,7 @@ def check_device(name):
                          "install a CUDA build")
 
 def check_memory(device, trained):
-    """Gradients and Adam's two moments of `trained` fp32 parameters must still fit; activations come on top. Raises
-    ValueError."""
+    """ValueError where gradients and Adam's two moments of `trained` fp32 parameters do not fit any more."""
     need, free = 12 * trained, float("inf")
     if device.startswith("cuda"):
         free = torch.cuda.mem_get_info()[0]
@@ -108,15 +107,11 @@ def open_safetensors(path, device="cpu"):
 
 def read_pickle(path, device):
     try:
-        # mmap: a 30 GB checkpoint is paged in tensor by tensor. Files from before torch 1.6 are no zip archives and
-        # cannot be mapped.
-        mmap = zipfile.is_zipfile(path) or None
+        mmap = zipfile.is_zipfile(path) or None  # paged in tensor by tensor; older files are no zip archives
         state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-    # truncated zip, foreign pickle, text file: torch raises half a dozen kinds, some with a page of advice
-    except Exception as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+    except Exception as e:  # truncated zip, foreign pickle, text file: torch raises half a dozen kinds
         size = f"{os.path.getsize(path):,} bytes on disk"
-        raise ValueError(f"{path}: cannot be read as a file of tensors ({reason[:160]}; {size}). It is truncated, no "
+        raise ValueError(f"{path}: cannot be read as a file of tensors ({reason_of(e)}; {size}). It is truncated, no "
                          "PyTorch file, or holds Python objects, which are never executed here: copy it again or "
                          "convert it to .safetensors") from None
     for wrapper in ("model", "state_dict"):  # training checkpoints keep the weights beside optimizer state and counters
@@ -204,8 +199,7 @@ def load_strict(module, state, what="model"):
     module.load_state_dict(state, strict=True, assign=True)
     left = [k for k, b in module.named_buffers() if b.is_meta]
     if left:
-        raise ValueError(f"{what}: buffers {left[:5]} are on the meta device and in no checkpoint: compute them "
-                         "after loading")
+        raise ValueError(f"{what}: buffers {left[:5]} are in no checkpoint: compute them after loading")
 
 def stream(module, path, names, device, dtype):
     """Fills a module on the meta device from a .safetensors file, tensor by tensor, so that no second copy is ever
@@ -222,8 +216,7 @@ def stream(module, path, names, device, dtype):
             setattr(owner, last, value)
 
 def write_safetensors(path, state, metadata=None):
-    """Writes {name: tensor} atomically. Tied or overlapping tensors are stored once per name. metadata: {string:
-    string}."""
+    """Writes {name: tensor} atomically, tied or overlapping tensors once per name. metadata: {string: string}."""
     seen, tensors = set(), {}
     for name, t in state.items():
         t = t.detach()
@@ -259,8 +252,7 @@ def default_weights(arch, stage="reca"):
     return os.path.join(HERE, "weights", f"{arch}-{stage}")
 
 def from_dict(cls, values):
-    """A dataclass from a JSON dict: nested dataclasses by their default's type, lists back to tuples. Unknown fields
-    raise ValueError."""
+    """A dataclass from a JSON dict, nested ones too, lists back to tuples. Unknown fields raise ValueError."""
     defaults, out = cls(), {}
     unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
     if unknown:
@@ -300,8 +292,7 @@ def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer
     if config is None or config == "tiny":
         meta = read_config(ckpt)
         if meta["arch"] != arch:
-            raise ValueError(f"{ckpt} holds a model of --arch {meta['arch']}, but --arch {arch} was asked for: "
-                             "change one of the two")
+            raise ValueError(f"{ckpt} holds a model of --arch {meta['arch']}, but --arch {arch} was asked for")
         settings = from_dict(type(module.CONFIGS["tiny"]), meta["config"])
         model = module.Model(settings, load_tokenizer(text_tokenizer or meta.get("text_tokenizer", "tiny")))
         load_strict(model, read_weights(ckpt), ckpt)
@@ -328,8 +319,8 @@ def describe(args):
     return dict(arch=args.arch, stage=args.stage, seed=args.seed, command=command, **here, args=vars(args))
 
 class Log:
-    """The lines of a run: on the terminal, in log.jsonl and, if asked, in wandb or tensorboard. Silent on all
-    processes but the first."""
+    """A run's lines: on the terminal, in log.jsonl and, if asked, in wandb or tensorboard; of the first process
+    only."""
 
     def __init__(self, args, first):
         self.file = self.extra = None
@@ -379,13 +370,11 @@ def save_state(run, step):
 def read_checkpoint(folder):
     path = os.path.join(folder, "checkpoint.pt")
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"--resume {folder}: no checkpoint.pt there; give the run folder of a run that saved "
-                                "one")
+        raise FileNotFoundError(f"--resume {folder}: no checkpoint.pt there; give the folder of a run that saved one")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise ValueError(f"{path}: cannot be read ({reason[:120]}): it is truncated or not a checkpoint of "
+        raise ValueError(f"{path}: cannot be read ({reason_of(e)}): truncated or not a checkpoint of "
                          "train.py") from None
 
 def load_state(run, state):
