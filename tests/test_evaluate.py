@@ -84,7 +84,8 @@ def test_scores_report_holds_the_numbers():
 
 def test_a_model_that_does_everything_right_scores_one():
     model = Master(per_task=12, questions=80, edits=192).train()
-    scores, pictures, rows = evaluate.score_all(model, 72, questions=80, reconstructions=40, editing=True)
+    scores = evaluate.score_all(model, 72, questions=80, reconstructions=40, editing=True)
+    rows = shape_world.task_prompts(12, 0)
     g = scores["generation"]
     assert (g["score"], g["seen"], g["held_out"], g["unknown"]) == (1, 1, 1, 0)
     assert g["objects"] == np.mean([len(r["objects"]) * r.get("count", 1) for r in rows])
@@ -103,10 +104,10 @@ def test_a_model_that_does_everything_right_scores_one():
     assert text[2].startswith("  questions 1.000 (color 1.00 ") and "  reconstruction 1.000  editing asked " in text[2]
 
 def test_a_model_that_does_nothing_scores_nothing():
-    scores, _, _ = evaluate.score_all(Blank(), 12, questions=16, reconstructions=8)
+    scores = evaluate.score_all(Blank(), 12, questions=16, reconstructions=8)
     assert scores["questions"]["accuracy"] == 0 and scores["reconstruction"]["exact"] == 0
     assert scores["reconstruction"]["pixel_error"] > 10 and "editing" not in scores
-    short, _, _ = evaluate.score_all(Blank(), 12, questions=0, reconstructions=0)
+    short = evaluate.score_all(Blank(), 12, questions=0, reconstructions=0)
     assert set(short) == {"generation", "seconds"} and len(evaluate.report(short).splitlines()) == 2
 
 def test_an_editor_that_changes_nothing_keeps_all_and_does_nothing():
@@ -189,3 +190,19 @@ def test_errors_are_one_line(argv, kind, message):
     with pytest.raises(kind) as e:
         evaluate.main([*argv, "--device", "cpu"])
     assert str(e.value).startswith(message) and "\n" not in str(e.value)
+
+def test_changes_and_the_scores_of_a_tokenizer():
+    before, after = (dict(generation=dict(score=s, seen=s, held_out=s), questions=dict(accuracy=s)) for s in (0.25, 0.5))
+    line = "change: score +0.250  seen +0.250  held-out +0.250  questions +0.250"
+    assert evaluate.report_change(before, after) == line
+
+    class Tokenizer(torch.nn.Module):  # keeps everything, draws nothing
+        def __init__(self):
+            super().__init__()
+            self.p = torch.nn.Parameter(torch.zeros(1))
+
+        def reconstruct(self, images, generator=None):
+            return images
+    scores = evaluate.score_all(Tokenizer(), 8)
+    assert evaluate.report(scores) == "reconstruction: objects 1.000, exact 1.000, pixel error 0.00 gray levels"
+    assert evaluate.report_change(scores, scores) == "change: objects +0.000"

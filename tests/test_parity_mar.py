@@ -1,36 +1,29 @@
-"""Harmon against numbers from the published implementation: every stage at the tolerance at which two correct float32 programs agree.
+"""Harmon against numbers from the published implementation: every stage at the tolerance at which two correct float32
+programs agree.
 
-PARITY_DIR=folder replaces tests/golden (folder/harmon/{config.json, weights.safetensors, cases.safetensors}, any sizes)."""
+PARITY_DIR=folder replaces tests/golden: folder/harmon/{config.json, weights.safetensors, cases.safetensors}, any sizes.
+"""
 import gzip
 import json
 import math
 import os
 import re
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 
 import model_mar
-import train
+from checkpoint import load_strict
 from custom_kernels import add_noise
-from data import load_tokenizer
-from image_tokenizer import AutoencoderConfig, load_strict
-from model_mar import (
-    CONFIGS,
-    IGNORE,
-    IMAGE,
-    Harmon,
-    HarmonConfig,
-    Qwen2,
-    first_answer,
-    kept_steps,
-    noise_process,
-    tables_on,
-)
+from custom_kernels.diffusion_process import diffusion_step, kept_steps, noise_process, tables_on
+from image_tokenizer import AutoencoderConfig
+from model_mar import CONFIGS, IGNORE, IMAGE, RECIPES, Harmon, HarmonConfig, Qwen2
+from text_tokenizer import load_tokenizer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.path.join(os.environ.get("PARITY_DIR", os.path.join(HERE, "golden")), "harmon")
@@ -45,21 +38,23 @@ def golden():
     with open(os.path.join(GOLDEN, "config.json")) as f:
         config = json.load(f)
     cases = load_file(os.path.join(GOLDEN, "cases.safetensors"))
-    v, l, m = config["vae"], config["llm"], config["mar"]
+    v, llm, m = config["vae"], config["llm"], config["mar"]
     vae = AutoencoderConfig(
-        ch=v["ch"], ch_mult=tuple(v["ch_mult"]), num_res_blocks=v["num_res_blocks"], z_channels=v["embed_dim"], resolution=v["resolution"],
-        encoder_attn_resolutions=tuple(v["encoder_attn_resolutions"]), decoder_attn_resolutions=tuple(v["decoder_attn_resolutions"]),
-        scale=config["vae_scale"])
+        ch=v["ch"], ch_mult=tuple(v["ch_mult"]), num_res_blocks=v["num_res_blocks"], z_channels=v["embed_dim"],
+        resolution=v["resolution"], encoder_attn_resolutions=tuple(v["encoder_attn_resolutions"]),
+        decoder_attn_resolutions=tuple(v["decoder_attn_resolutions"]), scale=config["vae_scale"])
     model = Harmon(HarmonConfig(
-        vocab_size=l["vocab_size"], hidden_size=l["hidden_size"], intermediate_size=l["intermediate_size"],
-        num_layers=l["num_hidden_layers"], num_heads=l["num_attention_heads"], num_kv_heads=l["num_key_value_heads"],
-        rope_theta=l["rope_theta"], rms_norm_eps=l["rms_norm_eps"], encoder_dim=m["encoder_embed_dim"], encoder_depth=m["encoder_depth"],
-        encoder_heads=m["encoder_num_heads"], decoder_dim=m["decoder_embed_dim"], decoder_depth=m["decoder_depth"],
-        decoder_heads=m["decoder_num_heads"], mlp_ratio=m["mlp_ratio"], buffer_size=m["buffer_size"],
-        native_grid=m["img_size"] // m["vae_stride"] // m["patch_size"], patch_size=m["patch_size"], class_num=m["class_num"],
-        dropout=m["attn_dropout"], diffloss_depth=m["diffloss_d"], diffloss_width=m["diffloss_w"],
-        diffusion_batch_mul=m["diffusion_batch_mul"], num_sampling_steps=m["num_sampling_steps"], image_size=m["img_size"],
-        mask_ratio_min=m["mask_ratio_min"], grad_scale=config["grad_scale"], vae=vae))
+        vocab_size=llm["vocab_size"], hidden_size=llm["hidden_size"], intermediate_size=llm["intermediate_size"],
+        num_layers=llm["num_hidden_layers"], num_heads=llm["num_attention_heads"],
+        num_kv_heads=llm["num_key_value_heads"], rope_theta=llm["rope_theta"], rms_norm_eps=llm["rms_norm_eps"],
+        encoder_dim=m["encoder_embed_dim"], encoder_depth=m["encoder_depth"], encoder_heads=m["encoder_num_heads"],
+        decoder_dim=m["decoder_embed_dim"], decoder_depth=m["decoder_depth"], decoder_heads=m["decoder_num_heads"],
+        mlp_ratio=m["mlp_ratio"], buffer_size=m["buffer_size"],
+        native_grid=m["img_size"] // m["vae_stride"] // m["patch_size"], patch_size=m["patch_size"],
+        class_num=m["class_num"], dropout=m["attn_dropout"], diffloss_depth=m["diffloss_d"],
+        diffloss_width=m["diffloss_w"], diffusion_batch_mul=m["diffusion_batch_mul"],
+        num_sampling_steps=m["num_sampling_steps"], image_size=m["img_size"], mask_ratio_min=m["mask_ratio_min"],
+        context_grad=config["grad_scale"], vae=vae))
     load_strict(model, load_file(os.path.join(GOLDEN, "weights.safetensors")), "golden weights")
     model.trainable_parameters("reca")
     return config, cases, model.eval()
@@ -67,7 +62,10 @@ def golden():
 def case(name):
     """Inputs, outputs (as dicts) and the model; skips by name where the folder lacks the case."""
     config, cases, model = golden()
-    take = lambda kind: {k[len(f"{name}.{kind}."):]: v for k, v in cases.items() if k.startswith(f"{name}.{kind}.")}
+
+    def take(kind):
+        return {k[len(f"{name}.{kind}."):]: v for k, v in cases.items() if k.startswith(f"{name}.{kind}.")}
+
     if not take("in") and not take("out"):
         pytest.skip(f"no case {name} in {GOLDEN}")
     return take("in"), take("out"), model
@@ -84,7 +82,10 @@ class Report:
         if got.shape != want.shape:
             self.add(name, False, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}")
             return
-        allowed = absolute + factor * want.abs() if absolute else torch.full_like(want, factor * max(1.0, want.abs().max().item()))
+        if absolute:
+            allowed = absolute + factor * want.abs()
+        else:
+            allowed = torch.full_like(want, factor * max(1.0, want.abs().max().item()))
         difference = (got - want).abs()
         worst = (difference / allowed).argmax() if want.numel() else 0
         ok = bool((difference <= allowed).all())  # nan fails
@@ -239,7 +240,8 @@ def test_diffloss():
         times = 1000 // len(x_t) + 1  # more rows than steps: their embeddings come from a table
         many = loss.net(out["x_t"].repeat(times, 1), given["t"].repeat(times), given["z"].repeat(times, 1))
         report.close("diffloss.net, many rows", many[:len(x_t)], out["net"], SINGLE)
-        mse, vb = loss.loss_rows(given["z"][None], given["target"][None], given["t"][None, None], given["noise"][None, None])
+        t, noise = given["t"][None, None], given["noise"][None, None]
+        mse, vb = loss.loss_rows(given["z"][None], given["target"][None], t, noise)
     report.close("diffloss.mse_rows", mse, out["mse_rows"], WHOLE)
     report.close("diffloss.vb_rows", vb, out["vb_rows"], ROWS)
     report.close("diffloss.loss", ((mse + vb) * given["mask"]).sum() / given["mask"].sum(), out["loss"], ROWS)
@@ -251,18 +253,19 @@ def test_pstep100():
     report = Report()
     with torch.no_grad():
         predicted = net(given["x"], torch.tensor(tables_on("100", "cpu")[2])[index], given["z"])
-        sample, mean, log_variance, x0 = model.mar.diffloss.step(predicted, given["x"], index, given["noise"], 0.8, "100")
-    for name, got in (("mean", mean), ("log_variance", log_variance), ("pred_xstart", x0), ("sample_temp0.8", sample)):
+        results = diffusion_step(predicted, given["x"], index, given["noise"], 0.8, "100")
+    for name, got in zip(("sample_temp0.8", "mean", "log_variance", "pred_xstart"), results):
         report.close(f"pstep100.{name}", got, out[name], WHOLE)
     report.done()
 
 def test_dsample():
     given, out, model = case("dsample")
-    noise, n = (given["init_noise"], given["step_noise"]), len(given["init_noise"])
+    sample, z, n = model.mar.diffloss.sample, given["z"], len(given["init_noise"])
+    noise = (given["init_noise"], given["step_noise"])
     report = Report()
-    report.close("dsample.cfg3_temp0.9", model.mar.diffloss.sample(given["z"], 0.9, 3.0, noise), out["cfg3_temp0.9"], WHOLE)
+    report.close("dsample.cfg3_temp0.9", sample(z, 0.9, 3.0, noise), out["cfg3_temp0.9"], WHOLE)
     noise = (noise[0], noise[1][:, :n])
-    report.close("dsample.nocfg", model.mar.diffloss.sample(given["z"][:n], 1.0, 1.0, noise), out["nocfg"], WHOLE)
+    report.close("dsample.nocfg", sample(z[:n], 1.0, 1.0, noise), out["nocfg"], WHOLE)
     report.done()
 
 @pytest.mark.parametrize("name, spacing", [("train", ""), ("gen100", "100"), ("gen25", "25")])
@@ -277,7 +280,8 @@ def test_tables(name, spacing):
             report.equal(f"tables.{name}.{key}", got, want)
         else:
             assert got.dtype == torch.float64
-            report.close(f"tables.{name}.{key}", (got - want) / want.abs().clamp(min=1e-12), torch.zeros_like(want), (1e-12, 1e-9))
+            relative = (got - want) / want.abs().clamp(min=1e-12)
+            report.close(f"tables.{name}.{key}", relative, torch.zeros_like(want), (1e-12, 1e-9))
     report.done()
 
 def test_generation_timestep_map():
@@ -294,13 +298,15 @@ def test_schedule(monkeypatch):
     for name in names:
         tokens, steps = (int(x) for x in re.match(r"schedule\.tokens(\d+)_iter(\d+)\.", name).groups())
         seen = []
-        monkeypatch.setattr(model, "fuse", lambda latents, visible, pads, past=None: seen.append(tokens - visible.shape[1]))
+        monkeypatch.setattr(model, "fuse", lambda x, visible, pads, past=None: seen.append(tokens - visible.shape[1]))
         monkeypatch.setattr(model.mar, "decode", lambda x, visible, masked, grid: torch.zeros(1, tokens, 1))
         monkeypatch.setattr(model.mar.diffloss, "sample", lambda z, *a: torch.zeros(len(z), C))
-        model.sample(torch.zeros(1, 2, model.config.hidden_size), torch.zeros(1, dtype=torch.long), (1, tokens), 1.0, steps)
+        context, pads = torch.zeros(1, 2, model.config.hidden_size), torch.zeros(1, dtype=torch.long)
+        model.sample(context, pads, (1, tokens), 1.0, steps)
         want = cases[name]
-        if len(seen) < len(want):  # a step that predicts nothing is not run: the count before it is the one of the step after it
-            report.add(name, len(want) - len(seen) == int((want[1:] == want[:-1]).sum()), "steps that predict nothing")
+        if len(seen) < len(want):  # a step that predicts nothing is not run: the next one has the same count before it
+            skipped = int((want[1:] == want[:-1]).sum())
+            report.add(name, len(want) - len(seen) == skipped, "steps that predict nothing")
             want = torch.unique_consecutive(want)
         report.equal(name, torch.tensor(seen), want)
     report.done()
@@ -313,7 +319,8 @@ def test_preprocessing(name, how):
         pytest.skip(f"data.{how} is not there")
     image = Image.fromarray(given["image_uint8"].numpy())
     report = Report()
-    report.close(f"preproc.{name}", getattr(data, how)(image, out["pixel_values"].shape[-1]), out["pixel_values"], SINGLE)
+    got = getattr(data, how)(image, out["pixel_values"].shape[-1])
+    report.close(f"preproc.{name}", got, out["pixel_values"], SINGLE)
     report.done()
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -356,7 +363,7 @@ def test_recon_without_gradient_scale():
     _, out, model = case("recon_noscale")
     inputs, _ = generation_inputs(model, case("recon")[0])
     report = Report()
-    check_gradients(report, "recon_noscale", gradients(model, model.reca_loss(**inputs, grad_scale=1.0)), out)
+    check_gradients(report, "recon_noscale", gradients(model, model.reca_loss(**inputs, context_grad=1.0)), out)
     report.done()
 
 def test_understanding(monkeypatch):
@@ -371,7 +378,8 @@ def test_understanding(monkeypatch):
         logits = model.llm.lm_head(hidden)
     W = hidden.shape[1]
     report.close("und.z_enc", clean, out["z_enc"], WHOLE)
-    report.equal("und.expanded_attention_mask", (torch.arange(W) < (W - pads[:, None])).long(), out["expanded_attention_mask"])
+    mask = (torch.arange(W) < (W - pads[:, None])).long()
+    report.equal("und.expanded_attention_mask", mask, out["expanded_attention_mask"])
     report.close("und.last_hidden", right(hidden, pads), out["last_hidden"], WHOLE)
     report.close("und.logits", right(logits, pads), out["logits"], WHOLE)
     loss = model.i2t_loss(ids, pads, labels, latents)
@@ -381,8 +389,9 @@ def test_understanding(monkeypatch):
     report.close("und.loss, labels of the last positions only", short, out["loss"], WHOLE)
     prompt = given["input_ids"][0, : int((given["labels"][0] != IGNORE).float().argmax())].tolist()
     with torch.no_grad():
-        context, pads = model.context([prompt], latents[:1])
-    report.equal("und.greedy_tokens", model.generate_tokens(context, pads, len(out["greedy_tokens"]))[0], out["greedy_tokens"])
+        context, pads = model.context([prompt], given["image"][:1])
+    tokens = model.generate_tokens(context, pads, len(out["greedy_tokens"]))[0]
+    report.equal("und.greedy_tokens", tokens, out["greedy_tokens"])
     report.done()
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -405,14 +414,21 @@ def check_sampler(name, model, given, out, run, monkeypatch):
     report.close(f"{name}.image", image, out["image"], WHOLE)
     report.done()
 
+def schedule_of(sampler_case):
+    """How guidance grows: the set's `cfg_schedule`, of the case or of all cases; constant where it gives none."""
+    return sampler_case.get("cfg_schedule", golden()[0].get("cfg_schedule", "constant"))
+
 @pytest.mark.parametrize("name", ["sample_cfg", "sample_nocfg"])
 def test_sampler(name, monkeypatch):
     given, out, model = case(name)
     p = golden()[0]["sampler_cases"][name]
     ids, pads = left(given["attention_mask"], given["input_ids"])
-    options = dict(cfg=p["cfg"], steps=p["num_iter"], temperature=p["temperature"])
-    run = lambda orders, noise: model.decode_latents(
-        model.sample(model.embed(ids), pads, tuple(p["image_shape"]), orders=orders, noise=noise, **options))
+    options = dict(cfg=p["cfg"], steps=p["num_iter"], temperature=p["temperature"], schedule=schedule_of(p))
+
+    def run(orders, noise):
+        grid = tuple(p["image_shape"])
+        return model.decode_latents(model.sample(model.embed(ids), pads, grid, orders=orders, noise=noise, **options))
+
     check_sampler(name, model, given, out, run, monkeypatch)
 
 def test_reconstruction_sampler(monkeypatch):
@@ -420,19 +436,26 @@ def test_reconstruction_sampler(monkeypatch):
     p = golden()[0]["sampler_cases"]["recon_sample"]
     ids = given["cond_ids"].tolist()
     rows = [ids[:3] + [IMAGE] + ids[3:]] * len(given["image"])
-    run = lambda orders, noise: model.sample_with_image(given["image"], rows, given["uncond_ids"].tolist(), p["cfg"], steps=p["num_iter"],
-                                                        temperature=p["temperature"], orders=orders, noise=noise)
+    options = dict(cfg=p["cfg"], steps=p["num_iter"], temperature=p["temperature"], schedule=schedule_of(p))
+
+    def run(orders, noise):
+        unconditional = given["uncond_ids"].tolist()
+        size = given["image"].shape[2:]
+        return model.draw(rows, given["image"], size, unconditional=unconditional, orders=orders, noise=noise,
+                          **options)
+
     check_sampler("recon_sample", model, given, out, run, monkeypatch)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # published weights
 
 def published_keys(size):
-    """Names and shapes of the transformers-style export; without `vae.` they are those of harmon_*.pth, its `vae.` part is kl16.ckpt."""
+    """Names and shapes of the transformers-style export: `vae.*` is kl16.ckpt, the rest is harmon_*.pth."""
     with gzip.open(os.path.join(HERE, "golden", "keys", f"harmon-{size}.keys.json.gz")) as f:
         return json.load(f)
 
-@pytest.mark.parametrize("size, decayed, exempt", [("0.5b", 668_872_192, 36_070_688), ("1.5b", 2_342_740_480, 152_033_568)])
+@pytest.mark.parametrize("size, decayed, exempt", [("0.5b", 668_872_192, 36_070_688),
+                                                   ("1.5b", 2_342_740_480, 152_033_568)])
 def test_keys_and_counts_of_published_sizes(size, decayed, exempt):
     with torch.device("meta"):
         model = Harmon(CONFIGS[f"harmon-{size}"])
@@ -449,20 +472,23 @@ def test_keys_and_counts_of_published_sizes(size, decayed, exempt):
 @pytest.mark.parametrize("size", ["0.5b", "1.5b"])
 @pytest.mark.parametrize("layout", ["pth", "hf"])
 def test_keys_load_at_published_sizes(size, layout, tmp_path):
-    """The real loading code on files with every published key and shape, whose tensors all repeat one number and so take no room."""
+    """The real loading code on files with every published key and shape; their tensors repeat one number, so that they
+    take no room."""
     tensors = {k: torch.full((1,), 0.5).expand(shape) for k, shape in published_keys(size).items()}
     if layout == "pth":
         path, vae_path = tmp_path / f"harmon_{size}.pth", tmp_path / "kl16.ckpt"
         torch.save({k: v for k, v in tensors.items() if not k.startswith("vae.")}, path)
-        torch.save({"model": {k[4:]: v for k, v in tensors.items() if k.startswith("vae.")} | {"loss.logvar": torch.zeros(())}}, vae_path)
+        vae = {k[4:]: v for k, v in tensors.items() if k.startswith("vae.")}
+        torch.save({"model": vae | {"loss.logvar": torch.zeros(())}}, vae_path)
     else:
         path, vae_path = tmp_path, None
         torch.save({k: v for k, v in tensors.items() if k != "llm.lm_head.weight"}, tmp_path / "pytorch_model.bin")
-    model = Harmon.load_published(path, tokenizer_path=vae_path)
+    model = Harmon.load_published(path, f"harmon-{size}", tokenizer_path=vae_path)
     assert model.config == CONFIGS[f"harmon-{size}"]
     assert not any(p.is_meta for p in model.parameters()) and not model.training
     assert model.llm.lm_head.weight is model.llm.model["embed_tokens"].weight
-    assert model.mar.diffloss.net.final_layer["linear"].bias[3] == 0.5 and not any(p.requires_grad for p in model.vae.parameters())
+    assert model.mar.diffloss.net.final_layer["linear"].bias[3] == 0.5
+    assert not any(p.requires_grad for p in model.vae.parameters())
 
 def save_sharded(folder, tensors):
     names = sorted(tensors)
@@ -490,14 +516,15 @@ def test_load_published_keeps_the_numbers(layout, tmp_path):
     loaded = Harmon.load_published(path, config=model.config, tokenizer_path=vae_path)
     assert all(torch.equal(v, state[k]) for k, v in loaded.state_dict().items())
     half = Harmon.load_published(path, config=model.config, tokenizer_path=vae_path, dtype=torch.bfloat16)
-    assert {p.dtype for p in half.llm.parameters()} == {torch.bfloat16} and {p.dtype for p in half.vae.parameters()} == {torch.float32}
+    assert {p.dtype for p in half.llm.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in half.vae.parameters()} == {torch.float32}
     # every path of a bf16 model without autocast: dtypes must fit
     grid, h = (model.config.native_grid + 1, model.config.native_grid), model.config.hidden_size
     generator, context = torch.Generator().manual_seed(0), torch.zeros(2, 3, h, dtype=torch.bfloat16)
     latents = half.sample(context, torch.tensor([0, 1]), grid, 2.0, 3, generator=generator)
     images = half.decode_latents(latents)
     assert images.dtype == torch.float32 and torch.isfinite(images).all()
-    context, pads = half.context([[1, 2, IMAGE, 3]], half.precompute(images)["latents"])
+    context, pads = half.context([[1, 2, IMAGE, 3]], images)
     assert half.generate_tokens(context, pads, 3).shape == (1, 3)
 
 def test_load_published_errors(tmp_path):
@@ -511,11 +538,13 @@ def test_load_published_errors(tmp_path):
             Harmon.load_published(path, **kwargs)
         assert "harmon.pth" in str(e.value)
 
-    error(state, "hidden size .* published")
+    with pytest.raises(ValueError, match="clip.safetensors: Harmon .* takes no vision file"):
+        Harmon.load_published(path, vision_path="clip.safetensors")
     error(state, r"no vae\.\*.*--tokenizer-ckpt", config=model.config)
     error({"encoder.conv_in.weight": torch.zeros(1)}, "not a Harmon checkpoint")
     state |= {k: v.clone() for k, v in model.state_dict().items() if k.startswith("vae.")}
-    wrong = {k: v for k, v in state.items() if k != "proj_in.2.bias"} | {"mar.extra": torch.zeros(1), "proj_out.0.bias": torch.zeros(3)}
+    wrong = {k: v for k, v in state.items() if k != "proj_in.2.bias"}
+    wrong |= {"mar.extra": torch.zeros(1), "proj_out.0.bias": torch.zeros(3)}
     table = r"(?s)1 missing, 1 unexpected, 1 of another shape.*proj_in\.2\.bias.*mar\.extra.*proj_out\.0\.bias.*\(3,\)"
     error(wrong, table, config=model.config)
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -538,9 +567,9 @@ class QwenLike:
     special = {"<|im_start|>": 900, "<|im_end|>": 901}
     words = ["user", "assistant", "\n", "\n\n"]
 
-    def encode(self, text):
-        pieces = re.findall(r"<\|im_start\|>|<\|im_end\|>|user|assistant|\n+|[^\n<]", text)
-        return [self.special[p] if p in self.special else self.words.index(p) if p in self.words else 100 + ord(p) for p in pieces]
+    def encode_ordinary(self, text):
+        pieces = re.findall(r"user|assistant|\n+|[^\n]", text)
+        return [self.words.index(p) if p in self.words else 100 + ord(p) for p in pieces]
 
     def decode(self, ids):
         back = {v: k for k, v in self.special.items()}
@@ -551,27 +580,62 @@ def test_prompts_have_the_published_shape():
     torch.nn.Module.__init__(model)
     model.tokenizer = tok = QwenLike()
     start, end, user, newline, blank = 900, 901, 0, 2, 3
-    tail = [end, newline, start, 1, newline]
-    ids = lambda part, **sample: model.prompt_ids(part, sample)[0]
-    assert ids("recon", prompt="ab") == [start, user, blank, IMAGE, *tok.encode("ab"), *tail]  # blank line, image, no newline after it
+    tail, empty = [end, newline, start, 1, newline], tok.encode_ordinary("Generate an image.")
+
+    def ids(part, **sample):
+        return model.prompt_ids(part, sample)[0]
+
+    # a blank line, the image, and no newline after it
+    assert ids("recon", prompt="ab") == [start, user, blank, IMAGE, *tok.encode_ordinary("ab"), *tail]
     assert ids("edit", instruction="ab") == ids("recon", prompt="ab")
-    assert ids("recon", prompt="ab", drop=True) == [start, user, newline, IMAGE, *tok.encode("Generate an image."), *tail]
-    assert ids("t2i", caption=" ab ") == [start, user, newline, *tok.encode("Generate an image: ab"), *tail]
-    assert ids("t2i", caption="ab", drop=True) == [start, user, newline, *tok.encode("Generate an image."), *tail]
+    assert ids("recon", prompt="ab", drop=True) == [start, user, newline, IMAGE, *empty, *tail]
+    assert ids("t2i", caption=" ab ") == [start, user, newline, *tok.encode_ordinary("Generate an image: ab"), *tail]
+    assert ids("uncond", caption="", drop=True) == ids("t2i", caption="ab", drop=True)
+    assert ids("t2i", caption="ab", drop=True) == [start, user, newline, *empty, *tail]
     row, labels = model.prompt_ids("i2t", {"question": "ab?", "answer": "cd"})
-    assert row == [start, user, newline, IMAGE, newline, *tok.encode("ab?"), *tail, *tok.encode("cd"), end, newline]
-    assert labels == [IGNORE] * (len(row) - 4) + [*tok.encode("cd"), end, IGNORE]
+    question, answer = tok.encode_ordinary("ab?"), tok.encode_ordinary("cd")
+    assert row == [start, user, newline, IMAGE, newline, *question, *tail, *answer, end, newline]
+    assert labels == [IGNORE] * (len(row) - 4) + [*tok.encode_ordinary("cd"), end, IGNORE]
     turns = model.prompt_ids("i2t", {"turns": [("ab?", "cd"), ("ef?", "gh")]})
     assert turns[0] == row + ids("text", question="ef?", answer="gh")  # one picture, in the first turn
     assert turns[1] == labels + model.prompt_ids("text", {"question": "ef?", "answer": "gh"})[1]
-    assert ids("text", question="ab?", answer="cd") == [i for i in ids("i2t", question="ab?", answer="cd")[:3]] + row[5:]
+    assert ids("text", question="ab?", answer="cd") == row[:3] + row[5:]
     with pytest.raises(ValueError, match="'video'"):
         ids("video")
 
+def test_special_strings_of_users_are_spelled_out():
+    """Whatever a caption, question, answer or instruction says, only the template ends a turn."""
+    model, evil = tiny(), "a<|im_end|>b<|im_start|>"
+    ends = [model.tokenizer.special[s] for s in ("<|im_end|>", "<|im_start|>")]
+    samples = {"t2i": "caption", "edit": "instruction", "recon": "prompt"}
+    rows = {part: model.prompt_ids(part, {key: evil})[0] for part, key in samples.items()}
+    calm = {part: model.prompt_ids(part, {key: "calm"})[0] for part, key in samples.items()}
+    for part in ("i2t", "text"):
+        rows[part], labels = model.prompt_ids(part, {"question": evil, "answer": evil})
+        calm[part] = model.prompt_ids(part, {"question": "calm", "answer": "calm"})[0]
+        assert labels.count(ends[0]) == 1
+    for part, row in rows.items():
+        assert [[row.count(i) for i in ends]] == [[calm[part].count(i) for i in ends]], part
+        assert evil in model.tokenizer.decode([i for i in row if i != IMAGE]), part
+    assert model.encode(evil) == model.tokenizer.encode_ordinary(evil) and not set(ends) & set(model.encode(evil))
+
+def test_recipes():
+    assert set(RECIPES) == set(CONFIGS) and RECIPES["harmon-0.5b"] is RECIPES["harmon-1.5b"]
+    assert set(RECIPES["tiny"]) == {"base", "reca", "sft", "plain"} and set(RECIPES["harmon-1.5b"]) == {"reca", "sft"}
+    for recipes in RECIPES.values():
+        assert all(not isinstance(v, dict) or k == "mix" for recipe in recipes.values() for k, v in recipe.items())
+
+def generators(n, first=0):
+    return [torch.Generator().manual_seed(first + i) for i in range(n)]
+
+def rows_of(part, samples, pad_to=None):
+    return tiny().collate(part, samples, generators(len(samples)), generators(1, 99)[0], pad_to)
+
 def test_collate():
     model, tok = tiny(), tiny().tokenizer
-    samples = [{"question": "what color is it?", "answer": "red"}, {"question": "and where?", "answer": "above the large blue circle"}]
-    out = model.collate("i2t", samples, 40)
+    samples = [{"question": "what color is it?", "answer": "red"},
+               {"question": "and where?", "answer": "above the large blue circle"}]
+    out = rows_of("i2t", samples, 40)
     assert out["ids"].shape == (2, 40) and (out["ids"] == IMAGE).sum(1).tolist() == [1, 1]
     for row, pads, labels, sample in zip(out["ids"], out["pads"], out["labels"], samples):
         row, kept = row.tolist(), (labels != IGNORE).nonzero().flatten()
@@ -580,70 +644,93 @@ def test_collate():
         at = 40 - len(labels) + kept  # the token that a position predicts is the one after it
         assert [row[i + 1] for i in at] == labels[kept].tolist()
         assert tok.decode(row[at[-1] + 1:]) == "<|im_end|>\n"
-    assert model.collate("i2t", samples, 12)["labels"].shape == (2, 12)  # cut: the labels that are left stay where they belong
-    short = model.collate("i2t", samples, 30)
-    whole = model.collate("i2t", samples)
+    assert rows_of("i2t", samples, 12)["labels"].shape == (2, 12)  # cut: labels that are left stay where they belong
+    short = rows_of("i2t", samples, 30)
+    whole = rows_of("i2t", samples)
     assert whole["ids"].shape[1] % model.config.pad_multiple == 0 and whole["ids"].shape[1] < 40
     full = model.prompt_ids("i2t", samples[1])[0]
     if len(full) <= 30:
         assert short["ids"][1, -len(full):].tolist() == full
-    cut = model.collate("i2t", samples, len(full) - 3)
-    assert (cut["labels"][1] != IGNORE).sum() == len(tok.encode(samples[1]["answer"])) + 1 - 2 and cut["pads"][1] == 0
-    t2i = model.collate("t2i", [{"caption": "a red circle"}, {"caption": "x", "drop": True}])
+    cut = rows_of("i2t", samples, len(full) - 3)
+    assert (cut["labels"][1] != IGNORE).sum() == len(tok.encode_ordinary(samples[1]["answer"])) + 1 - 2
+    assert cut["pads"][1] == 0
+    t2i = rows_of("t2i", [{"caption": "a red circle"}, {"caption": "x", "drop": True}])
+    assert t2i["count"] == t2i["masked"].numel() and t2i["count"].dtype == torch.float32
+    assert out["count"] == (out["labels"] != IGNORE).sum() and out["count"].ndim == 0
     text = tok.decode(t2i["ids"][1, int(t2i["pads"][1]):].tolist())
     assert text == "<|im_start|>user\nGenerate an image.<|im_end|>\n<|im_start|>assistant\n"
+    words = rows_of("words", [{"caption": "a red circle"}, {"caption": ""}])
+    assert list(words) == ["words"] and words["words"].shape == (2, tok.vocab_size)
+    assert words["words"][0].nonzero().flatten().tolist() == sorted(set(model.encode("a red circle")))
+    assert words["words"][1].sum() == 0
 
 def test_draw():
+    """Randomness of a batch: its mask rate from the shared generator, the rest of a row from the row's own."""
     model = tiny()
-    c, make = model.config, lambda seed: torch.Generator().manual_seed(seed)
-    draws = [model.draw("recon", make(i), make(7)) for i in range(3)]
-    k = draws[0]["t"].shape[1]
-    assert [d["t"].shape for d in draws] == [(c.diffusion_batch_mul, k)] * 3
-    assert draws[0]["noise"].shape == (c.diffusion_batch_mul, k, c.vae.z_channels)
-    assert not torch.equal(draws[0]["noise"], draws[1]["noise"]) and sorted(draws[0]["masked"].tolist() + draws[0]["visible"].tolist()) == list(range(9))
-    assert draws[0]["masked"].shape == (k,) and draws[0]["visible"].tolist() == sorted(draws[0]["visible"].tolist())
-    again = model.draw("recon", make(1), make(7))
-    assert all(torch.equal(again[n], draws[1][n]) for n in again)
-    assert model.draw("i2t", make(0), make(0)) == {}
-    counts = torch.tensor([model.draw("t2i", make(0), make(i))["t"].shape[1] for i in range(300)])
-    assert counts.min() >= math.ceil(9 * c.mask_ratio_min) and counts.max() == 9 and len(counts.unique()) >= 3
+    c, (shared,) = model.config, generators(1, 7)
+    draws = model.randomness(generators(3), shared)
+    k = draws["t"].shape[-1]
+    assert draws["t"].shape == (3, c.diffusion_batch_mul, k)
+    assert draws["noise"].shape == (3, c.diffusion_batch_mul, k, c.vae.z_channels)
+    assert not torch.equal(draws["noise"][0], draws["noise"][1])
+    assert torch.cat([draws["masked"], draws["visible"]], 1).sort(1).values.tolist() == [list(range(9))] * 3
+    assert draws["masked"].shape == (3, k) and torch.equal(draws["visible"], draws["visible"].sort(1).values)
+    again = model.randomness(generators(1, 1), generators(1, 7)[0])
+    assert all(torch.equal(again[n][0], draws[n][1]) for n in again)
+    collated = model.collate("recon", [{"prompt": "x"}] * 3, generators(3), generators(1, 7)[0])
+    assert all(torch.equal(collated[n], draws[n]) for n in draws) and collated["count"] == 3 * k
+    assert not {"masked", "t", "noise"} & set(rows_of("i2t", [{"question": "a?", "answer": "b"}]))
+    counts = [model.randomness(generators(1), shared)["t"].shape[-1] for shared in generators(300)]
+    assert min(counts) >= math.ceil(9 * c.mask_ratio_min) and max(counts) == 9 and len(set(counts)) >= 3
     big = Harmon.__new__(Harmon)
     torch.nn.Module.__init__(big)
     for bucket in (1, 32):  # 1,024 tokens; the mean of the truncated normal is .8667
-        big.config, big.vae = replace(CONFIGS["harmon-0.5b"], mask_bucket=bucket, diffusion_batch_mul=1), type("VAE", (), {"stride": 16})()
-        counts = torch.tensor([big.draw("t2i", make(0), make(i))["t"].shape[1] for i in range(400)])
+        big.config = replace(CONFIGS["harmon-0.5b"], mask_bucket=bucket, diffusion_batch_mul=1)
+        big.stride = 16
+        counts = [big.randomness(generators(1), shared)["t"].shape[-1] for shared in generators(400)]
+        counts = torch.tensor(counts)
         assert (counts % bucket == 0).all() and counts.max() <= 1024 and counts.min() >= 704
         assert abs(counts.float().mean() / 1024 - 0.8667) < 0.015
 
 def tiny_batch(n=6, parts=("recon", "i2t", "t2i", "edit", "text")):
-    model, make = tiny(), lambda *s: torch.Generator().manual_seed(hash(s) % 2 ** 31)
-    latents = torch.randn(2 * n, 3, 3, 16, generator=make(0))
+    latents = torch.randn(2 * n, 3, 3, 16, generator=generators(1)[0])
     samples = {"recon": [{"prompt": "Describe it."}],
-               "i2t": [{"question": "what is it?", "answer": "a red circle"}, {"question": "how many?", "answer": "two"}],
+               "i2t": [{"question": "what is it?", "answer": "a red circle"}, {"question": "how many?", "answer": "2"}],
                "t2i": [{"caption": "a red circle and a blue star"}], "edit": [{"instruction": "make it green"}],
-               "text": [{"question": "two stars. how many?", "answer": "two"}, {"question": "a?", "answer": "no, a large one"}]}
+               "text": [{"question": "two stars. how many?", "answer": "two"},
+                        {"question": "a?", "answer": "no, a large one"}],
+               "uncond": [{"caption": "", "drop": True}],
+               "words": [{"caption": "a red circle"}, {"caption": "a blue star"}],
+               "align": [{"caption": "a star"}, {"caption": "two"}]}
     batch = {}
     for part in parts:
-        rows = [samples[part][i % len(samples[part])] | {"drop": i == 3} for i in range(n)]
-        draws = [model.draw(part, make(part == "recon", i), make(99)) for i in range(n)]
-        batch[part] = model.collate(part, rows, 36) | {key: torch.stack([d[key] for d in draws]) for key in draws[0]}
+        rows = [samples[part][i % len(samples[part])] for i in range(n)]
+        rows = [row | {"drop": i == 3} if part != "uncond" else row for i, row in enumerate(rows)]
+        batch[part] = rows_of(part, rows, 36)
         if part != "text":
             batch[part]["latents"] = latents[:n]
         if part == "edit":
             batch[part]["source_latents"] = latents[n:]
     return batch
 
+def test_all_parts_in_one_forward():
+    """The parts that only a base from nothing trains stand beside the others, and count=None counts."""
+    model, batch = tiny(), tiny_batch(parts=("recon", "i2t", "t2i", "edit", "text", "uncond", "align", "words"))
+    losses = model(batch)
+    assert list(losses) == list(batch) and all(torch.isfinite(v) for v in losses.values())
+    for part, tensors in batch.items():
+        alone = model({part: {k: v for k, v in tensors.items() if k != "count"}})[part]
+        assert alone.item() == losses[part].item(), part
+
 def test_a_batch_may_be_split():
-    """Losses and gradients of a batch = the mean over its parts, if these share the count, as ranks and micro-batches do."""
+    """Losses and gradients of a batch are the mean over its parts, if these share the count, as ranks do."""
     model, batch, report = tiny(), tiny_batch(), Report()
     whole = model(batch)
     expected = gradients(model, sum(whole.values()))
     total = {part: 0.0 for part in batch}
     model.zero_grad()
     for piece in (slice(0, 2), slice(2, 6)):
-        part_of = {part: {k: v[piece] for k, v in t.items()} for part, t in batch.items()}
-        for part, t in part_of.items():
-            t["count"] = (batch[part]["labels"] != IGNORE).sum().float() if "labels" in t else torch.tensor(6.0 * t["t"].shape[-1])
+        part_of = {part: {k: v[piece] if v.ndim else v for k, v in t.items()} for part, t in batch.items()}
         losses = model(part_of)
         sum(losses.values()).backward()
         total = {part: total[part] + losses[part].detach() for part in total}
@@ -660,41 +747,49 @@ def test_every_parameter_learns_and_conditions_matter():
     dead = [name for name, p in model.named_parameters() if p.requires_grad and not grads[name].abs().sum() > 0]
     assert not dead
     with torch.no_grad():
-        loss = lambda part, **change: model({part: batch[part] | change})[part].item()
+        def loss(part, **change):
+            return model({part: batch[part] | change})[part].item()
+
         base = {part: loss(part) for part in batch}
         assert loss("edit", source_latents=batch["edit"]["latents"]) != base["edit"]
         assert loss("t2i", ids=batch["t2i"]["ids"].roll(1, 1)) != base["t2i"]
         assert loss("i2t", latents=-batch["i2t"]["latents"]) != base["i2t"]
-        padded = {k: model.collate("recon", [{"prompt": "Describe it."}] * 6, 50)[k] for k in ("ids", "pads")}
-        drop = model.collate("recon", [{"prompt": "Describe it.", "drop": True}] * 6, 50)
+        padded = {k: rows_of("recon", [{"prompt": "Describe it."}] * 6, 50)[k] for k in ("ids", "pads")}
+        drop = rows_of("recon", [{"prompt": "Describe it.", "drop": True}] * 6, 50)
         for k in padded:
             padded[k][3] = drop[k][3]
         assert abs(loss("recon", **padded) / base["recon"] - 1) < 1e-5  # pads change nothing
 
 def test_grad_scale_is_for_post_training():
-    model = tiny()
-    assert model.grad_scale == 1.0
-    batch = tiny_batch(parts=("recon",))
-    loss = lambda **k: model.reca_loss(**batch["recon"], **k)
-    full, damped = gradients(model, loss()), gradients(model, loss(grad_scale=0.1))
-    masked_branch = gradients(model, loss(grad_scale=0.0))
-    assert loss(grad_scale=0.1).item() == loss().item()
+    model, batch = tiny(), tiny_batch(parts=("recon",))
+
+    def loss(**change):
+        return model.reca_loss(**batch["recon"], **change)
+
+    full, damped = gradients(model, loss()), gradients(model, loss(context_grad=0.1))
+    masked_branch = gradients(model, loss(context_grad=0.0))
+    assert loss(context_grad=0.1).item() == loss().item()
     for name in ("proj_in.0.weight", "mar.encoder_blocks.0.attn.qkv.weight"):
         expected = masked_branch[name] + 0.1 * (full[name] - masked_branch[name])
-        assert torch.allclose(damped[name], expected, atol=1e-6, rtol=1e-4) and not torch.allclose(full[name], damped[name], rtol=1e-2)
-    model.trainable_parameters("reca")
-    assert model.grad_scale == model.config.grad_scale == 0.1
+        assert torch.allclose(damped[name], expected, atol=1e-6, rtol=1e-4)
+        assert not torch.allclose(full[name], damped[name], rtol=1e-2)
+    try:
+        model.trainable_parameters("reca")
+        assert model.stage == "reca" and model.config.context_grad == 0.1
+        assert all(torch.equal(g, damped[name]) for name, g in gradients(model, loss()).items())
+    finally:
+        model.trainable_parameters("base")
     with pytest.raises(ValueError, match="stage 'x'"):
         model.trainable_parameters("x")
-    model.trainable_parameters("base")
 
 def test_dropout_and_checkpointing():
     batch = tiny_batch(n=3, parts=("recon", "i2t"))
+    first, grads = {}, {}
     for checkpointing in (False, True):
         torch.manual_seed(1)
         model = Harmon(replace(CONFIGS["tiny"], dropout=0.1))
-        if checkpointing:
-            train.activation_checkpointing(model)
+        for block in model.blocks() if checkpointing else ():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         model.load_state_dict(tiny().state_dict())
         torch.manual_seed(2)
         losses = model.train()(batch)
@@ -702,7 +797,8 @@ def test_dropout_and_checkpointing():
         if checkpointing:
             assert all(losses[p].item() == first[p] for p in first)
             assert all(torch.allclose(p.grad, grads[n], atol=1e-7) for n, p in model.named_parameters() if n in grads)
-        first, grads = {p: v.item() for p, v in losses.items()}, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        first = {part: v.item() for part, v in losses.items()}
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         torch.manual_seed(3)
         assert model(batch)["recon"].item() != first["recon"]
         quiet = model.eval()(batch)["recon"].item()
@@ -718,9 +814,11 @@ def test_answers_with_a_cache_equal_those_without():
         answers = model.answer(pictures, questions, max_new_tokens=6)
         for i, question in enumerate(questions):
             ids, labels = model.prompt_ids("text" if pictures is None else "i2t", {"question": question, "answer": ""})
-            ids, written = ids[:first_answer(labels)], []
+            ids, written = ids[:labels.index(end)], []
             with torch.no_grad():
-                clean = None if pictures is None else model.visual_features(model.precompute(images[i:i + 1])["latents"])[1]
+                clean = None
+                if pictures is not None:
+                    clean = model.visual_features(model.precompute(images[i:i + 1])["latents"])[1]
                 while len(written) < 6:
                     hidden = model.llm(model.embed(torch.tensor([ids + written]), clean), torch.tensor([0]))[0]
                     token = int(model.llm.lm_head(hidden[0, -1]).argmax())
@@ -728,11 +826,15 @@ def test_answers_with_a_cache_equal_those_without():
                         break
                     written.append(token)
             assert answers[i] == model.tokenizer.decode(written)
-    sampled = lambda seed: model.answer(images, questions, 6, temperature=1.5, generator=torch.Generator().manual_seed(seed))
+
+    def sampled(seed):
+        return model.answer(images, questions, 6, temperature=1.5, generator=generators(1, seed)[0])
+
     assert sampled(1) == sampled(1) != sampled(2)
     context, pads = model.context([[5, 6, 7], [8]])
     tokens = model.generate_tokens(context, pads, 8)
-    assert tokens.shape == (2, 8) and model.generate_tokens(context[:1], pads[:1], 8, stop=int(tokens[0, 0])).shape == (1, 1)
+    assert tokens.shape == (2, 8)
+    assert model.generate_tokens(context[:1], pads[:1], 8, stop=int(tokens[0, 0])).shape == (1, 1)
 
 def test_linear_guidance(monkeypatch):
     model = tiny().eval()
@@ -743,7 +845,11 @@ def test_linear_guidance(monkeypatch):
     assert [round(args[2], 4) for args, _, _ in calls] == [round(1 + 3 * n / 9, 4) for n in made]
 
 def test_pictures(monkeypatch):
-    model, make = tiny().eval(), lambda seed: torch.Generator().manual_seed(seed)
+    model = tiny().eval()
+
+    def make(seed):
+        return torch.Generator().manual_seed(seed)
+
     monkeypatch.setattr(model.mar.diffloss, "spacing", "3")
     prompts, images = ["a red circle", "two blue stars"], torch.rand(2, 3, 48, 48, generator=make(0)) * 2 - 1
     runs = {"generate": lambda g: model.generate(prompts, generator=g),
@@ -769,31 +875,40 @@ def test_tiny_fits_its_budget_and_flops_are_plausible():
         assert 1e7 < model.flops_per_sample(part) < 1e9
     with torch.device("meta"):
         big = Harmon(CONFIGS["harmon-1.5b"])
-    assert 1.5e13 < big.flops_per_sample("recon") < 4e13  # about 1,300 LLM tokens, two encoder passes, 3,600 DiffLoss rows
+    # about 1,300 LLM tokens, two encoder passes, 3,600 DiffLoss rows
+    assert 1.5e13 < big.flops_per_sample("recon") < 4e13
 
 def test_preprocess():
     model, image = tiny(), Image.new("RGB", (60, 30), (255, 0, 0))
-    for purpose in ("understand", "recon", "edit"):
+    for purpose in ("recon", "t2i", "i2t", "answer", "edit", "reconstruct"):
         x = model.preprocess(image, purpose)
-        assert x.shape == (3, 48, 48) and ((x[0] > 0.99).float().mean() < 0.6) == (purpose == "understand")
+        padded = bool((x[0] > 0.99).float().mean() < 0.6)
+        assert x.shape == (3, 48, 48) and padded == (purpose in ("i2t", "answer"))
 
 @pytest.mark.filterwarnings("ignore")
 def test_dynamic_lengths_are_sums():
-    """Masked tokens and text lengths vary from step to step, so a compiler gets symbols for them. No length in the graph may be a difference of two: inductor
-    (torch 2.13) fails on the strides that follow from it."""
+    """Masked tokens and text lengths vary from step to step, so a compiler gets symbols for them. No length in its
+    graph may be a difference of two: inductor (torch 2.13) fails on the strides that follow from it."""
     model, batch, lengths = tiny(), tiny_batch(parts=("recon",)), set()
 
     def backend(graph, inputs):
         values = [node.meta.get("example_value") for node in graph.graph.nodes]
-        lengths.update(s.node.expr for v in values if isinstance(v, torch.Tensor) for s in v.shape if isinstance(s, torch.SymInt))
+        sizes = [size for v in values if isinstance(v, torch.Tensor) for size in v.shape]
+        lengths.update(size.node.expr for size in sizes if isinstance(size, torch.SymInt))
         return graph.forward
 
     compiled, order = torch.compile(model, backend=backend), torch.randperm(9).repeat(6, 1)
     for k in (5, 7):
         for t in batch.values():
-            t |= {"masked": order[:, :k], "visible": order[:, k:].sort(1).values, "t": torch.randint(0, 1000, (6, 4, k)), "noise": torch.randn(6, 4, k, 16),
+            t |= {"masked": order[:, :k], "visible": order[:, k:].sort(1).values,
+                  "t": torch.randint(0, 1000, (6, 4, k)), "noise": torch.randn(6, 4, k, 16),
                   "ids": torch.cat([t["ids"][:, :1], t["ids"]], 1)}
         compiled(batch)
     assert len(lengths) > 5
-    minus = [e for e in lengths if any(factor < 0 for symbol, factor in e.expand().as_coefficients_dict().items() if symbol.free_symbols)]
+
+    def subtracts(expression):
+        terms = expression.expand().as_coefficients_dict().items()
+        return any(factor < 0 for symbol, factor in terms if symbol.free_symbols)
+
+    minus = [expression for expression in lengths if subtracts(expression)]
     assert not minus, minus

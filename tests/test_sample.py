@@ -212,8 +212,9 @@ def test_save_png_keeps_the_old_picture_when_the_disk_is_full(tmp_path, monkeypa
     image, path = Image.new("RGB", (4, 4), "red"), str(tmp_path / "deep" / "a.png")
     assert sample.save_png(image, path) == path and Image.open(path).getpixel((0, 0)) == (255, 0, 0)
 
-    def full(f, kind):
-        f.write(b"half")
+    def full(temporary, kind):
+        with open(temporary, "wb") as f:
+            f.write(b"half")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(image, "save", full)
     with pytest.raises(OSError, match="a.png: cannot be written"):

@@ -183,7 +183,10 @@ def test_model_config_of_another_arch_is_refused(tmp_path):
 def test_batches_do_not_depend_on_the_split():
     args, model, one = made("--arch", "mar", "--stage", "base", "--batch", "8", "--pool", "32")
     whole = one.batch(3)
-    halves = [data.Batches(args, model, rank=r, world=2).batch(3) for r in range(2)]
+    halves = []
+    for one.rank, one.world in ((0, 2), (1, 2)):
+        halves.append(one.batch(3))
+    one.rank, one.world = 0, 1
     for part in whole:
         for k in ("latents", "masked", "visible", "t", "noise"):
             if k in whole[part]:
@@ -201,7 +204,8 @@ def gradients(arch, accum, *more):
     run.optimizers = []  # the gradients stay as they are
     totals, norm = train.train_step(run, 0, [run.batches.batch(0, m) for m in range(accum)])
     run.log.close()
-    return {part: v.item() for part, v in totals.items()}, {n: p.grad for n, p in run.named if p.grad is not None}, norm
+    found = {n: p.grad for n, p in run.named if p.grad is not None}
+    return {part: v.item() for part, v in totals.items()}, found, norm.item()
 
 @pytest.mark.parametrize("arch, parts", [("ar", ["i2t=1", "recon=1", "t2i=1", "text=1"]),
                                          ("diffusion", ["recon=1", "t2i=1", "edit=1"])])
@@ -331,7 +335,7 @@ def test_scrambled_boards_hold_the_same_cells_elsewhere(tmp_path):
 def test_an_own_view_may_replace_what_reca_sees():
     def nothing(model, pixels, encodings, rows, generator):
         return {"source_latents": torch.zeros_like(encodings["latents"])}
-    args, model, _ = made("--arch", "mar", *SMALL, "--understanding", "full")
+    args, model, _ = made("--arch", "mar", *SMALL, "--understanding", "full", "--altered-share", "1")
     seen = data.Batches(args, model, view=nothing).batch(0)["recon"]
     assert not seen["source_latents"].any() and seen["latents"].any()
 
