@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 
+import evaluate
 import sample
 import train
 
@@ -29,8 +30,8 @@ def test_every_command_parses():
             argv = words[words.index(script) + 1:]
             if script == "train.py" and "--resume" not in argv:
                 train.parse_args(argv)
-            elif script == "sample.py":
-                sample.parse_args(argv)
+            elif script in ("sample.py", "evaluate.py"):
+                (sample if script == "sample.py" else evaluate).parse_args(argv)
             seen += 1
     assert seen >= 6
 
@@ -62,3 +63,13 @@ def test_readme_keeps_its_budget():
     assert len(lines) <= 140 and len(words) <= 1400, (len(lines), len(words))
     assert max(map(len, lines)) <= 300, [line for line in lines if len(line) > 300]
     assert len(README[:README.index(COMMANDS[0])].split()) <= 200
+
+def test_the_heart_is_shown_as_it_stands():
+    """Every line of the README's code is a line of the model file, in the same order."""
+    with open(os.path.join(ROOT, "model_mar.py"), encoding="utf-8") as f:
+        source = [line.strip() for line in f]
+    shown = re.search(r"```python\n(.*?)```", README, re.S).group(1).splitlines()
+    at = 0
+    for line in shown:
+        at = next(i for i in range(at, len(source)) if source[i].startswith(line.strip().removesuffix('"""'))) + 1
+    assert len(shown) >= 8
