@@ -23,7 +23,8 @@ Precision: on CPUs everything is fp32; on GPUs weights that train, losses, softm
 tables are fp32, products bf16 (autocast) where the GPU has it, and Muon's inside too.
 
 The run folder (--out) gets model.safetensors + config.json (for sample.py), checkpoint.pt (for --resume), result.json
-(command, commit, scores), log.jsonl, loss.png and before_after.png. Ctrl-C and SIGTERM save a checkpoint first. """
+(command, commit, scores), log.jsonl, loss.png and before_after.png. Ctrl-C and SIGTERM save a checkpoint first.
+"""
 import argparse
 import contextlib
 import fractions
@@ -138,13 +139,11 @@ def check_args(args, world):
     for part, share in args.mix.items():
         n = round(args.batch * share)
         if n < 1:
-            raise ValueError(f"--batch {args.batch} gives {n} {part} samples per step: raise it, or leave {part} out "
-                             "of --mix")
+            raise ValueError(f"--batch {args.batch} gives {n} {part} samples: raise it, or leave {part} out of --mix")
         if n % (world * args.accum):
             whole = math.lcm(*[fractions.Fraction(s).limit_denominator(100).denominator for s in args.mix.values()])
-            raise ValueError(f"--batch {args.batch} gives {n} {part} samples per step, which {world} processes x "
-                             f"--accum {args.accum} cannot share equally: take a multiple of "
-                             f"{whole * world * args.accum}")
+            raise ValueError(f"--batch {args.batch} gives {n} {part} samples, which {world} processes x --accum "
+                             f"{args.accum} cannot share: take a multiple of {whole * world * args.accum}")
     checkpoint.check_device(args.device)
     if args.cfg is not None and (args.cfg < 1 or args.stage == "tokenizer"):
         raise ValueError(f"--cfg {args.cfg:g}: guidance starts at 1, which is none, and a tokenizer has no guidance")
@@ -161,8 +160,7 @@ def setup(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
-    # torchrun sets OMP_NUM_THREADS=1; the cores belong to all processes together
-    if args.threads or device.type == "cpu":
+    if args.threads or device.type == "cpu":  # torchrun sets OMP_NUM_THREADS=1; the cores belong to all processes
         here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // here))
     if world > 1:
@@ -204,8 +202,7 @@ def make_optimizers(args, model, named):
     return optimizers
 
 def learning_rate(args, step, lr):
-    """Linear warm-up to `lr`, then constant, or half a cosine to 0. Published warm-ups start at rate 0 (warmup_from
-    0)."""
+    """Linear warm-up to `lr` (published ones from 0: warmup_from), then constant, or half a cosine to 0."""
     if step < args.warmup:
         return lr * (step + args.warmup_from) / args.warmup
     if args.schedule == "constant":
@@ -247,10 +244,8 @@ class Run:
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         if self.world > 1:
             forward = DDP(forward, device_ids=[self.device] if cuda else None, find_unused_parameters=True)
-        # tiny runs end too soon
-        if args.compile == "on" or (args.compile == "auto" and cuda and args.config != "tiny"):
-            # a compiler that fails then costs speed alone
-            torch._dynamo.config.suppress_errors = args.compile == "auto"
+        if args.compile == "on" or (args.compile == "auto" and cuda and args.config != "tiny"):  # tiny runs are short
+            torch._dynamo.config.suppress_errors = args.compile == "auto"  # then a failing compiler costs speed alone
             forward = torch.compile(forward)
         return forward
 
@@ -282,9 +277,8 @@ def train_step(run, step, micro_batches):
     return totals, norm
 
 def global_counts(run, micro_batches):
-    """{part: what its loss is divided by}: the targets of the whole step, over all processes and micro-batches, per
-    process and micro-batch, as gradients are averaged over those. So a mean over tokens is one over the step's
-    tokens."""
+    """{part: what its loss is divided by}: the targets of the whole step, in all processes and micro-batches, over the
+    number of those, since gradients are averaged over those. So a mean over tokens is one over the step's tokens."""
     parts = [part for part, tensors in micro_batches[0].items() if "count" in tensors]
     if not parts:
         return {}
@@ -333,8 +327,7 @@ def scores(run, step, title):
     return s
 
 def pictures(run):
-    """What before_after.png shows: reconstructions for a tokenizer or a user's own pictures, else drawings for
-    prompts."""
+    """What before_after.png shows: reconstructions (of a user's own pictures, too), or drawings for fixed prompts."""
     source = None
     if run.args.stage == "tokenizer":
         source = shape_world.Scenes(8, seed=777).render()

@@ -150,6 +150,22 @@ def grid_ids(rows, columns, stride, device=None):
                          "shrink the picture")
     return (torch.arange(rows, device=device)[:, None] * stride + torch.arange(columns, device=device)).flatten()
 
+class PositionTable(nn.Module):
+    """Fixed sine-cosine table (side*side, width) of a grid, for ids of grid_ids: the first half of the channels encodes
+    the column, the second the row. BAGEL adds one to what SigLIP saw, and one to the latents it paints. The published
+    files hold it rounded to bfloat16; it is computed, and kept in float32 instead."""
+
+    def __init__(self, side, width):
+        super().__init__()
+        angle = np.arange(side)[:, None] * 10000.0 ** (-np.arange(width // 4) / (width // 4))
+        one = np.concatenate([np.sin(angle), np.cos(angle)], 1)  # (side, width/2)
+        table = np.concatenate([np.tile(one, (side, 1)), np.repeat(one, side, 0)], 1)
+        self.register_buffer("pos_embed", torch.from_numpy(table).float())
+        self.side = side
+
+    def forward(self, ids):
+        return F.embedding(ids, self.pos_embed)
+
 class SigLIPNaViT(nn.Module):
     """SigLIP's vision tower (arXiv 2303.15343) with a linear patch embedding and positions for pictures of any size, as
     in BAGEL: all layers and the final norm; no pooling, no class token. BAGEL packs pictures of several sizes into one
