@@ -1,9 +1,8 @@
 """Show-o: one transformer that writes text from left to right and paints pictures by filling in masked image codes.
 
 A phi-1.5 decoder reads text ids and the codes of an image tokenizer (MAGVIT-v2) from ONE vocabulary. Text is learned by
-next-token prediction, pictures by mask prediction as in MaskGIT: the place of a mask predicts its own code. Attention
-and MLP stand side by side behind one LayerNorm; queries and keys get a LayerNorm per head before the rotation, which
-turns half of each head. Pictures are understood through CLIP features (`show-o-clip-*`, `tiny`) or their own codes.
+next-token prediction, pictures by mask prediction as in MaskGIT: the place of a mask predicts its own code. Pictures
+are understood through CLIP features (`show-o-clip-*`, `tiny`) or their own codes.
 
 RecA (arXiv 2509.07295; `ShowO.reca_loss`) is cross entropy on the masked codes of this row, without a caption:
     [mmu][soi] CLIP features [eoi] "describe this image" [soi] masked codes of the SAME picture [eoi]
@@ -24,25 +23,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import vision_encoder as vision
 from checkpoint import load_strict, read_weights
 from custom_kernels import attention, attention_plan, linear_cross_entropy
 from image_tokenizer import TOKENIZERS, LFQConfig, LFQTokenizer
-from vision_encoder import (
-    CLIP_MEAN,
-    CLIP_STD,
-    VISION_ENCODERS,
-    CLIPConfig,
-    CLIPVision,
-    caption_words,
-    clip_pixels,
-    magvit_pixels,
-    square_pixels,
-    word_alignment,
-)
 
 IGNORE = -100  # label of a position that is not trained
-SYSTEM_PROMPT = ("A chat between a curious user and an artificial intelligence assistant. "
-                 "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configurations and recipes
@@ -63,11 +49,12 @@ class ShowOConfig:
     image_size: int = 256
     vq: LFQConfig = field(default_factory=lambda: TOKENIZERS["magvitv2"])
     w_clip_vit: bool = True  # understand through CLIP features; otherwise through image codes
-    clip: CLIPConfig = field(default_factory=lambda: VISION_ENCODERS["clip-vit-large-patch14-336"])
-    clip_mean: tuple = CLIP_MEAN  # for image-to-text only: RecA feeds CLIP the plain [-1, 1] pixels
-    clip_std: tuple = CLIP_STD
+    clip: vision.CLIPConfig = field(default_factory=lambda: vision.VISION_ENCODERS["clip-vit-large-patch14-336"])
+    clip_mean: tuple = vision.CLIP_MEAN  # for image-to-text only: RecA feeds CLIP the plain [-1, 1] pixels
+    clip_std: tuple = vision.CLIP_STD
     train_clip: bool = False  # in the base stage; in all others CLIP is frozen
-    system_prompt: str = SYSTEM_PROMPT
+    system_prompt: str = ("A chat between a curious user and an artificial intelligence assistant. "
+                          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
     user: str = "USER:"
     assistant: str = "ASSISTANT:"
     max_prompt: int = 129  # the longest rows, in ids. Text-to-image: [t2i] bos text eos
@@ -91,7 +78,7 @@ CONFIGS = {
     # 48x48 pictures: 9 codes of 11 bits, 9 CLIP tokens. Texts are short, as a word costs as much as an image token.
     "tiny": ShowOConfig(
         hidden_size=128, num_layers=4, num_heads=4, intermediate_size=224, text_vocab=1024, eos=1018, image_size=48,
-        codebook_size=2048, vq=TOKENIZERS["tiny-lfq"], clip=VISION_ENCODERS["tiny-clip"], clip_mean=(0.5,) * 3,
+        codebook_size=2048, vq=TOKENIZERS["tiny-lfq"], clip=vision.VISION_ENCODERS["tiny-clip"], clip_mean=(0.5,) * 3,
         clip_std=(0.5,) * 3, train_clip=True, system_prompt="", user="Question:", assistant="Answer:", max_prompt=40,
         max_dialogue=56, max_request=32, pad_multiple=4, cfg=2.0, mask_steps=6, reca_steps=6),
     "show-o-256": ShowOConfig(w_clip_vit=False, system_prompt="", max_request=384),
@@ -109,13 +96,12 @@ RECIPES = {
         # Muon, because AdamW alone needs twice the samples. `align` and strong decay together cost it drawing: neither.
         "base": dict(lr=1e-3, muon_lr=0.02, warmup=100, steps=5500, batch=48, pool=40000,
                      mix={"t2i": 1.0, "i2t": 0.75, "edit": 0.75, "text": 0.25}),
-        # Captions beside RecA: features teach that a place is empty unless something is said of it, and prompts name no
-        # places. No image-to-text, which costs half of the compute: this model forgets little.
-        "reca": dict(lr=2e-4, steps=1200, batch=96, i2t_weight=0.0, mix={"recon": 0.5, "t2i": 0.5, "i2t": 1.0}),
-        # The control: as many steps and pictures, all of them with captions.
-        "sft": dict(lr=2e-4, steps=1200, batch=96, i2t_weight=0.0, mix={"t2i": 1.0, "i2t": 1.0}),
-        # RecA on a user's own pictures, which have no captions.
-        "plain": dict(lr=2e-4, steps=300, batch=96, t2i_weight=0.0, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}),
+        # Captions beside RecA, as prompts name no places. No image-to-text: this model forgets little without it.
+        "reca": dict(lr=2e-4, steps=1200, batch=96, i2t_weight=0.0,
+                     mix={"recon": 0.5, "t2i": 0.5, "i2t": 1.0}),
+        "sft": dict(lr=2e-4, steps=1200, batch=96, i2t_weight=0.0, mix={"t2i": 1.0, "i2t": 1.0}),  # captions alone
+        "plain": dict(lr=2e-4, steps=300, batch=96, t2i_weight=0.0,  # a user's pictures, without captions
+                      mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}),
     },
     **dict.fromkeys(("show-o-256", "show-o-512", "show-o-clip-256", "show-o-clip-512"), {
         "reca": dict(PUBLISHED, t2i_weight=0.0, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}),
@@ -127,12 +113,11 @@ RECIPES = {
 def rotate(x, rope):
     """x (B, T, heads, d), rope = cos, sin (B or 1, T, 1, r/2): turns the pairs (i, i + r/2) of the first r channels."""
     cos, sin = rope
-    half = cos.shape[-1]
-    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    a, b, rest = x.tensor_split((cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 class Block(nn.Module):
-    """x + attention(LN x) + mlp(LN x): both read the same input. Only the slots `read` (a slice) come out."""
+    """x + attention(LN x) + mlp(LN x). Only the slots `read` (a slice) come out."""
 
     def __init__(self, c):
         super().__init__()
@@ -143,8 +128,8 @@ class Block(nn.Module):
             self.self_attn[name] = nn.LayerNorm(self.head_dim, eps=c.norm_eps)  # one for all heads
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(D, c.intermediate_size), "fc2": nn.Linear(c.intermediate_size, D)})
 
-    def attend(self, h, rope, plan, read, cache, slots):
-        m, heads = self.self_attn, (-1, self.head_dim)
+    def forward(self, x, rope, plan, read=slice(None), cache=None, slots=None):
+        h, m, heads = self.input_layernorm(x), self.self_attn, (-1, self.head_dim)
         v = m["v_proj"](h).unflatten(-1, heads)  # (B, T, heads, d)
         k = rotate(m["k_layernorm"](m["k_proj"](h).unflatten(-1, heads)), rope).to(v.dtype)
         q = m["q_layernorm"](m["q_proj"](h[:, read]).unflatten(-1, heads))
@@ -154,11 +139,7 @@ class Block(nn.Module):
             cache[0][row, slots], cache[1][row, slots] = k, v
             k, v = cache
         a = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, None, plan)  # (B, heads, T, d)
-        return m["dense"](a.transpose(1, 2).flatten(2))
-
-    def forward(self, x, rope, plan, read=slice(None), cache=None, slots=None):
-        h = self.input_layernorm(x)
-        x = x[:, read] + self.attend(h, rope, plan, read, cache, slots)
+        x = x[:, read] + m["dense"](a.transpose(1, 2).flatten(2))
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](h[:, read]), approximate="tanh"))
 
 class Layout(NamedTuple):
@@ -211,23 +192,24 @@ def reca_prompt(text, c):
     """[mmu][soi][eoi] bos text eos; the picture goes between soi and eoi. There is no system prompt in RecA."""
     return mmu_prompt([*with_bos(text, c), c.eos], c)
 
-def pad_rows(rows, fill, length, device=None):
-    """Lists of ids -> (B, length) int64, right-padded with `fill`. Raises ValueError if one is longer."""
-    longest = max(map(len, rows))
-    if longest > length:
-        raise ValueError(f"a prompt of {longest} ids does not fit into {length}: shorten the text, or raise the limit")
-    return torch.tensor([[*r, *[fill] * (length - len(r))] for r in rows], device=device)
+def pad_rows(rows, fill, length=None, device=None):
+    """Lists of ids -> ids (B, length) int64, right-padded with `fill`, lengths (B,). ValueError if one is longer."""
+    lengths = [len(row) for row in rows]
+    length = length or max(lengths)
+    if max(lengths) > length:
+        raise ValueError(f"{max(lengths)} ids do not fit into {length}: shorten the text, or raise the limit")
+    ids = [[*row, *[fill] * (length - len(row))] for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(lengths, device=device)
 
-# Layouts. n (B,): ids of each row that are no pads; S = N + 2. Each line is one stretch of memory: where its slots are
-# in the published row, then which slots [lo, hi) they see. Nobody reads pads; what they see is as published, too.
 def make_layout(rows, *stretches):
-    """Stretches (positions (rows or 1, k), lo, hi: int or (rows or 1, k or 1)), in memory order -> Layout."""
+    """Stretches of memory in order -> Layout. Each: where its slots are in the published row (rows or 1, k), and which
+    slots [lo, hi) they see, int or (rows or 1, k or 1). Nobody reads pads; what they see is as published, too."""
     full = [[(s[0] * 0 + value).expand(rows, -1) for value in s] for s in stretches]
     return Layout(*(torch.cat(column, dim=1) for column in zip(*full)))
 
 def t2i_layout(n, T, N, start, A=0):
-    """Text-to-image; published order PAD.. text [soi] codes [eoi], soi at the place `start`. Text is causal; soi, codes
-    and eoi see all but pads. Before the text may stand A slots: the first sees itself, the others see all A."""
+    """Text-to-image; published order PAD.. n (B,) text ids [soi] codes [eoi], soi at the place `start`. Text is causal;
+    soi, codes, eoi see all but pads. Before the text may stand A slots: the first sees itself, the others see all A."""
     n, S = n[:, None], N + 2
     j, i, k = (torch.arange(length, device=n.device)[None] for length in (T, S, A))
     text = j < n
@@ -244,26 +226,20 @@ def reca_vq_layout(n, T, N, A, limit):
 def reca_clip_layout(n, T, N, A, block):
     """RecA with CLIP; published order [mmu][soi] features [eoi] bos text eos PAD.. [soi] codes [eoi], where ids and
     pads take `block` places. Causal, but all see the features, codes see each other (not eoi), nobody sees a pad."""
-    n, S = n[:, None], N + 2
-    j, i = torch.arange(T, device=n.device)[None], torch.arange(N, device=n.device)[None]
-    end, start = S + A + n, A + block
+    n, S, start = n[:, None], N + 2, A + block
+    j, i, k = (torch.arange(length, device=n.device)[None] for length in (T, S, A))
+    first, end = torch.where(i > N, i, i.clamp(max=1)), S + A + n
     return make_layout(
-        len(n), (start + N + 1 + i[:, :1], 0, end),  # eoi
-        (start + 1 + i, 1, end),  # codes
-        (start + i[:, :1], N + 1, end),  # soi
-        (2 + torch.arange(A, device=n.device)[None], S, S + A + 2),  # features: see mmu and soi too
+        len(n), (start + torch.where(i == 0, N + 1, i % (N + 1)), first, end),  # eoi, codes, soi
+        (2 + k, S, S + A + 2),  # features: see mmu and soi too
         (torch.where(j < 2, j, j + A), S, torch.minimum(S + A + 1 + j, end)))  # ids, pads
 
-def mmu_clip_layout(T, A, before, device=None):
-    """Image-to-text with CLIP: `before` ids (mmu, system, soi), features, eoi, chat. Causal; all see the features."""
-    j = torch.arange(T, device=device)[None]
-    return make_layout(1, (before + torch.arange(A, device=device)[None], 0, A + before),
-                       (torch.where(j < before, j, j + A), 0, A + 1 + j))
-
-def causal_layout(T, seen_by_all=0, device=None):
-    """Text alone; or image-to-text from codes, where all see the first `seen_by_all` places: mmu, soi, codes, eoi."""
-    j = torch.arange(T, device=device)[None]
-    return make_layout(1, (j, 0, (j + 1).clamp(min=seen_by_all)))
+def causal_layout(T, seen_by_all=0, A=0, before=0, device=None):
+    """Text alone; image-to-text from codes, where all see the first `seen_by_all` places (mmu, soi, codes, eoi); or
+    from A features, which all see and which are read behind the first `before` ids (mmu, system, soi)."""
+    j, k = (torch.arange(length, device=device)[None] for length in (T, A))
+    return make_layout(1, (before + k, 0, before + A),  # features
+                       (torch.where(j < before, j, j + A), 0, (A + 1 + j).clamp(min=seen_by_all)))
 
 def stack_rows(a, b):
     """Two batches of (embeddings, layout) as one [a; b]; the shorter ones get slots at their end that nobody sees."""
@@ -298,17 +274,16 @@ class ShowO(nn.Module):
     def __init__(self, config, tokenizer=None):
         super().__init__()
         self.config, self.tokenizer, self.stage = config, tokenizer, "reca"
-        c = config
+        c, D = config, config.hidden_size
         if tokenizer is not None and (tokenizer.eos != c.eos or tokenizer.vocab_size > c.text_vocab):
             raise ValueError(f"text tokenizer with {tokenizer.vocab_size} ids, <|endoftext|> {tokenizer.eos}; expected "
                              f"at most {c.text_vocab}, and {c.eos}: give the model's own (--text-tokenizer)")
         self.system_ids = self.encode(c.system_prompt) if tokenizer is not None and c.system_prompt else []
         self.showo = nn.Module()
-        self.showo.model, self.showo.lm_head = Backbone(c), nn.Linear(c.hidden_size, c.vocab_size)
+        self.showo.model, self.showo.lm_head = Backbone(c), nn.Linear(D, c.vocab_size)
         if c.w_clip_vit:
-            self.mm_projector = nn.Sequential(nn.Linear(c.clip.width, c.hidden_size), nn.GELU(),
-                                              nn.Linear(c.hidden_size, c.hidden_size))
-            self.clip = CLIPVision(c.clip)
+            self.mm_projector = nn.Sequential(nn.Linear(c.clip.width, D), nn.GELU(), nn.Linear(D, D))
+            self.clip = vision.CLIPVision(c.clip)
         self.vq = LFQTokenizer(c.vq).requires_grad_(False)  # always frozen
         self.side = c.image_size // self.vq.stride  # of the grid of codes
         self.init_weights()
@@ -357,15 +332,9 @@ class ShowO(nn.Module):
         return self.cross_entropy(self.with_target(image, context), layout, slice(0, N + 2), labels, count)
 
     def i2t_loss(self, ids, labels, codes=None, features=None, chat_features=None, pixels=None, count=None, **_):
-        """Image-to-text: ids, labels (B, T); each slot predicts the id behind it. chat_features win over features."""
+        """Image-to-text or text alone: ids, labels (B, T). Each slot predicts the next. Picture: as in mmu_context."""
         x, layout = self.mmu_context(ids, codes, features if chat_features is None else chat_features, pixels)
-        first = x.shape[1] - ids.shape[1]  # the slots before hold the picture and what precedes it: no labels
-        return self.cross_entropy(x, layout, slice(first, x.shape[1] - 1), labels[:, 1:], count)
-
-    def text_loss(self, ids, labels, count=None, **_):
-        """Text alone, ids and labels (B, T): a question and the answer that is learned, or any text (labels = ids)."""
-        layout = causal_layout(ids.shape[1], 0, ids.device)
-        return self.cross_entropy(self.embed(ids), layout, slice(0, ids.shape[1] - 1), labels[:, 1:], count)
+        return self.cross_entropy(x, layout, slice(-ids.shape[1], -1), labels[:, 1:], count)
 
     def edit_loss(self, **tensors):
         """Editing, which the published model lacks: RecA's row with the SOURCE picture (source_features ...) as
@@ -374,9 +343,7 @@ class ShowO(nn.Module):
         return self.reca_loss(**(tensors | source), context_grad=1.0)
 
     def embed(self, *ids):
-        """Ids (B, k), or single ints for a whole column -> (B, T, D)."""
-        rows = next(i for i in ids if torch.is_tensor(i))
-        ids = [i if torch.is_tensor(i) else torch.full((len(rows), 1), i, device=rows.device) for i in ids]
+        """Ids (B, k), one after the other -> (B, T, D)."""
         return self.showo.model.embed_tokens(torch.cat(ids, dim=1))
 
     def project(self, features=None, pixels=None):
@@ -399,17 +366,20 @@ class ShowO(nn.Module):
         return self.embed(ids), t2i_layout(lengths, ids.shape[1], N, self.config.max_prompt)
 
     def mmu_context(self, ids, codes=None, features=None, pixels=None):
-        """[mmu] system [soi] picture [eoi] chat; ids (B, T) lack the picture: features, pixels or codes (B, A)."""
-        c, T, before = self.config, ids.shape[1], 2 + len(self.system_ids)  # mmu, system, soi
-        if c.w_clip_vit:
+        """[mmu] system [soi] picture [eoi] chat, whose ids (B, T) lack the picture; or text alone, if none is given."""
+        T, before = ids.shape[1], 2 + len(self.system_ids)  # mmu, system, soi
+        if features is not None or pixels is not None:
             x = torch.cat([self.project(features, pixels), self.embed(ids)], dim=1)
-            return x, mmu_clip_layout(T, x.shape[1] - T, before, ids.device)
-        x = self.embed(ids[:, :before], codes + c.image_offset, ids[:, before:])
-        return x, causal_layout(x.shape[1], before + codes.shape[1] + 1, ids.device)
+            return x, causal_layout(T, 0, x.shape[1] - T, before, ids.device)
+        if codes is None:
+            return self.embed(ids), causal_layout(T, device=ids.device)
+        x = self.embed(ids[:, :before], codes + self.config.image_offset, ids[:, before:])
+        return x, causal_layout(x.shape[1], before + codes.shape[1] + 1, device=ids.device)
 
-    def with_target(self, image, context):
+    def with_target(self, image, *context):
         """Puts the target picture, ids (B, N), before the context (B, T, D): slots [eoi, N codes, soi, context]."""
-        return torch.cat([self.embed(self.config.eoi, image, self.config.soi), context], dim=1)
+        image = F.pad(F.pad(image, (1, 0), value=self.config.eoi), (0, 1), value=self.config.soi)
+        return torch.cat([self.embed(image), *context], dim=1)
 
     def cross_entropy(self, x, layout, read, labels, count=None):
         """Runs the rows and scores their slots `read` against labels (B, k), over words as well as image codes."""
@@ -419,7 +389,7 @@ class ShowO(nn.Module):
     def forward(self, batch):
         """{part: tensors} -> {part: loss}, all parts in one forward."""
         losses = {"recon": self.reca_loss, "edit": self.edit_loss, "t2i": self.t2i_loss, "i2t": self.i2t_loss,
-                  "text": self.text_loss, "uncond": self.t2i_loss, "align": self.align_loss,
+                  "text": self.i2t_loss, "uncond": self.t2i_loss, "align": self.align_loss,
                   "words": partial(self.align_loss, kind="presence")}
         return {part: losses[part](**tensors) for part, tensors in batch.items()}
 
@@ -429,9 +399,8 @@ class ShowO(nn.Module):
                gumbel_u=None, trace=None):
         """MaskGIT's parallel decoding: every step draws all unknown codes, keeps the most confident, masks the others.
         context (b, T, D) and its layout, or 2b rows, the unconditional ones second; image (b, N) ids, mask_id = to be
-        painted -> codes (b, N). Guidance g: logits = (1 + g) cond - g uncond. Noise, from the generator if not given:
-        exponential (steps, b, N, codebook), since argmax(p / e) with e ~ Exp(1) is a draw from p, and gumbel_u (steps,
-        b, N), uniform. trace: a list that gets a dict per step."""
+        painted -> codes (b, N). Guidance g: logits = (1 + g) cond - g uncond. exponential (steps, b * N, codebook) and
+        gumbel_u (steps, b, N), uniform, replace the generator's noise. trace: a list that gets a dict per step."""
         c, (b, N), rows, model = self.config, image.shape, len(context), self.showo.model
         S, codebook = N + 2, slice(c.image_offset, c.mask_id)
         source = image.device if generator is None else generator.device
@@ -439,14 +408,14 @@ class ShowO(nn.Module):
         cache = self.new_cache(rows, slots.shape[1])
         model(context, layout.part(slice(S, None)), cache=cache, slots=slots[:, S:])  # once: it never sees the target
         for k in range(steps):
-            x = self.embed(c.eoi, image, c.soi).repeat(rows // b, 1, 1)
+            x = self.with_target(image).repeat(rows // b, 1, 1)
             hidden = model(x, layout.part(slice(S)), slice(1, N + 1), cache, slots[:, :S])
             logits = self.logits(hidden, codebook)  # (rows, N, codebook): a mask predicts itself
             if rows > b:
                 logits = (1 + guidance) * logits[:b] - guidance * logits[b:]
             p = logits.softmax(dim=-1)
             e = (torch.empty(p.shape, device=source).exponential_(generator=generator) if exponential is None
-                 else exponential[k].view_as(p))
+                 else exponential[k].view_as(p))  # argmax(p / e) with e ~ Exp(1) is a draw from p
             unknown = image == c.mask_id
             codes = torch.where(unknown, (p / e.to(p)).argmax(dim=-1), image - c.image_offset)
             confidence = torch.where(unknown, p.gather(2, codes[..., None]).squeeze(2), torch.finfo(p.dtype).max)
@@ -460,30 +429,23 @@ class ShowO(nn.Module):
             masked = score < score.sort(dim=1).values.gather(1, count)
             image = (codes + c.image_offset).masked_fill(masked, c.mask_id)
             if trace is not None:
-                trace.append({"codes": codes, "confidence": confidence, "masked": masked, "count": count,
-                              "temperature": temperature, "image": image, "hidden": hidden})
+                trace.append(dict(hidden=hidden, confidence=confidence, masked=masked, temperature=temperature))
         return codes
 
-    def paint(self, context, image, cfg, steps, temperature, generator):
+    def paint(self, context, image, cfg=None, steps=None, temperature=1.0, generator=None):
         """image (b, h, w) ids -> codes (b, h, w). cfg 1 = no guidance. Unconditional is the empty text-to-image row,
         also where a picture is the condition: the published demo's row for that is only partly known."""
-        b, h, w = image.shape
-        cfg = self.config.cfg if cfg is None else cfg
+        c, (b, h, w) = self.config, image.shape
+        cfg, steps = c.cfg if cfg is None else cfg, steps or c.mask_steps
         if cfg != 1:
             context = stack_rows(context, self.context([""] * b, h * w))
-        temperature = 1.0 if temperature is None else temperature
         return self.sample(*context, image.flatten(1), cfg - 1, steps, temperature, generator).view(b, h, w)
 
-    def paint_text(self, prompts, image, cfg, steps, temperature, generator):
-        context = self.context(prompts, image[0].numel())
-        return self.paint(context, image, cfg, steps or self.config.mask_steps, temperature, generator)
-
+    @torch.no_grad()
     def context(self, prompts, N):
         """Texts -> context of text-to-image."""
         prompts = [t2i_prompt(self.encode(p), self.config) for p in prompts]
-        lengths = [len(p) for p in prompts]
-        ids = pad_rows(prompts, self.config.pad, max(lengths), self.device)
-        return self.t2i_context(ids, torch.tensor(lengths, device=self.device), N)
+        return self.t2i_context(*pad_rows(prompts, self.config.pad, device=self.device), N)
 
     def logits(self, hidden, ids=slice(None)):
         """hidden (..., D) -> float32 logits of a slice of the vocabulary."""
@@ -500,23 +462,23 @@ class ShowO(nn.Module):
     def decode_codes(self, codes):
         return self.vq.decode(codes).clamp(-1, 1)
 
-    @torch.no_grad()
-    def generate(self, prompts, cfg=None, steps=None, temperature=None, generator=None, size=None):
+    def generate(self, prompts, cfg=None, steps=None, temperature=1.0, generator=None, size=None):
         """Texts -> pictures (B, 3, H, W) in [-1, 1]. size: pixels, int or (H, W), multiples of vq.stride."""
         size, stride = size or self.config.image_size, self.vq.stride
         H, W = (size, size) if isinstance(size, int) else size
         if H % stride or W % stride:
             raise ValueError(f"size {size}: each side must be a multiple of {stride} pixels")
         image = torch.full((len(prompts), H // stride, W // stride), self.config.mask_id, device=self.device)
-        return self.decode_codes(self.paint_text(prompts, image, cfg, steps, temperature, generator))
+        context = self.context(prompts, image[0].numel())
+        return self.decode_codes(self.paint(context, image, cfg, steps, temperature, generator))
 
-    def reconstruct(self, images, prompt=None, cfg=None, steps=None, temperature=None, generator=None):
+    def reconstruct(self, images, prompt=None, cfg=None, steps=None, temperature=1.0, generator=None):
         """Pictures (B, 3, H, W) in [-1, 1] -> the same through the model's own understanding of them."""
         prompts = [prompt or "Describe the image in detail."] * len(images)
         return self.edit(images, prompts, cfg, steps, temperature, generator)
 
     @torch.no_grad()
-    def edit(self, images, instructions, cfg=None, steps=None, temperature=None, generator=None):
+    def edit(self, images, instructions, cfg=None, steps=None, temperature=1.0, generator=None):
         """Pictures and what to change -> changed pictures. The published model was not trained for it."""
         c, samples = self.config, [{"instruction": text} for text in instructions]
         request = self.collate("edit", samples, [torch.Generator()] * len(samples), None)
@@ -536,10 +498,9 @@ class ShowO(nn.Module):
             picture = {"codes": self.vq.encode(images.to(self.device).float()).flatten(1)}
             head, line = [*head, c.eos], "\n"  # at inference only
         rows = [head + self.dialogue(line + q.strip())[0] for q in questions]
-        T = max(map(len, rows))
-        ids = pad_rows(rows, c.pad, T, self.device)
-        x, layout = self.mmu_context(ids, **picture) if picture else (self.embed(ids), causal_layout(T, 0, self.device))
-        lengths = torch.tensor([len(row) for row in rows], device=self.device) + x.shape[1] - T
+        ids, lengths = pad_rows(rows, c.pad, device=self.device)
+        x, layout = self.mmu_context(ids, **picture)
+        lengths += x.shape[1] - ids.shape[1]
         new = self.write(x, layout, lengths, max_new_tokens, temperature, generator).tolist()
         new = [row[:row.index(c.eos)] if c.eos in row else row for row in new]
         return [self.tokenizer.decode([i for i in row if i < c.text_vocab]).strip() for row in new]
@@ -568,24 +529,24 @@ class ShowO(nn.Module):
             hidden = model(self.embed(new), layout, cache=cache, slots=slot)[:, 0]
         return torch.cat(out, dim=1)
 
-    @torch.no_grad()
-    def inpaint(self, images, mask, prompts, cfg=None, steps=None, temperature=None, generator=None):
-        """mask (B, 1, H, W), 1 = paint anew: resized to the grid of codes (bicubic); from 0.5 on a code is masked."""
+    def inpaint(self, images, mask, prompts, **how):
+        """mask (B, 1, H, W): 1 = paint anew, resized to the grid of codes. how: cfg, steps, temperature, generator."""
         codes = self.vq.encode(images.to(self.device).float())  # (B, h, w)
         hole = F.interpolate(mask.to(self.device).float(), codes.shape[1:], mode="bicubic").squeeze(1) >= 0.5
         image = (codes + self.config.image_offset).masked_fill(hole, self.config.mask_id)
-        return self.decode_codes(self.paint_text(prompts, image, cfg, steps, temperature, generator))
+        return self.decode_codes(self.paint(self.context(prompts, image[0].numel()), image, **how))
 
-    @torch.no_grad()
-    def extrapolate(self, images, prompts, side="right", cfg=None, steps=None, temperature=None, generator=None):
+    def extrapolate(self, images, prompts, side="right", **how):
         """Pictures -> half as large again towards `side` (left, right, up, down), painted from the near half."""
-        codes = self.vq.encode(images.to(self.device).float())  # (B, h, w)
-        dim, backwards = {"left": 2, "right": 2, "up": 1, "down": 1}[side], side in ("left", "up")
+        codes, dims = self.vq.encode(images.to(self.device).float()), {"left": 2, "right": 2, "up": 1, "down": 1}
+        if side not in dims:
+            raise ValueError(f"side {side!r}: expected one of {', '.join(dims)}")
+        dim, backwards = dims[side], side in ("left", "up")
         size, far = codes.shape[dim], codes.shape[dim] // 2  # so much of the grid is left out, and as much is new
         start, shift = (0, far) if backwards else (size - far, -far)
         image = codes.roll(shift, dim) + self.config.image_offset
         image.narrow(dim, start, far).fill_(self.config.mask_id)
-        new = self.paint_text(prompts, image, cfg, steps, temperature, generator).narrow(dim, start, far)
+        new = self.paint(self.context(prompts, image[0].numel()), image, **how).narrow(dim, start, far)
         return self.decode_codes(torch.cat([new, codes] if backwards else [codes, new], dim))
 
     # ---- what train.py needs
@@ -610,40 +571,34 @@ class ShowO(nn.Module):
         return [*self.showo.model.layers, *clip]
 
     def preprocess(self, image, purpose):
-        """PIL image -> (3, H, W) in [-1, 1], sized as published: "t2i", "i2t", "answer" cropped to the central square,
-        "recon", "edit", "reconstruct" squashed to a square."""
-        c = self.config
-        if purpose in ("i2t", "answer") and c.w_clip_vit:
-            mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-            return (clip_pixels(image, c.clip.image_size) * std + mean) * 2 - 1  # clip_features normalizes
-        fit = magvit_pixels if purpose in ("t2i", "i2t", "answer") else square_pixels
-        return fit(image, c.image_size)
+        """PIL image -> (3, H, W) in [-1, 1], cropped to the central square or squashed to a square, as published."""
+        if purpose in ("i2t", "answer") and self.config.w_clip_vit:  # clip_features will normalize
+            mean, std = (torch.tensor(v).view(3, 1, 1) for v in (vision.CLIP_MEAN, vision.CLIP_STD))
+            return (vision.clip_pixels(image, self.clip.config.image_size) * std + mean) * 2 - 1
+        fit = vision.magvit_pixels if purpose in ("t2i", "i2t", "answer") else vision.square_pixels
+        return fit(image, self.config.image_size)
 
     def clip_features(self, images, chat=False):
         """images (B, 3, H, W) in [-1, 1] -> (B, A, width). For RecA resized bilinearly, pixels as they are; chat: with
         CLIP's mean and deviation, as its own preprocessing has it."""
         c, size = self.config, (self.config.clip.image_size,) * 2
         if images.shape[2:] != size:
-            kind = {"mode": "bicubic" if chat else "bilinear", "antialias": chat}
-            images = F.interpolate(images, size, align_corners=False, **kind)
+            images = F.interpolate(images, size, mode="bicubic" if chat else "bilinear", antialias=chat)
         if chat:
             mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (c.clip_mean, c.clip_std))
             images = (images * 0.5 + 0.5 - mean) / std
         return self.clip(images.to(self.mm_projector[0].weight.dtype))
 
-    def shrunken(self, images):
-        """The degraded copy whose codes are RecA's context in the VQ variant: a bottleneck, or it just copies."""
-        c, (H, W) = self.config, images.shape[2:]
-        resize = partial(F.interpolate, mode="bilinear", align_corners=False)
-        small = resize(images, (H // c.reca_down_scale, W // c.reca_down_scale))
-        return resize(small, (H, W)) if c.reca_resize_back else small
-
     def understand(self, images):
         """What RecA's context shows of images: {"features": (B, A, width)} or {"small_codes": (B, A)}."""
+        c, (H, W) = self.config, images.shape[2:]
         with torch.autocast(images.device.type, enabled=False):  # a code is made of signs: rounding would flip some
-            if self.config.w_clip_vit:
+            if c.w_clip_vit:
                 return {"features": self.clip_features(images)}
-            return {"small_codes": self.vq.encode(self.shrunken(images.float())).flatten(1)}
+            size = H // c.reca_down_scale, W // c.reca_down_scale  # a bottleneck, or it just copies
+            small = F.interpolate(images.float(), size, mode="bilinear")
+            small = F.interpolate(small, (H, W), mode="bilinear") if c.reca_resize_back else small
+            return {"small_codes": self.vq.encode(small).flatten(1)}
 
     @torch.no_grad()
     def precompute(self, images):
@@ -686,26 +641,25 @@ class ShowO(nn.Module):
 
     def collate(self, part, samples, generators, shared, pad_to=None):
         """Samples (dicts), a generator for each -> what a loss needs beside the encodings. ids (B, T): right-padded to
-        T = pad_to, or to the longest row, rounded up to pad_multiple; captions and dialogues that are too long are cut,
-        a request raises ValueError. u (B,): how many codes are masked, r (B, N): which. count (): how many labels the
-        loss has. A dialogue may have "turns": [(question, answer), ...]. A batch shares no randomness."""
+        pad_to, or to a multiple of pad_multiple. Captions and dialogues that are too long are cut, requests raise
+        ValueError. u (B,): how many codes are masked, r (B, N): which. count (): how many labels the loss has."""
         if part in ("align", "words"):
-            return {"words": caption_words(self.tokenizer, [s["caption"] for s in samples])}
+            return {"words": vision.caption_words(self.tokenizer, [s["caption"] for s in samples])}
         if part == "uncond":
             part, samples = "t2i", [{"caption": "", "drop": True}] * len(samples)
-        c, N, dialogue = self.config, self.side ** 2, part in ("i2t", "text")
+        c, N = self.config, self.side ** 2
         limits = {"t2i": c.max_prompt, "recon": c.max_request, "edit": c.max_request}
         limit = limits.get(part, c.max_dialogue + 3 + len(self.system_ids))
         rows, labels = zip(*[self.prompt_ids(part, s, min(pad_to or limit, limit)) for s in samples])
         T = pad_to or min(-(-max(map(len, rows)) // c.pad_multiple) * c.pad_multiple, limit)
-        ids = pad_rows(rows, c.pad, T)
-        if dialogue:
-            labels = pad_rows(labels, IGNORE, T)
+        ids, lengths = pad_rows(rows, c.pad, T)
+        if part in ("i2t", "text"):
+            labels, _ = pad_rows(labels, IGNORE, T)
             return {"ids": ids, "labels": labels, "count": (labels[:, 1:] != IGNORE).sum().float()}
         draws = [(torch.rand((), generator=g), torch.rand(N, generator=g)) for g in generators]
         u, r = (torch.stack(d) for d in zip(*draws))
         count = masked_count(u, N).sum() + (2 * len(u) if part == "t2i" else 0)
-        return {"ids": ids, "lengths": torch.tensor([len(row) for row in rows]), "u": u, "r": r, "count": count}
+        return {"ids": ids, "lengths": lengths, "u": u, "r": r, "count": count}
 
     def flops_per_sample(self, part):
         """Estimate for MFU: 6 operations per weight and token plus attention, forward and backward, one sample."""
@@ -713,28 +667,23 @@ class ShowO(nn.Module):
         A = {"t2i": 0, "uncond": 0, "text": 0, "i2t": N}.get(part, N // c.reca_down_scale ** 2)
         A = self.clip.num_tokens if A and c.w_clip_vit else A
         tokens, read = text + A + (0 if dialogue else N + 2), text / 2 if dialogue else N
-        block = 4 * c.hidden_size ** 2 + 2 * c.hidden_size * c.intermediate_size
-        weights = tokens * c.num_layers * block + read * c.hidden_size * c.vocab_size
-        total = 6 * weights + 12 * tokens ** 2 * c.hidden_size * c.num_layers
+        layer = 4 * c.hidden_size + 2 * c.intermediate_size + 2 * tokens  # for each token and channel
+        total = 6 * c.hidden_size * (tokens * c.num_layers * layer + read * c.vocab_size)
         return 0 if part in ("align", "words") else total
 
     # ---- published weights
     @classmethod
-    def load_published(cls, path, config=None, tokenizer_path=None, vision_path=None, tokenizer=None, device="cpu",
-                       dtype=None):
+    def load_published(cls, path, config="show-o-clip-512", tokenizer_path=None, vision_path=None, tokenizer=None,
+                       device="cpu", dtype=None):
         """Show-o or Show-o-RecA, with magvitv2 (tokenizer_path) and, for show-o-clip-*, clip-vit-large-patch14-336
-        (vision_path) -> model in eval mode, in `dtype` (None: float32; the image tokenizer always). config: a name in
-        CONFIGS or a ShowOConfig. Raises FileNotFoundError, and ValueError with a table of keys that do not fit."""
-        config = config or "show-o-clip-512"
+        (vision_path) -> model in eval mode. Raises FileNotFoundError, and ValueError with the keys that do not fit."""
         c = CONFIGS[config] if isinstance(config, str) else config
-        for what, given, needed in (("magvitv2 (--tokenizer-ckpt)", tokenizer_path, True),
-                                    ("clip-vit-large-patch14-336 (--vision-ckpt)", vision_path, c.w_clip_vit)):
-            if bool(given) != needed:
-                raise ValueError(f"{path}: {config} {'needs the file or folder of' if needed else 'has no'} {what}")
+        if not tokenizer_path or bool(vision_path) != c.w_clip_vit:
+            raise ValueError(f"{path}: {config} needs --tokenizer-ckpt (magvitv2) and "
+                             f"{'' if c.w_clip_vit else 'no '}--vision-ckpt (clip-vit-large-patch14-336)")
         state = read_weights(path) | {f"vq.{k}": v for k, v in read_weights(tokenizer_path).items()}
-        for k, v in read_weights(vision_path).items() if c.w_clip_vit else ():
-            if k.startswith("vision_model.") and not k.endswith("position_ids"):  # the file also holds the text tower
-                state[f"clip.{k}"] = v
+        clip = read_weights(vision_path) if c.w_clip_vit else {}  # also holds a text tower, and position_ids
+        state |= {f"clip.{k}": v for k, v in clip.items() if "vision_model." in k and "_ids" not in k}
         with torch.device("meta"):
             model = cls(c, tokenizer).to(dtype or torch.float32)
         model.vq.float()  # a code is made of signs: rounding would flip some
@@ -746,6 +695,6 @@ class ShowO(nn.Module):
         """For a CLIP that did not come pre-trained: see word_alignment. words (B, V): 1 where the caption has the id.
         "contrast" is the part align, "presence" the part words, whose captions say all there is to say."""
         embeddings = self.showo.model.embed_tokens.weight[:words.shape[1]]
-        return word_alignment(self.project(features, pixels), words, embeddings, kind)
+        return vision.word_alignment(self.project(features, pixels), words, embeddings, kind)
 
 Model = ShowO
