@@ -727,9 +727,9 @@ class Bagel(nn.Module):
             model = cls(config if isinstance(config, BagelConfig) else CONFIGS[config or "bagel-7b-mot"], tokenizer)
         tables = model.latent_pos_embed.pos_embed, model.vit_pos_embed.pos_embed  # exact; the file has them rounded
         names = [name for name in model.state_dict() if not name.startswith("vae.")]
-        stream(model, path, names, device, lambda name: dtype or torch.float32)
+        stream(model, path, names, device, dtype or torch.float32)
         tokenizer_path = tokenizer_path or os.path.join(os.path.dirname(path), "ae.safetensors")
-        stream(model.vae, tokenizer_path, list(model.vae.state_dict()), device, lambda name: torch.float32)
+        stream(model.vae, tokenizer_path, list(model.vae.state_dict()), device, torch.float32)
         model.latent_pos_embed.pos_embed, model.vit_pos_embed.pos_embed = (table.to(device) for table in tables)
         return model.eval()
 
