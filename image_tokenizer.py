@@ -1,21 +1,25 @@
-"""Image tokenizers: the frozen autoencoders that the generators paint through, and reading / writing of weight files.
+"""Image tokenizers: the frozen autoencoders that the generators paint through, and the training of the tiny ones.
 
-Two classes cover every tokenizer of the three models. `Autoencoder` gives continuous latents: the KL-16 VAE of MAR and Harmon, the FLUX
-autoencoder of BAGEL. `LFQTokenizer` gives integer codes: MAGVIT-v2 of Show-o, whose "codebook" is the sign pattern of a few channels
-(lookup-free quantisation). Both are the same convolutional pyramid, and so are the tiny ones for 48x48 pictures, by config. Module names
-are the published state-dict keys, so loading a checkpoint is a load and not a translation.
+Two classes cover every tokenizer of the models. `Autoencoder` gives continuous latents: the KL-16 VAE of MAR and
+Harmon, the FLUX autoencoder of BAGEL. `LFQTokenizer` gives integer codes: MAGVIT-v2 of Show-o, whose "codebook" is the
+sign pattern of a few channels (lookup-free quantization). Both are the same convolutional pyramid, and so are the tiny
+ones for 48x48 pictures, by config. Module names are the published state-dict keys: to load is not to translate.
 
 Images are float (B, 3, H, W) in [-1, 1] everywhere in this file.
 """
+import os
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ---------------------------------------------------------------------------------------------------------------------
-# configs
+import checkpoint
+from vision_encoder import preprocess_stretch
 
+# ---------------------------------------------------------------------------------------------------------------------
+# configurations and the recipe of the tiny ones
 
 @dataclass
 class AutoencoderConfig:
@@ -23,17 +27,16 @@ class AutoencoderConfig:
     ch_mult: tuple = (1, 1, 2, 2, 4)  # width of each level in units of ch; every further level halves the picture
     num_res_blocks: int = 2  # per level in the encoder; the decoder has one more
     z_channels: int = 16
-    resolution: int = 256  # nominal picture size: it only decides which levels the next two lines mean, any size can be encoded
-    encoder_attn_resolutions: tuple = (16,)
+    resolution: int = 256  # nominal: it only decides which levels the next two lines mean, any size can be encoded
+    encoder_attn_resolutions: tuple = (16,)  # an attention block after every ResnetBlock of these levels
     decoder_attn_resolutions: tuple = ()
     quant_conv: bool = True  # 1x1 convolutions on both sides of the latent
     scale: float = 0.2325  # latent = (z - shift) * scale
     shift: float = 0.0
     in_channels: int = 3
-    groups: int = 32  # of the GroupNorms. 0 (the tiny ones): 3x3 convolutions become 1x1 and norms see the channels of one place only
+    groups: int = 32  # of the GroupNorms; 0 (tiny): convolutions are 1x1 and norms see the channels of one place only
     patch: int = 1  # patch x patch pixels are folded into channels first
     kl_weight: float = 1e-4  # training only
-
 
 @dataclass
 class LFQConfig:
@@ -53,23 +56,39 @@ class LFQConfig:
     l1_weight: float = 1.0
     mse_weight: float = 1.0
 
-
 TOKENIZERS = {
     "kl16": AutoencoderConfig(),
-    "flux": AutoencoderConfig(ch_mult=(1, 2, 4, 4), encoder_attn_resolutions=(), quant_conv=False, scale=0.3611, shift=0.1159),
+    "flux": AutoencoderConfig(ch_mult=(1, 2, 4, 4), encoder_attn_resolutions=(), quant_conv=False, scale=0.3611,
+                              shift=0.1159),
     "magvitv2": LFQConfig(),
-    # For 48x48 pictures of the shape world, whose 16x16 cells are independent: a residual MLP per cell (and one attention between cells) is
-    # the whole pyramid, and learns in minutes on a CPU what 3x3 convolutions at full resolution do not in an hour. 3x3 latents of 16
-    # numbers, or 3x3 codes. scale 1 because calibrate() makes the latents standard through the 1x1 convolutions around them. MSE rules the
-    # codes: it asks for the few pixels that part a small star from a triangle, where L1 spends the code on shades of large objects.
-    "tiny-kl": AutoencoderConfig(ch=128, ch_mult=(1,), num_res_blocks=1, encoder_attn_resolutions=(), scale=1.0, groups=0, patch=16),
-    "tiny-lfq": LFQConfig(ch=128, encoder_ch_mult=(1,), encoder_res_blocks=(1,), decoder_ch_mult=(1,), decoder_res_blocks=(2,), bits=11,
-                          groups=0, patch=16, entropy_weight=0.2, joint_entropy=True, l1_weight=0.25, mse_weight=4.0),
+    # For 48x48 pictures of the shape world, whose 16x16 cells are independent: a residual MLP per cell (and one
+    # attention between cells) is the whole pyramid, and learns on a CPU many times faster than 3x3 convolutions at full
+    # resolution. 3x3 latents of 16 numbers, or 3x3 codes. scale 1 because calibrate() makes the
+    # latents standard through the 1x1 convolutions around them. MSE rules the codes: it asks for the few pixels that
+    # part a small star from a triangle, where L1 spends the code on shades of large objects.
+    "tiny-kl": AutoencoderConfig(ch=128, ch_mult=(1,), num_res_blocks=1, encoder_attn_resolutions=(), scale=1.0,
+                                 groups=0, patch=16),
+    "tiny-lfq": LFQConfig(ch=128, encoder_ch_mult=(1,), encoder_res_blocks=(1,), decoder_ch_mult=(1,),
+                          decoder_res_blocks=(2,), bits=11, groups=0, patch=16, entropy_weight=0.2, joint_entropy=True,
+                          l1_weight=0.25, mse_weight=4.0),
+}
+TINY_SIZE = 48  # pixels a side of the tiny ones' pictures, as in shape_world.py
+
+RECIPE = {  # of `train.py --stage tokenizer`; the keys are its flags
+    "lr": 6e-3,  # a residual MLP bears more than a transformer does, and so it is trained in minutes on a CPU
+    "betas": (0.9, 0.95),  # squared gradients are averaged over 20 steps: at this rate they change fast
+    "weight_decay": 0.0,  # nothing can be learned by heart: all that a cell can look like is in the pool
+    "warmup": 50,  # until those averages hold
+    "clip": 1.0,  # for the rare batches of the codes whose gradient is far larger than the rest
+    "schedule": "cosine",  # down to zero: exact pixels need small steps at the end
+    "steps": 4000,  # so that every picture of the pool is seen 13 times
+    "batch": 64,
+    "pool": 20000,  # 126,000 objects: some 500 of each combination of shape, size, color and ground
+    "mix": {"images": 1.0},  # the only part
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the convolutional pyramid
-
 
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of each place of (B, C, h, w)."""
@@ -77,14 +96,11 @@ class ChannelNorm(nn.LayerNorm):
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-
 def norm(groups, c):
     return nn.GroupNorm(groups, c, eps=1e-6) if groups else ChannelNorm(c, eps=1e-6)
 
-
 def conv(groups, c_in, c_out):
     return nn.Conv2d(c_in, c_out, 3, padding=1) if groups else nn.Conv2d(c_in, c_out, 1)
-
 
 class ResnetBlock(nn.Module):
     def __init__(self, c_in, c_out, groups):
@@ -101,24 +117,20 @@ class ResnetBlock(nn.Module):
         h = self.conv2(F.silu(self.norm2(h)))
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
 
-
 class AttnBlock(nn.Module):
     """One attention head over all pixels, residual."""
 
     def __init__(self, c, groups):
         super().__init__()
         self.norm = norm(groups, c)
-        self.q = nn.Conv2d(c, c, 1)
-        self.k = nn.Conv2d(c, c, 1)
-        self.v = nn.Conv2d(c, c, 1)
-        self.proj_out = nn.Conv2d(c, c, 1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for conv in (self.q, self.k, self.v))  # (B, 1, H*W, C); strided rows would take SDPA's quadratic path
+        # (B, 1, H*W, C), contiguous: strided rows would take SDPA's quadratic path
+        q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for layer in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
-
 
 class Downsample(nn.Module):
     def __init__(self, c):
@@ -128,7 +140,6 @@ class Downsample(nn.Module):
     def forward(self, x):
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # zeros right and below only
 
-
 class Upsample(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -137,22 +148,33 @@ class Upsample(nn.Module):
     def forward(self, x):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
-
 def _middle(c, groups):
-    return nn.ModuleDict({"block_1": ResnetBlock(c, c, groups), "attn_1": AttnBlock(c, groups), "block_2": ResnetBlock(c, c, groups)})
+    return nn.Sequential(OrderedDict(block_1=ResnetBlock(c, c, groups), attn_1=AttnBlock(c, groups),
+                                     block_2=ResnetBlock(c, c, groups)))
 
+def _level(c_in, width, count, attn, groups):
+    """`count` ResnetBlocks, of which the first changes the width, each with an AttnBlock after it if `attn`."""
+    level = nn.ModuleDict({"block": nn.ModuleList(), "attn": nn.ModuleList()})
+    for i in range(count):
+        level["block"].append(ResnetBlock(width if i else c_in, width, groups))
+        if attn:
+            level["attn"].append(AttnBlock(width, groups))
+    return level
 
 def _run(level, x):
+    """The blocks of a level, and after them what changes the size of the picture."""
     for i, block in enumerate(level["block"]):
         x = block(x)
         if len(level["attn"]):
             x = level["attn"][i](x)
+    for name in ("downsample", "upsample"):
+        if name in level:
+            x = level[name](x)
     return x
 
-
 class Encoder(nn.Module):
-    """widths, blocks, attention: channels, number of ResnetBlocks, and whether an AttnBlock follows each; one entry per level, from full
-    resolution down."""
+    """widths, blocks, attention: channels, number of ResnetBlocks, and whether an AttnBlock follows each; one entry per
+    level, from full resolution down."""
 
     def __init__(self, c_in, ch, widths, blocks, attention, c_out, groups, patch=1):
         super().__init__()
@@ -160,11 +182,7 @@ class Encoder(nn.Module):
         self.conv_in = conv(groups, c_in * patch * patch, ch)
         self.down = nn.ModuleList()
         for i, (width, count, attn) in enumerate(zip(widths, blocks, attention)):
-            level = nn.ModuleDict({"block": nn.ModuleList(), "attn": nn.ModuleList()})
-            for j in range(count):
-                level["block"].append(ResnetBlock(width if j else ch, width, groups))  # the first block of a level changes the width
-                if attn:
-                    level["attn"].append(AttnBlock(width, groups))
+            level = _level(ch, width, count, attn, groups)
             if i < len(widths) - 1:
                 level["downsample"] = Downsample(width)
             ch = width
@@ -177,12 +195,7 @@ class Encoder(nn.Module):
         x = self.conv_in(F.pixel_unshuffle(x, self.patch))
         for level in self.down:
             x = _run(level, x)
-            if "downsample" in level:
-                x = level["downsample"](x)
-        for block in self.mid.values():
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
-
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 class Decoder(nn.Module):
     """The mirror image; `up.i` is counted from full resolution, as in the encoder, although the last one runs first."""
@@ -193,68 +206,58 @@ class Decoder(nn.Module):
         ch = widths[-1]
         self.conv_in = conv(groups, c_in, ch)
         self.mid = _middle(ch, groups)
-        levels = []
+        self.up = nn.ModuleList()
         for i in reversed(range(len(widths))):
-            level = nn.ModuleDict({"block": nn.ModuleList(), "attn": nn.ModuleList()})
-            for j in range(blocks[i]):
-                level["block"].append(ResnetBlock(widths[i] if j else ch, widths[i], groups))
-                if attention[i]:
-                    level["attn"].append(AttnBlock(widths[i], groups))
+            level = _level(ch, widths[i], blocks[i], attention[i], groups)
             if i > 0:
                 level["upsample"] = Upsample(widths[i])
             ch = widths[i]
-            levels.insert(0, level)
-        self.up = nn.ModuleList(levels)
+            self.up.insert(0, level)
         self.norm_out = norm(groups, ch)
         self.conv_out = conv(groups, ch, c_out * patch * patch)
 
     def forward(self, z):
-        x = self.conv_in(z)
-        for block in self.mid.values():
-            x = block(x)
+        x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = _run(level, x)
-            if "upsample" in level:
-                x = level["upsample"](x)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)
-
 
 def _check_images(images, channels, stride):
     if images.ndim != 4 or images.shape[1] != channels or min(images.shape[2:]) < stride:
-        raise ValueError(f"images: shape {tuple(images.shape)}, expected (B, {channels}, H, W) with both sides at least {stride} pixels")
-
+        raise ValueError(f"images: shape {tuple(images.shape)}, expected (B, {channels}, H, W) with both sides "
+                         f"at least {stride} pixels")
 
 # ---------------------------------------------------------------------------------------------------------------------
-# continuous latents
-
+# the two tokenizers: continuous latents and discrete codes
 
 class Autoencoder(nn.Module):
-    """KL-regularised autoencoder (latent diffusion's): KL-16 of MAR and Harmon by default, FLUX's (BAGEL) and the tiny one by config."""
+    """Latent diffusion's KL-regularized autoencoder (arXiv 2112.10752): KL-16, FLUX's and the tiny one by config."""
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
         widths, levels = [c.ch * m for m in c.ch_mult], len(c.ch_mult)
-        attn = [[c.resolution >> i in sizes for i in range(levels)] for sizes in (c.encoder_attn_resolutions, c.decoder_attn_resolutions)]
-        self.encoder = Encoder(c.in_channels, c.ch, widths, [c.num_res_blocks] * levels, attn[0], 2 * c.z_channels, c.groups, c.patch)
-        self.decoder = Decoder(c.z_channels, widths, [c.num_res_blocks + 1] * levels, attn[1], c.in_channels, c.groups, c.patch)
+        self.stride = c.patch * 2 ** (levels - 1)  # pixels a side of one place of the latents
+        attn, up_attn = ([c.resolution >> i in sizes for i in range(levels)]
+                         for sizes in (c.encoder_attn_resolutions, c.decoder_attn_resolutions))
+        self.encoder = Encoder(c.in_channels, c.ch, widths, [c.num_res_blocks] * levels, attn, 2 * c.z_channels,
+                               c.groups, c.patch)
+        self.decoder = Decoder(c.z_channels, widths, [c.num_res_blocks + 1] * levels, up_attn, c.in_channels, c.groups,
+                               c.patch)
         if c.quant_conv:
             self.quant_conv = nn.Conv2d(2 * c.z_channels, 2 * c.z_channels, 1)
             self.post_quant_conv = nn.Conv2d(c.z_channels, c.z_channels, 1)
 
-    @property
-    def stride(self):
-        return self.config.patch * 2 ** (len(self.config.ch_mult) - 1)
-
     def moments(self, images):
-        """images (B, 3, H, W) -> mean and log variance of the posterior, stacked: (B, 2*z_channels, H/stride, W/stride)."""
+        """images (B, 3, H, W) -> mean and log variance of the posterior: (B, 2*z_channels, H/stride, W/stride)."""
         _check_images(images, self.config.in_channels, self.stride)
         h = self.encoder(images)
         return self.quant_conv(h) if self.config.quant_conv else h
 
     def encode(self, images, noise=None):
-        """images (B, 3, H, W) -> latents (B, z_channels, h, w) as the generators see them: (z - shift) * scale, where z is the mean of the
-        posterior (Harmon), or a sample of it if standard normal `noise` of the latents' shape is given (BAGEL, also at inference)."""
+        """images (B, 3, H, W) -> latents (B, z_channels, h, w) as the generators see them: (z - shift) * scale, where z
+        is the mean of the posterior (Harmon), or a sample of it if standard normal `noise` of the latents' shape is
+        given (BAGEL, also at inference)."""
         mean, logvar = self.moments(images).chunk(2, dim=1)
         z = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
         return (z - self.config.shift) * self.config.scale
@@ -264,46 +267,38 @@ class Autoencoder(nn.Module):
         z = latents / self.config.scale + self.config.shift
         return self.decoder(self.post_quant_conv(z) if self.config.quant_conv else z)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# discrete codes
-
-
 class SignCodebook(nn.Module):
-    """Buffers of the published file: all 2**bits sign patterns (row = code) and the weight of each bit, channel 0 the most significant."""
+    """Buffers of the published file: the weight of each bit, channel 0 the most significant, and the codes' signs."""
 
     def __init__(self, bits):
         super().__init__()
         powers = 2 ** torch.arange(bits - 1, -1, -1)
+        signs = ((torch.arange(2 ** bits)[:, None] & powers) > 0).float() * 2 - 1
         self.register_buffer("power_vals", powers)  # (bits,) int64
-        self.register_buffer("embedding", ((torch.arange(2 ** bits)[:, None] & powers) > 0).float() * 2 - 1)  # (2**bits, bits), -1 or +1
-
+        self.register_buffer("embedding", signs)  # (2**bits, bits), -1 or +1
 
 class LFQTokenizer(nn.Module):
-    """MAGVIT-v2 image tokenizer with lookup-free quantisation (Show-o): a code is the sign pattern of `bits` channels."""
+    """MAGVIT-v2 (arXiv 2310.05737), lookup-free quantization: a code is the sign pattern of `bits` channels."""
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
         none = [False] * len(c.encoder_ch_mult)
+        self.stride = c.patch * 2 ** (len(none) - 1)
         down, up = ([c.ch * m for m in mult] for mult in (c.encoder_ch_mult, c.decoder_ch_mult))
         self.encoder = Encoder(c.in_channels, c.ch, down, c.encoder_res_blocks, none, c.bits, c.groups, c.patch)
         self.decoder = Decoder(c.bits, up, c.decoder_res_blocks, none, c.in_channels, c.groups, c.patch)
-        self.encoder.quant_conv = nn.Conv2d(c.bits, c.bits, 1)  # the published files keep these two inside encoder and decoder
+        self.encoder.quant_conv = nn.Conv2d(c.bits, c.bits, 1)  # the published files keep these two in there
         self.decoder.post_quant_conv = nn.Conv2d(c.bits, c.bits, 1)
         self.quantize = SignCodebook(c.bits)
 
-    @property
-    def stride(self):
-        return self.config.patch * 2 ** (len(self.config.encoder_ch_mult) - 1)
-
     def features(self, images):
-        """images (B, 3, H, W) -> the values before quantisation (B, bits, H/stride, W/stride)."""
+        """images (B, 3, H, W) -> the values before quantization (B, bits, H/stride, W/stride)."""
         _check_images(images, self.config.in_channels, self.stride)
         return self.encoder.quant_conv(self.encoder(images))
 
     def encode(self, images):
-        """images (B, 3, H, W) -> codes (B, H/stride, W/stride), int64 in [0, 2**bits). A value of exactly zero counts as bit 0."""
+        """images (B, 3, H, W) -> codes (B, H/stride, W/stride), int64 in [0, 2**bits). Exactly zero is bit 0."""
         return ((self.features(images) > 0) * self.quantize.power_vals[:, None, None]).sum(1)
 
     def decode(self, codes):
@@ -311,16 +306,18 @@ class LFQTokenizer(nn.Module):
         return self.decode_signs(self.quantize.embedding[codes].permute(0, 3, 1, 2))
 
     def decode_signs(self, q):
+        """q (B, bits, h, w) of -1 and +1 -> images (B, 3, H, W), not clamped."""
         return self.decoder(self.decoder.post_quant_conv(q))
 
     def quantizer_losses(self, z):
-        """z (B, bits, h, w), before quantisation -> (commitment loss, entropy loss), with the weights of the config.
-        Entropy: a bit is +1 with probability softmax(-(z-1)^2, -(z+1)^2) = sigmoid(4z). Each bit of each position should be sure of itself
-        (low entropy), while over all positions both values should be used (high entropy of the mean); or, with joint_entropy, all CODES:
-        with few bits the mean over 2**bits codes can be summed exactly, and unlike the per-bit form it parts bits that flip together."""
+        """z (B, bits, h, w), before quantization -> (commitment loss, entropy loss), with the weights of the config.
+        Entropy: a bit is +1 with probability softmax(-(z-1)^2, -(z+1)^2) = sigmoid(4z). Each bit of each position
+        should be sure of itself (low entropy), while over all positions both values should be used (high entropy of the
+        mean); or, with joint_entropy, all CODES: with few bits the mean over 2**bits codes can be summed exactly, and
+        unlike the per-bit form it parts bits that flip together."""
         c = self.config
         q = torch.where(z > 0, 1.0, -1.0)
-        commitment = c.commitment_weight * (1 + c.beta) * (q - z).square().mean()  # the published pair of terms: q has no gradient
+        commitment = c.commitment_weight * (1 + c.beta) * (q - z).square().mean()  # two terms in one: q has no gradient
         z = z.float().permute(0, 2, 3, 1).flatten(0, 2)  # (N, bits)
         p = torch.sigmoid(4 * z)
         if not c.joint_entropy:
@@ -332,61 +329,118 @@ class LFQTokenizer(nn.Module):
         return commitment, c.entropy_weight * (_binary_entropy(p).sum(1).mean() - used)
 
     def forward(self, images):
-        """Training: images -> (reconstruction, commitment loss, entropy loss). The decoder reads signs; its gradient passes to the
-        encoder as if quantisation were the identity (straight-through)."""
+        """Training: images -> (reconstruction, commitment loss, entropy loss). The decoder reads signs; its gradient
+        passes to the encoder as if quantization were the identity (straight-through)."""
         z = self.features(images)
         q = z + (torch.where(z > 0, 1.0, -1.0) - z).detach()
         return self.decode_signs(q), *self.quantizer_losses(z)
-
 
 def _binary_entropy(p):
     """Entropy in nats of a coin with probability p; the clamp keeps the gradient finite at 0 and 1."""
     p = p.clamp(1e-6, 1 - 1e-6)
     return -p * p.log() - (1 - p) * (1 - p).log()
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # training the tiny ones
 
+def tiny_name(config):
+    """The name of the tiny tokenizer that a config is, also its folder under weights/. ValueError for others."""
+    for name in ("tiny-kl", "tiny-lfq"):
+        if config == TOKENIZERS[name]:
+            return name
+    raise ValueError(f"{config}: not a tiny image tokenizer; say with --tokenizer-ckpt where its weights are")
+
+def trained(config, name, folder=None):
+    """The config of a model with the settings of a trained tiny tokenizer under `name`, and that tokenizer's weights.
+    folder: where both are; None: the shipped one."""
+    settings = getattr(config, name)
+    folder = folder or os.path.join(checkpoint.HERE, "weights", tiny_name(settings))
+    settings = checkpoint.from_dict(type(settings), checkpoint.read_config(folder)["config"])
+    return replace(config, **{name: settings}), checkpoint.read_weights(folder)
 
 def tokenizer_loss(model, images, generator):
-    """Loss of `train.py --stage tokenizer`: images (B, 3, H, W) -> (scalar loss, {name: detached scalar}). Reconstruction is L1 + MSE per
-    pixel (no perceptual or adversarial term: flat drawings do not need one); an Autoencoder adds kl_weight * KL per latent number, with
-    posterior noise from `generator` (None: torch's global one); an LFQTokenizer adds its commitment and entropy losses."""
+    """images (B, 3, H, W) -> (scalar loss, {name: detached scalar}): L1 + MSE per pixel (flat drawings need no
+    perceptual or adversarial term); for an Autoencoder, whose posterior noise comes from `generator` (None: torch's
+    global one), kl_weight * KL per latent number; for an LFQTokenizer its commitment and entropy losses."""
+    c = model.config
     if isinstance(model, Autoencoder):
-        c = model.config
         mean, logvar = model.moments(images).chunk(2, dim=1)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device if generator is None else generator.device).to(mean)
+        device = mean.device if generator is None else generator.device
+        noise = torch.randn(mean.shape, generator=generator, device=device).to(mean)
         z = mean + torch.exp(0.5 * logvar) * noise
         recon = model.decode((z - c.shift) * c.scale)
+        l1_weight, mse_weight = 1.0, 1.0
         parts = {"kl": c.kl_weight * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()}
     else:
         recon, commitment, entropy = model(images)
+        l1_weight, mse_weight = c.l1_weight, c.mse_weight
         parts = {"commitment": commitment, "entropy": entropy}
     error = recon - images
-    l1, mse = (model.config.l1_weight, model.config.mse_weight) if isinstance(model, LFQTokenizer) else (1.0, 1.0)
-    parts = {"l1": l1 * error.abs().mean(), "mse": mse * error.square().mean(), **parts}
-    return sum(parts.values()), {k: v.detach() for k, v in parts.items()}
-
+    parts = {"l1": l1_weight * error.abs().mean(), "mse": mse_weight * error.square().mean(), **parts}
+    return sum(parts.values()), {name: part.detach() for name, part in parts.items()}
 
 @torch.no_grad()
 def calibrate(model, images):
-    """Makes the latents of an Autoencoder easy to diffuse: afterwards encode(images) has mean 0 and standard deviation 1, and
-    decode(encode(x)) is what it was. With quant_conv this holds per channel, folded exactly into the two 1x1 convolutions (with scale = 1,
-    shift = 0), so the file gets no new keys; without it one scale and one shift for all channels go into model.config, as published for
-    FLUX. Raises ValueError on a dead latent."""
-    z = model.moments(images).float().chunk(2, dim=1)[0]  # (B, C, h, w)
-    if not model.config.quant_conv:
-        model.config = replace(model.config, scale=1.0 / z.std(correction=0).item(), shift=z.mean().item())
-        return
+    """Makes the latents of a tiny-kl easy to diffuse: afterwards encode(images) has mean 0 and standard deviation 1 in
+    every channel, and decode(encode(x)) is what it was. This is folded exactly into the two 1x1 convolutions, so the
+    file gets no new keys. Raises ValueError on a dead latent."""
+    z = model.moments(images).float().chunk(2, dim=1)[0]  # (N, C, h, w)
     mean, std = z.mean(dim=(0, 2, 3)), z.std(dim=(0, 2, 3), correction=0)
     if std.min() < 1e-6:
-        raise ValueError(f"calibrate: latent channel {int(std.argmin())} is constant (standard deviation {std.min():.1e}): lower kl_weight "
-                         "or train longer")
+        raise ValueError(f"calibrate: latent channel {int(std.argmin())} is constant (standard deviation "
+                         f"{std.min():.1e}): lower kl_weight or train longer")
     channels = len(mean)
     model.post_quant_conv.bias += model.post_quant_conv.weight[:, :, 0, 0] @ mean
     model.post_quant_conv.weight *= std[:, None, None]  # over input channels
     model.quant_conv.weight[:channels] /= std[:, None, None, None]
     model.quant_conv.bias[:channels] = (model.quant_conv.bias[:channels] - mean) / std
     model.quant_conv.bias[channels:] -= 2 * std.log()  # the posterior's log variance shrinks with its mean
-    model.config = replace(model.config, scale=1.0, shift=0.0)
+
+class TokenizerStage(nn.Module):
+    """A tokenizer in the clothes of a model, so that train.py's one loop trains it: the methods are those of a model
+    file. Its one part is "images", pictures that need no text."""
+
+    def __init__(self, name, ckpt=None):
+        super().__init__()
+        self.config = TOKENIZERS[name]
+        self.tokenizer = (LFQTokenizer if isinstance(self.config, LFQConfig) else Autoencoder)(self.config)
+        if ckpt:
+            checkpoint.load_strict(self.tokenizer, checkpoint.read_weights(ckpt), ckpt)
+
+    def forward(self, batch):
+        """{"images": precompute's tensors} -> {"images": loss}. Posterior noise comes from torch's global generator,
+        which the training loop seeds for every step."""
+        images = batch["images"]["images"].float() / 127.5 - 1
+        return {"images": tokenizer_loss(self.tokenizer, images, None)[0]}
+
+    @torch.no_grad()
+    def reconstruct(self, images, generator=None):
+        """images (B, 3, H, W) -> what is left of them after encoding and decoding, without randomness."""
+        return self.tokenizer.decode(self.tokenizer.encode(images))
+
+    def finish(self, images):
+        """After training: calibrates an Autoencoder on images (N, 3, H, W). Codes need nothing."""
+        if isinstance(self.tokenizer, Autoencoder):
+            calibrate(self.tokenizer, images)
+
+    def trainable_parameters(self, stage):
+        return list(self.named_parameters())
+
+    def no_decay(self, name, p):
+        return p.ndim < 2
+
+    def blocks(self):
+        return []  # too small to shard or recompute
+
+    def preprocess(self, image, purpose):
+        return preprocess_stretch(image, TINY_SIZE)
+
+    def precompute(self, images):
+        """(N, 3, H, W) in [-1, 1] -> the same as bytes: nothing is frozen, and a batch carries the pictures."""
+        return {"images": ((images + 1) * 127.5).round().byte()}
+
+    def collate(self, part, samples, generators, shared, pad_to=None):
+        return {}  # the loss, a mean over pictures of one size, needs nothing beside them
+
+    def flops_per_sample(self, part):
+        return 0.0  # not worth an estimate

@@ -34,9 +34,8 @@ from PIL import Image
 from checkpoint import load_strict, read_weights
 from custom_kernels import add_noise, attention, attention_plan, diffusion_loss_rows, linear_cross_entropy, rms_norm
 from custom_kernels.diffusion_process import T, diffusion_step, tables_on
-from data import preprocess_pad, preprocess_stretch, to_pixels
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig
-from vision_encoder import caption_words, word_alignment
+from vision_encoder import caption_words, preprocess_pad, preprocess_stretch, to_pixels, word_alignment
 
 IMAGE = -200  # the id that marks where an image goes into a text row
 IGNORE = -100  # label of a position that is not trained
@@ -115,10 +114,12 @@ TINY = {
                  wrong_captions=0.4, sparse_captions=0.6, pool=40000),
     # Half of the pictures are understood with their cells in random order: copying place by place teaches drawing
     # little. Captions stand beside RecA, because prompts name no places.
-    "reca": dict(mix={"recon": 0.5, "t2i": 0.5, "i2t": 1.0}, i2t_weight=0.125, understanding="scrambled",
-                 altered_share=0.5, wrong_captions=0.4, sparse_captions=0.6),
-    "sft": dict(mix={"t2i": 1.0, "i2t": 1.0}, t2i_weight=8.0, wrong_captions=0.4, sparse_captions=0.6),
-    "plain": dict(mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=0.125, t2i_weight=0.0),  # a user's pictures
+    "reca": dict(lr=2e-4, steps=300, batch=96, mix={"recon": 0.5, "t2i": 0.5, "i2t": 1.0}, i2t_weight=0.125,
+                 understanding="scrambled", altered_share=0.5, wrong_captions=0.4, sparse_captions=0.6),
+    "sft": dict(lr=2e-4, steps=300, batch=96, mix={"t2i": 1.0, "i2t": 1.0}, t2i_weight=8.0, wrong_captions=0.4,
+                sparse_captions=0.6),
+    "plain": dict(lr=2e-4, steps=300, batch=96, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=0.125,
+                  t2i_weight=0.0),  # RecA on a user's own pictures
 }
 RECIPES = {"tiny": TINY, "harmon-0.5b": PUBLISHED, "harmon-1.5b": PUBLISHED}
 

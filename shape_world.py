@@ -1,13 +1,24 @@
-"""The shape world: an endless supply of pictures whose content is known exactly."""
+"""The shape world: an endless supply of small pictures whose content is known exactly, so that claims can be checked.
+
+A picture has 48 x 48 pixels: a board of 3 x 3 cells on a ground of one color (4 grounds), with 1-4 objects in cells of
+their own. An object has a shape (5), a color (6), a size (2), a cell (9) and a brightness (16 steps, never named in a
+text). Pictures are put together from sprites in well under a millisecond; nothing is downloaded.
+A scene also gives text: captions with the faults of the web's, complete descriptions, questions with their answers, and
+editing instructions. `task_prompts` asks for pictures as GenEval does, and `judge` says what a drawn picture shows.
+
+Held out: 6 of the 30 combinations of shape and color and 2 of the 10 pairs of shapes never occur in captioned pictures
+or in edits to be learned. A third of the prompts that can ask for them do: this tests composition. Pictures without
+captions hold everything, since an understanding encoder has always seen more than captions name.
+Below, a scene is (ground, [Object, ...]), and `rng` is a random.Random: the same seed gives the same text.
+"""
 import random
+from collections import namedtuple
+from functools import partial
 
 import numpy as np
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The shape world: an endless supply of pictures whose content is known exactly. 48x48 pixels, a 3x3 board of 16-pixel
-# cells, 1-4 objects (shape, colour, size, cell, brightness) on a plain ground. Rendering pastes
-# pre-drawn sprites (0.1-0.2 ms a picture), so no file is ever downloaded.
-CELL, SIDE, MAX_OBJECTS = 16, 3, 4
+CELL, SIDE = 16, 3  # pixels along a cell, cells along the board
+MAX_OBJECTS = 4  # of nine cells, so that the ground covers over half of every picture
 IMAGE_SIZE = CELL * SIDE
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
@@ -16,69 +27,77 @@ GROUNDS = ("white", "gray", "black", "pink")
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 NUMBERS = ("zero", "one", "two", "three", "four")
 RELATIONS = ("left of", "right of", "above", "below")
-COLOR_RGB = np.array([(220, 40, 40), (40, 165, 70), (40, 80, 225), (240, 220, 40), (140, 55, 180), (250, 140, 25)], np.float32)
+NAMES = {"shape": SHAPES, "color": COLORS, "size": SIZES}
+# Colors that the judge can tell apart at every brightness (0.8 to 1) and on every ground.
+COLOR_RGB = np.array([(220, 40, 40), (40, 165, 70), (40, 80, 225), (240, 220, 40), (140, 55, 180), (250, 140, 25)],
+                     np.float32)
 GROUND_RGB = np.array([(245, 245, 245), (175, 175, 175), (25, 25, 25), (250, 190, 205)], np.float32)
-# Never drawn in captioned (text-to-image) pictures, so that a prompt that asks for them tests composition. The unlabelled
-# pool and the understanding data hold everything: an understanding encoder has always seen more than captions name.
-HELD_OUT_COMBOS = {("circle", "purple"), ("square", "orange"), ("triangle", "blue"), ("star", "green"), ("cross", "red"), ("circle", "yellow")}
+# Each color is held out with one shape, each shape with one or two colors: captions show all of them, in other company.
+HELD_OUT_COMBOS = {("circle", "purple"), ("circle", "yellow"), ("square", "orange"), ("triangle", "blue"),
+                   ("star", "green"), ("cross", "red")}
 HELD_OUT_PAIRS = {frozenset(("circle", "cross")), frozenset(("square", "star"))}
-# Web captions name some things rarely and are sometimes wrong. These numbers are that bias, written down once.
-CAPTION_BIAS = dict(drop_object=0.25, drop_color=0.25, rare_colors=("purple", "orange"), drop_rare_color=0.75, say_size=0.1,
-                    say_ground=0.05, say_relation=0.25, say_count=0.5, wrong=0.15)
-CLEAN_CAPTIONS = dict(CAPTION_BIAS, drop_object=0.0, drop_color=0.0, drop_rare_color=0.0, wrong=0.0)  # what could be said, were captions true and complete
+COMBO_HELD_OUT = np.array([[(s, c) in HELD_OUT_COMBOS for c in COLORS] for s in SHAPES])  # (shape, color)
+PAIR_HELD_OUT = np.array([[frozenset((s, t)) in HELD_OUT_PAIRS for t in SHAPES] for s in SHAPES])  # (shape, shape)
+# Captions of the web leave much out, name some things rarely and are sometimes wrong: the chances of all that.
+CAPTION_BIAS = dict(drop_object=0.25, drop_color=0.25, rare_colors=("purple", "orange"), drop_rare_color=0.75,
+                    say_size=0.1, say_ground=0.05, say_relation=0.25, say_count=0.5, wrong=0.15)
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Scenes and pictures
+Object = namedtuple("Object", "shape color size cell shade")  # indices of SHAPES ... PLACES; a brightness from 0 to 15
 
 def _sprites():
-    """Alpha masks (shape, size, CELL, CELL), drawn at 8x and averaged, so that edges are anti-aliased."""
-    s = 8
-    v, u = np.meshgrid(*[(np.arange(CELL * s) + 0.5) / s - CELL / 2] * 2, indexing="ij")
+    """Alpha masks (shape, size, CELL, CELL), drawn at 8 times the size and averaged, so that edges are anti-aliased."""
+    zoom = 8
+    v, u = np.meshgrid(*[(np.arange(CELL * zoom) + 0.5) / zoom - CELL / 2] * 2, indexing="ij")
     angle, radius = np.arctan2(u, -v), np.hypot(u, v)
     spoke = np.abs((angle / (2 * np.pi / 5) + 0.5) % 1 - 0.5) * 2 * np.pi / 5  # angle to the nearest of five tips
     out = np.zeros((len(SHAPES), len(SIZES), CELL, CELL), np.float32)
-    for j, r in enumerate((4.6, 6.9)):
+    for j, r in enumerate((4.6, 6.9)):  # in pixels
         inner, tip = 0.42 * r, 1.12 * r  # a star is five wedges: straight edges from each tip to the notches beside it
         edge = inner * tip * np.sin(np.pi / 5) / (tip * np.sin(spoke) + inner * np.sin(np.pi / 5 - spoke))
         masks = (radius < r, np.maximum(abs(u), abs(v)) < 0.88 * r, (v < 0.8 * r) & (abs(u) * 1.75 < v + 0.98 * r),
                  radius < edge, (np.minimum(abs(u), abs(v)) < 0.3 * r) & (np.maximum(abs(u), abs(v)) < r))
-        for i, m in enumerate(masks):
-            out[i, j] = m.reshape(CELL, s, CELL, s).mean((1, 3))
+        for i, mask in enumerate(masks):
+            out[i, j] = mask.reshape(CELL, zoom, CELL, zoom).mean((1, 3))
     return out
-
 
 SPRITES = _sprites()
 
+def _pictures(cells):
+    """Cells (n, 9, CELL, CELL, 3), floats from 0 to 255 -> uint8 pictures (n, 48, 48, 3)."""
+    board = cells.reshape(-1, SIDE, SIDE, CELL, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
+    return np.rint(board).astype(np.uint8).reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)
 
 class Scenes:
-    """`n` scenes as arrays: ground (n,), count (n,), objects (n, 4, 5) with columns shape, color, size, cell, shade (0-15); unused rows
-    are -1. captioned=True leaves out the held-out combinations and pairs. Same (n, seed, captioned) -> same scenes."""
+    """`n` scenes as arrays: ground (n,), count (n,), objects (n, 4, 5) whose columns are Object's; unused rows are -1.
+    captioned=True leaves out what is held out. The same (n, seed, captioned) give the same scenes."""
 
     def __init__(self, n=0, seed=0, captioned=False, ground=None, count=None, objects=None):
         if objects is not None:
             self.ground, self.count, self.objects = ground, count, objects
             return
         rng = np.random.default_rng([seed, int(captioned)])
+        draw = partial(rng.integers, size=(n, MAX_OBJECTS))
         self.ground = rng.integers(len(GROUNDS), size=n).astype(np.int8)
         self.count = rng.choice(4, size=n, p=(0.25, 0.35, 0.25, 0.15)).astype(np.int8) + 1
-        draw = lambda k: rng.integers(k, size=(n, MAX_OBJECTS))
         shape, color = draw(len(SHAPES)), draw(len(COLORS))
-        same_shape, same_color = rng.random(n) < 0.35, rng.random(n) < 0.2  # so that "three stars" is something to be seen
+        same_shape, same_color = rng.random(n) < 0.35, rng.random(n) < 0.2  # so that there are "three stars" to be seen
         shape[same_shape], color[same_color] = shape[same_shape, :1], color[same_color, :1]
-        if captioned:  # redraw what the captioned set must not hold (vectorised rejection: a few rounds end it)
-            combo = np.array([[(s, c) in HELD_OUT_COMBOS for c in COLORS] for s in SHAPES])
-            pair = np.array([[frozenset((s, t)) in HELD_OUT_PAIRS for t in SHAPES] for s in SHAPES])
-            while True:
-                used = np.arange(MAX_OBJECTS) < self.count[:, None]
-                bad = combo[shape, color] & used
-                bad |= (pair[shape[:, :, None], shape[:, None, :]] & used[:, None, :]).any(2) & used
-                rows = bad.any(1)
-                if not rows.any():
-                    break
-                shape[rows], color[rows] = rng.integers(len(SHAPES), size=(rows.sum(), MAX_OBJECTS)), rng.integers(len(COLORS), size=(rows.sum(), MAX_OBJECTS))
-                again = rows & same_shape
-                shape[again] = shape[again, :1]
+        while captioned and (rows := self._held_out_rows(shape, color)).any():  # a few rounds end it
+            size = rows.sum(), MAX_OBJECTS
+            shape[rows], color[rows] = rng.integers(len(SHAPES), size=size), rng.integers(len(COLORS), size=size)
+            again = rows & same_shape
+            shape[again] = shape[again, :1]
         cell = rng.permuted(np.tile(np.arange(SIDE * SIDE), (n, 1)), axis=1)[:, :MAX_OBJECTS]
         self.objects = np.stack([shape, color, draw(len(SIZES)), cell, draw(16)], 2).astype(np.int8)
         self.objects[np.arange(MAX_OBJECTS) >= self.count[:, None]] = -1
+
+    def _held_out_rows(self, shape, color):
+        """Which scenes (n,) hold something held out; shape, color: (n, 4), those of unused objects included."""
+        used = np.arange(MAX_OBJECTS) < self.count[:, None]
+        pairs = PAIR_HELD_OUT[shape[:, :, None], shape[:, None, :]] & used[:, None, :]  # (n, 4, 4)
+        return ((COMBO_HELD_OUT[shape, color] | pairs.any(2)) & used).any(1)
 
     def __len__(self):
         return len(self.count)
@@ -88,17 +107,18 @@ class Scenes:
         return Scenes(ground=self.ground[index], count=self.count[index], objects=self.objects[index])
 
     def scene(self, i):
-        """(ground, [(shape, color, size, cell, shade), ...]) of scene i as plain Python integers."""
-        return int(self.ground[i]), [tuple(o) for o in self.objects[i, :self.count[i]].tolist()]
+        """(ground, [Object, ...]) of scene i, in plain Python integers."""
+        return int(self.ground[i]), [Object(*o) for o in self.objects[i, :self.count[i]].tolist()]
 
     @staticmethod
     def of(scenes):
-        """The opposite of `scene`: a list of (ground, objects) back to arrays."""
+        """The opposite of `scene`: a list of (ground, objects) -> Scenes."""
         objects = np.full((len(scenes), MAX_OBJECTS, 5), -1, np.int8)
-        for i, (_, obs) in enumerate(scenes):
-            if obs:
-                objects[i, :len(obs)] = obs
-        return Scenes(ground=np.array([g for g, _ in scenes], np.int8), count=np.array([len(o) for _, o in scenes], np.int8), objects=objects)
+        for i, (_, these) in enumerate(scenes):
+            if these:
+                objects[i, :len(these)] = these
+        return Scenes(ground=np.array([ground for ground, _ in scenes], np.int8),
+                      count=np.array([len(these) for _, these in scenes], np.int8), objects=objects)
 
     def render(self):
         """uint8 pictures (n, 48, 48, 3)."""
@@ -110,265 +130,286 @@ class Scenes:
             alpha = SPRITES[shape, size][..., None]
             rgb = COLOR_RGB[color] * (0.8 + 0.2 * shade[:, None] / 15)
             cells[rows, cell] = cells[rows, cell] * (1 - alpha) + rgb[:, None, None] * alpha
-        board = cells.reshape(n, SIDE, SIDE, CELL, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
-        return np.rint(board).astype(np.uint8).reshape(n, IMAGE_SIZE, IMAGE_SIZE, 3)
-
-
-def holds_held_out(objects):
-    """True if the objects hold a combination or pair that captioned pictures never show."""
-    shapes = {SHAPES[o[0]] for o in objects}
-    return any((SHAPES[o[0]], COLORS[o[1]]) in HELD_OUT_COMBOS for o in objects) or any(p <= shapes for p in HELD_OUT_PAIRS)
-
+        return _pictures(cells)
 
 def crowded_pictures(n, seed):
-    """uint8 pictures (n, 48, 48, 3) with every cell filled with probability 0.7: what the image tokenizers train on (four times the objects of a scene)."""
+    """uint8 pictures (n, 48, 48, 3), every cell filled with probability 0.7: more to learn for an image tokenizer."""
     rng = np.random.default_rng([seed, 7])
+    draw = partial(rng.integers, size=(n, SIDE * SIDE))
     ground = GROUND_RGB[rng.integers(len(GROUNDS), size=n)][:, None, None, None]
-    draw = lambda k: rng.integers(k, size=(n, SIDE * SIDE))
     alpha = SPRITES[draw(len(SHAPES)), draw(len(SIZES))] * (rng.random((n, SIDE * SIDE, 1, 1)) < 0.7)
     rgb = COLOR_RGB[draw(len(COLORS))] * (0.8 + 0.2 * draw(16)[..., None] / 15)
-    cells = ground * (1 - alpha[..., None]) + rgb[:, :, None, None] * alpha[..., None]
-    board = cells.reshape(n, SIDE, SIDE, CELL, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
-    return np.rint(board).astype(np.uint8).reshape(n, IMAGE_SIZE, IMAGE_SIZE, 3)
+    return _pictures(ground * (1 - alpha[..., None]) + rgb[:, :, None, None] * alpha[..., None])
 
+def holds_held_out(objects):
+    """True if the objects hold a combination or a pair that captioned pictures never show."""
+    return (any(COMBO_HELD_OUT[o.shape, o.color] for o in objects)
+            or any(PAIR_HELD_OUT[o.shape, p.shape] for o in objects for p in objects))
 
-def a(words):
-    return ("an " if words[0] in "aeiou" else "a ") + words
-
-
-def relation(a_cell, b_cell):
-    """The relation of cell a to cell b where one direction clearly dominates, else None."""
-    dy, dx = a_cell // SIDE - b_cell // SIDE, a_cell % SIDE - b_cell % SIDE
+def relation(cell, other):
+    """Where `cell` lies, seen from the cell `other`: one of RELATIONS if one direction clearly dominates, else None."""
+    dy, dx = cell // SIDE - other // SIDE, cell % SIDE - other % SIDE
     if abs(dx) == abs(dy):
         return None
     return RELATIONS[int(dx > 0)] if abs(dx) > abs(dy) else RELATIONS[2 + int(dy > 0)]
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Captions
+def a(words):
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+def plural(noun):
+    return noun + ("es" if noun.endswith("cross") else "s")
+
+def name(shape, color=None):
+    return SHAPES[shape] if color is None else f"{COLORS[color]} {SHAPES[shape]}"
+
+def full_name(o):
+    return f"{SIZES[o.size]} {name(o.shape, o.color)}"
+
+def caption_bias(sparse, wrong):
+    """CAPTION_BIAS with other chances: `sparse` that an object or a color is left out (a rare color is named a third as
+    often as another one), `wrong` that a caption is false."""
+    return dict(CAPTION_BIAS, wrong=wrong, drop_object=sparse, drop_color=sparse, drop_rare_color=1 - (1 - sparse) / 3)
 
 def sparse_caption(scene, rng, bias=CAPTION_BIAS, other=None):
-    """A caption as the web writes them: objects, colours, sizes and grounds left out, some named rarely, and with probability bias["wrong"] false
-    (half the time an attribute is swapped, half the time it is the caption of `other`, another scene). rng: random.Random."""
+    """A caption as the web writes them: objects, colors, sizes and grounds are left out, and some are wrong.
+
+    With probability bias["wrong"] it is false: half of these captions are those of `other`, another scene, if given; in
+    the rest a shape or a color is drawn anew, unless the result is held out.
+    """
     ground, objects = scene
     if rng.random() < bias["wrong"]:
         if other is not None and rng.random() < 0.5:
             ground, objects = other
         else:
-            i, column = rng.randrange(len(objects)), rng.randrange(2)
-            o = list(objects[i])
-            o[column] = rng.randrange((len(SHAPES), len(COLORS))[column])
-            swapped = objects[:i] + [tuple(o)] + objects[i + 1:]
+            i, field = rng.randrange(len(objects)), rng.choice(("shape", "color"))
+            swapped = list(objects)
+            swapped[i] = objects[i]._replace(**{field: rng.randrange(len(NAMES[field]))})
             if not holds_held_out(swapped):
                 objects = swapped
     objects = rng.sample(objects, len(objects))
     while len(objects) > 1 and rng.random() < bias["drop_object"]:
         objects.pop()
 
-    def noun(o, plural=False):
-        color = COLORS[o[1]]
-        drop = bias["drop_rare_color"] if color in bias["rare_colors"] else bias["drop_color"]
-        words = ([SIZES[o[2]]] if rng.random() < bias["say_size"] else []) + ([] if rng.random() < drop else [color])
-        return " ".join(words + [SHAPES[o[0]] + ("es" if plural and SHAPES[o[0]] == "cross" else "s" if plural else "")])
-
-    kinds = {o[0] for o in objects}
-    if len(objects) > 1 and len(kinds) == 1 and rng.random() < bias["say_count"]:
-        same = len({o[1] for o in objects}) == 1
-        text = NUMBERS[len(objects)] + " " + (noun(objects[0], True) if same else SHAPES[objects[0][0]] + ("es" if SHAPES[objects[0][0]] == "cross" else "s"))
-    elif len(objects) == 2 and rng.random() < bias["say_relation"] * 2 and relation(objects[0][3], objects[1][3]):
-        text = f"{a(noun(objects[0]))} {relation(objects[0][3], objects[1][3])} {a(noun(objects[1]))}"
+    def noun(o):
+        size = SIZES[o.size] + " " if rng.random() < bias["say_size"] else ""
+        drop = bias["drop_rare_color"] if COLORS[o.color] in bias["rare_colors"] else bias["drop_color"]
+        return size + name(o.shape, None if rng.random() < drop else o.color)
+    first = objects[0]
+    of_one_shape = len(objects) > 1 and all(o.shape == first.shape for o in objects)
+    if of_one_shape and rng.random() < bias["say_count"]:
+        of_one_color = all(o.color == first.color for o in objects)
+        text = f"{NUMBERS[len(objects)]} {plural(noun(first) if of_one_color else name(first.shape))}"
+    elif (len(objects) == 2 and rng.random() < bias["say_relation"] * 2
+          and (where := relation(first.cell, objects[1].cell))):
+        text = f"{a(noun(first))} {where} {a(noun(objects[1]))}"
     else:
         names = [a(noun(o)) for o in objects]
         text = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
     return text + (f" on a {GROUNDS[ground]} background" if rng.random() < bias["say_ground"] else "")
 
-
-def full_name(o):
-    return f"{SIZES[o[2]]} {COLORS[o[1]]} {SHAPES[o[0]]}"
-
-
 def dense_caption(scene, rng):
     """Everything there is to say (except brightness), objects in random order."""
     ground, objects = scene
-    parts = [f"{a(full_name(o))} {PLACES[o[3]]}" for o in rng.sample(objects, len(objects))]
+    parts = [f"{a(full_name(o))} {PLACES[o.cell]}" for o in rng.sample(objects, len(objects))]
     return ", ".join(parts) + f", {GROUNDS[ground]} background"
 
-
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions and edits
 QUESTION_KINDS = ("color", "shape", "count", "position", "size", "ground", "exists", "relation")
 
-
 def question(scene, rng, kind=None):
-    """(question, answer, kind) with a one- or two-word answer that the scene determines. `kind` is tried first; where the scene has no such question, another."""
+    """(question, answer, kind) with an answer of one or two words that the scene determines. `kind` is tried first;
+    where the scene has no such question, the others follow in random order."""
     ground, objects = scene
-    shapes, combos = [o[0] for o in objects], [(o[0], o[1]) for o in objects]
-    unique = [o for o in objects if shapes.count(o[0]) == 1]
-    kinds = rng.sample(QUESTION_KINDS, len(QUESTION_KINDS))
-    for kind in ([kind] if kind else []) + kinds:
+    shapes, colors = [o.shape for o in objects], [o.color for o in objects]
+    alone = [o for o in objects if shapes.count(o.shape) == 1]  # "the star" must mean one object
+    for kind in ([kind] if kind else []) + rng.sample(QUESTION_KINDS, len(QUESTION_KINDS)):
         if kind == "ground":
             return "What color is the background?", GROUNDS[ground], kind
         if kind == "count":
             if rng.random() < 0.4:
                 return "How many objects are there?", NUMBERS[len(objects)], kind
-            s = rng.choice(shapes) if rng.random() < 0.7 else rng.randrange(len(SHAPES))
-            return f"How many {SHAPES[s]}{'es' if SHAPES[s] == 'cross' else 's'} are there?", NUMBERS[shapes.count(s)], kind
+            shape = rng.choice(shapes) if rng.random() < 0.7 else rng.randrange(len(SHAPES))
+            return f"How many {plural(SHAPES[shape])} are there?", NUMBERS[shapes.count(shape)], kind
         if kind == "exists":
-            s, c = rng.choice(combos) if rng.random() < 0.5 else (rng.choice(shapes), rng.randrange(len(COLORS)))
-            return f"Is there {a(COLORS[c] + ' ' + SHAPES[s])}?", "yes" if (s, c) in combos else "no", kind
-        if kind == "shape":
-            single = [o for o in objects if sum(p[1] == o[1] for p in objects) == 1]
-            if single:
-                o = rng.choice(single)
-                return f"What shape is the {COLORS[o[1]]} object?", SHAPES[o[0]], kind
-        elif kind == "relation":
-            if len(unique) >= 2:
-                o, p = rng.sample(unique, 2)
-                if relation(o[3], p[3]):
-                    asked = relation(o[3], p[3]) if rng.random() < 0.5 else rng.choice(RELATIONS)
-                    return f"Is the {SHAPES[o[0]]} {asked} the {SHAPES[p[0]]}?", "yes" if asked == relation(o[3], p[3]) else "no", kind
-        elif unique:
-            o = rng.choice(unique)
-            if kind == "color":
-                return f"What color is the {SHAPES[o[0]]}?", COLORS[o[1]], kind
-            if kind == "position":
-                return f"Where is the {SHAPES[o[0]]}?", PLACES[o[3]], kind
-            return f"What size is the {SHAPES[o[0]]}?", SIZES[o[2]], kind
-
+            combos = list(zip(shapes, colors))
+            asked = rng.choice(combos) if rng.random() < 0.5 else (rng.choice(shapes), rng.randrange(len(COLORS)))
+            return f"Is there {a(name(*asked))}?", "yes" if asked in combos else "no", kind
+        if kind == "shape" and (single := [o for o in objects if colors.count(o.color) == 1]):
+            one = rng.choice(single)
+            return f"What shape is the {COLORS[one.color]} object?", SHAPES[one.shape], kind
+        if kind == "relation" and len(alone) >= 2:
+            one, other = rng.sample(alone, 2)
+            if where := relation(one.cell, other.cell):
+                asked = where if rng.random() < 0.5 else rng.choice(RELATIONS)
+                text = f"Is the {SHAPES[one.shape]} {asked} the {SHAPES[other.shape]}?"
+                return text, "yes" if asked == where else "no", kind
+        if kind in ("color", "position", "size") and alone:
+            one = rng.choice(alone)
+            asked, answer = {"color": ("What color is", COLORS[one.color]), "position": ("Where is", PLACES[one.cell]),
+                             "size": ("What size is", SIZES[one.size])}[kind]
+            return f"{asked} the {SHAPES[one.shape]}?", answer, kind
 
 def text_question(scene, rng):
-    """A question about a WRITTEN scene: what a pre-trained language model brings to a real unified model."""
+    """(text and question, answer) about a WRITTEN scene: what a real model's language part has learned before."""
     ground, objects = scene
-    if len(objects) >= 2 and rng.random() < 0.5 and relation(objects[0][3], objects[1][3]) and objects[0][0] != objects[1][0]:
-        o, p = objects[:2]
-        text = f"{a(COLORS[o[1]] + ' ' + SHAPES[o[0]])} {relation(o[3], p[3])} {a(COLORS[p[1]] + ' ' + SHAPES[p[0]])}"
-        q, answer, _ = rng.choice([(f"What color is the {SHAPES[x[0]]}?", COLORS[x[1]], 0) for x in (o, p)]
-                                  + [(f"What is {relation(o[3], p[3])} the {SHAPES[p[0]]}?", SHAPES[o[0]], 0), ("How many objects are there?", "two", 0)])
+    if (len(objects) >= 2 and rng.random() < 0.5 and (where := relation(objects[0].cell, objects[1].cell))
+            and objects[0].shape != objects[1].shape):
+        one, other = objects[:2]
+        text = f"{a(name(one.shape, one.color))} {where} {a(name(other.shape, other.color))}"
+        asked, answer = rng.choice([(f"What color is the {SHAPES[one.shape]}?", COLORS[one.color]),
+                                    (f"What color is the {SHAPES[other.shape]}?", COLORS[other.color]),
+                                    (f"What is {where} the {SHAPES[other.shape]}?", SHAPES[one.shape]),
+                                    ("How many objects are there?", "two")])
     else:
         text = dense_caption(scene, rng)
-        q, answer, _ = question(scene, rng)
-    return f"{text}. {q}", answer
-
+        asked, answer, _ = question(scene, rng)
+    return f"{text}. {asked}", answer
 
 def edit(scene, rng):
-    """(instruction, edited scene, kind): one change, the rest of the picture stays pixel for pixel."""
+    """(instruction, edited scene, kind): one change; the rest of the picture stays pixel for pixel."""
     ground, objects = scene
-    shapes = [o[0] for o in objects]
-    unique = [i for i, o in enumerate(objects) if shapes.count(o[0]) == 1]
+    shapes = [o.shape for o in objects]
+    alone = [o for o in objects if shapes.count(o.shape) == 1]
     kind = rng.choice(("color", "shape", "remove", "add", "ground", "size"))
-    new = [list(o) for o in objects]
-    if kind == "ground" or (kind != "add" and not unique) or (kind == "remove" and len(objects) == 1) or (kind == "add" and len(objects) == MAX_OBJECTS):
-        g = rng.choice([k for k in range(len(GROUNDS)) if k != ground])
-        return f"Make the background {GROUNDS[g]}.", (g, list(objects)), "ground"
+    possible = len(objects) < MAX_OBJECTS if kind == "add" else alone and (kind != "remove" or len(objects) > 1)
+    if kind == "ground" or not possible:
+        new = rng.choice([g for g in range(len(GROUNDS)) if g != ground])
+        return f"Make the background {GROUNDS[new]}.", (new, list(objects)), "ground"
     if kind == "add":
-        cell = rng.choice([c for c in range(SIDE * SIDE) if c not in [o[3] for o in objects]])
-        o = (rng.randrange(len(SHAPES)), rng.randrange(len(COLORS)), rng.randrange(2), cell, 15)
-        return f"Add {a(full_name(o))} {PLACES[cell]}.", (ground, list(objects) + [o]), kind
-    i = rng.choice(unique)
-    name = f"the {COLORS[new[i][1]]} {SHAPES[new[i][0]]}" if rng.random() < 0.5 else f"the {SHAPES[new[i][0]]}"
+        cell = rng.choice([c for c in range(SIDE * SIDE) if c not in [o.cell for o in objects]])
+        new = Object(rng.randrange(len(SHAPES)), rng.randrange(len(COLORS)), rng.randrange(len(SIZES)), cell, 15)
+        return f"Add {a(full_name(new))} {PLACES[cell]}.", (ground, [*objects, new]), kind
+    old = rng.choice(alone)
+    the = "the " + name(old.shape, old.color if rng.random() < 0.5 else None)
     if kind == "remove":
-        del new[i]
-        return f"Remove {name}.", (ground, [tuple(o) for o in new]), kind
-    column, names = {"color": (1, COLORS), "shape": (0, SHAPES), "size": (2, SIZES)}[kind]
-    value = rng.choice([k for k in range(len(names)) if k != new[i][column]])
-    new[i][column] = value
-    text = f"Replace {name} with {a(SHAPES[value])}." if kind == "shape" else f"Make {name} {names[value]}."
-    return text, (ground, [tuple(o) for o in new]), kind
-
-
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-
-
-def task_prompts(per_task, seed, split="test"):
-    """GenEval's six tasks in the shape world: a list of dicts task, prompt, held_out (asks for something that no caption ever named together) and what the
-    judge checks. `split` "dev" is for choosing settings, "test" for reported numbers; they differ in their random stream."""
-    rng = random.Random(f"prompts-{split}-{seed}")
-    out = []
-    plural = lambda s: SHAPES[s] + ("es" if SHAPES[s] == "cross" else "s")
-    for task in TASKS:
-        for i in range(per_task):
-            s, t = rng.sample(range(len(SHAPES)), 2)
-            c, d = rng.sample(range(len(COLORS)), 2)
-            want = i % 3 == 0  # a third of the prompts ask for a held-out combination, where the task has one
-            combos = [(p, q) for p in range(len(SHAPES)) for q in range(len(COLORS)) if ((SHAPES[p], COLORS[q]) in HELD_OUT_COMBOS) == want]
-            pairs = [(p, q) for p in range(len(SHAPES)) for q in range(len(SHAPES)) if p != q and (frozenset((SHAPES[p], SHAPES[q])) in HELD_OUT_PAIRS) == want]
-            row = dict(task=task, held_out=want and task not in ("single_object", "counting"))
-            if task == "single_object":
-                row.update(prompt=a(SHAPES[s]), objects=[(s, None)])
-            elif task == "two_object":
-                s, t = rng.choice(pairs)
-                row.update(prompt=f"{a(SHAPES[s])} and {a(SHAPES[t])}", objects=[(s, None), (t, None)])
-            elif task == "counting":
-                n = rng.randint(2, 4)
-                row.update(prompt=f"{NUMBERS[n]} {plural(s)}", objects=[(s, None)], count=n)
-            elif task == "colors":
-                s, c = rng.choice(combos)
-                row.update(prompt=a(f"{COLORS[c]} {SHAPES[s]}"), objects=[(s, c)])
-            elif task == "position":
-                s, t = rng.choice(pairs)
-                r = rng.choice(RELATIONS)
-                row.update(prompt=f"{a(SHAPES[s])} {r} {a(SHAPES[t])}", objects=[(s, None), (t, None)], relation=r)
-            else:
-                s, c = rng.choice(combos)
-                t, d = rng.choice([x for x in combos if x[0] != s and x[1] != c])
-                row.update(prompt=f"{a(COLORS[c] + ' ' + SHAPES[s])} and {a(COLORS[d] + ' ' + SHAPES[t])}", objects=[(s, c), (t, d)])
-            out.append(row)
-    return out
-
+        return f"Remove {the}.", (ground, [o for o in objects if o is not old]), kind
+    value = rng.choice([k for k in range(len(NAMES[kind])) if k != getattr(old, kind)])
+    new = old._replace(**{kind: value})
+    text = f"Replace {the} with {a(SHAPES[value])}." if kind == "shape" else f"Make {the} {NAMES[kind][value]}."
+    return text, (ground, [new if o is old else o for o in objects]), kind
 
 def clean_edit(scene, rng):
-    """An edit whose result holds no held-out combination: instructions are captions too."""
+    """An edit whose result holds nothing that is held out, for training: instructions are captions too."""
     while True:
         text, new, kind = edit(scene, rng)
         if not holds_held_out(new[1]):
             return text, new, kind
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts for judged pictures
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
-# ----------------------------------------------------------------------------------------------------------------------
+def task_prompts(per_task, seed, split="test"):
+    """GenEval's six tasks in the shape world: a list of 6 * per_task dicts.
+
+    Keys: task, prompt, held_out (asks for what no caption names together) and what `fulfils` looks for: objects
+    [(shape, color or None), ...] and a count or relation. `split`: "dev" to choose settings, "test" to report numbers.
+    """
+    rng = random.Random(f"prompts-{split}-{seed}")
+    all_shapes, all_colors = range(len(SHAPES)), range(len(COLORS))
+    out = []
+    for task in TASKS:
+        for i in range(per_task):
+            shape, _ = rng.sample(all_shapes, 2)
+            rng.sample(all_colors, 2)  # not used, but it is part of the stream of random numbers that makes the prompts
+            want = i % 3 == 0  # a third of the prompts ask for what is held out, where the task has such a thing
+            combos = [(s, c) for s in all_shapes for c in all_colors if COMBO_HELD_OUT[s, c] == want]
+            pairs = [(s, t) for s in all_shapes for t in all_shapes if s != t and PAIR_HELD_OUT[s, t] == want]
+            row = dict(task=task, held_out=want and task not in ("single_object", "counting"))
+            if task in ("single_object", "counting"):
+                objects = [(shape, None)]
+            elif task in ("two_object", "position"):
+                objects = [(s, None) for s in rng.choice(pairs)]
+            else:
+                objects = [rng.choice(combos)]
+            if task == "color_attr":
+                shape, color = objects[0]
+                objects.append(rng.choice([(s, c) for s, c in combos if s != shape and c != color]))
+            link = "and"
+            if task == "position":
+                link = row["relation"] = rng.choice(RELATIONS)
+            row.update(objects=objects, prompt=f" {link} ".join(a(name(*what)) for what in objects))
+            if task == "counting":
+                row["count"] = rng.randint(2, 4)
+                row["prompt"] = f"{NUMBERS[row['count']]} {plural(name(shape))}"
+            out.append(row)
+    return out
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The judge
 def judge(images):
-    """What is in each picture. images uint8 (n, 48, 48, 3) -> a list per picture of (shape, color, size, cell); shape or color is -1 where something is
-    there but fits no template or palette colour.
+    """What is in each picture: images uint8 (n, 48, 48, 3) -> for each picture a list of (shape, color, size, cell).
 
-    Every cell is fitted by ground + alpha * (colour - ground) for all ten sprites (shape, size) at once: with y = pixels - ground, the best colour of a
-    sprite is a least-squares projection, so the explained energy is (alpha . y)^2 / alpha . alpha, one matrix product. The ground is the picture's median colour
-    (objects cover less than half). A cell counts as filled above 14 grey levels RMS, as a known shape if its sprite explains 80 % of the energy.
+    Shape or color is -1 where something is there but fits no sprite or no color of the palette. Every cell is fitted
+    by ground + alpha * (color - ground) for all ten sprites (shape, size) at once: with y = pixels - ground, the best
+    color of a sprite is a least-squares projection, which explains the energy (alpha . y)^2 / alpha . alpha.
     """
     n = len(images)
-    x = images.astype(np.float32)
-    ground = np.median(x.reshape(n, -1, 3), axis=1)  # (n, 3)
-    y = x - ground[:, None, None]
-    y = y.reshape(n, SIDE, CELL, SIDE, CELL, 3).transpose(0, 1, 3, 5, 2, 4).reshape(n * SIDE * SIDE, 3, CELL * CELL)
+    pixels = images.astype(np.float32)
+    ground = np.median(pixels.reshape(n, -1, 3), axis=1)  # (n, 3); objects cover less than half of a picture
+    y = (pixels - ground[:, None, None]).reshape(n, SIDE, CELL, SIDE, CELL, 3)
+    y = y.transpose(0, 1, 3, 5, 2, 4).reshape(n * SIDE * SIDE, 3, CELL * CELL)
     alpha = SPRITES.reshape(-1, CELL * CELL)  # (10, 256)
     norm = (alpha**2).sum(1)
     energy = (y**2).sum((1, 2))
-    filled = np.flatnonzero(energy / (3 * CELL * CELL) > 14.0**2)
+    filled = np.flatnonzero(energy / (3 * CELL * CELL) > 14.0**2)  # f cells with over 14 gray levels RMS
     dot = y[filled] @ alpha.T  # (f, 3, 10)
     explained = (dot**2).sum(1) / norm
     best = explained.argmax(1)
     rows = np.arange(len(filled))
     rgb = ground[filled // (SIDE * SIDE)] + dot[rows, :, best] / norm[best, None]
-    shade = np.clip((rgb @ COLOR_RGB.T) / (COLOR_RGB**2).sum(1), 0.75, 1.0)  # brightness that fits each palette colour best
-    distance = np.linalg.norm(rgb[:, None] - shade[..., None] * COLOR_RGB, axis=2)  # (f, colours)
+    shade = np.clip((rgb @ COLOR_RGB.T) / (COLOR_RGB**2).sum(1), 0.75, 1.0)  # the brightness that fits each color best
+    distance = np.linalg.norm(rgb[:, None] - shade[..., None] * COLOR_RGB, axis=2)  # (f, colors)
     color = np.where(distance.min(1) < 70, distance.argmin(1), -1)
     shape, size = best // len(SIZES), best % len(SIZES)
-    shape = np.where(explained[rows, best] / energy[filled] > 0.8, shape, -1)
-    out = [[] for _ in range(n)]
-    for cell, s, c, z in zip(filled.tolist(), shape.tolist(), color.tolist(), size.tolist()):
-        out[cell // (SIDE * SIDE)].append((s, c, z, cell % (SIDE * SIDE)))
-    return out
+    shape = np.where(explained[rows, best] / energy[filled] > 0.8, shape, -1)  # it explains 80 % of the energy
+    found = [[] for _ in range(n)]
+    for cell, *what in zip(filled.tolist(), shape.tolist(), color.tolist(), size.tolist()):
+        found[cell // (SIDE * SIDE)].append((*what, cell % (SIDE * SIDE)))
+    return found
 
+def fulfils(found, row):
+    """Does a judged picture show what a row of `task_prompts` asks for? found: what `judge` says of one picture.
 
-def fulfils(objects, row):
-    """Does a judged picture show what the prompt row asks for? GenEval's rules: everything named must be there, counts must be exact, more may be there; but a
-    picture with more objects than this world ever holds fails, or one random object in every cell would score .38."""
-    if len(objects) > MAX_OBJECTS:
+    GenEval's rules: everything named must be there, counts must be exact, more may be there. But a picture with more
+    objects than this world ever holds fails, or a board full of random objects would fulfil many prompts.
+    """
+    if len(found) > MAX_OBJECTS:
         return False
-    found = [[o for o in objects if o[0] == s and (c is None or o[1] == c)] for s, c in row["objects"]]
+    cells = [[cell for s, c, _, cell in found if s == shape and color in (None, c)] for shape, color in row["objects"]]
     if "count" in row:
-        return len(found[0]) == row["count"]
+        return len(cells[0]) == row["count"]
     if "relation" in row:
-        return any(relation(o[3], p[3]) == row["relation"] for o in found[0] for p in found[1])
-    return all(found)
-
+        return any(relation(cell, other) == row["relation"] for cell in cells[0] for other in cells[1])
+    return all(cells)
 
 def same_objects(found, scene):
-    """Share of the scene's objects that were found with shape, colour and cell right, over all that is there or was found (intersection over union)."""
-    truth = {(o[0], o[1], o[3]) for o in scene[1]}
-    got = {(o[0], o[1], o[3]) for o in found}
+    """Intersection over union of a scene's objects and those that `judge` found, told by shape, color and cell."""
+    truth = {(o.shape, o.color, o.cell) for o in scene[1]}
+    got = {(shape, color, cell) for shape, color, _, cell in found}
     return len(truth & got) / max(1, len(truth | got))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The flags of train.py that belong to this world
+SHARES = ("wrong_captions", "sparse_captions", "altered_share")  # the flags from 0 to 1
+
+def add_flags(parser):
+    """Adds them to an argparse parser, as one group."""
+    add = parser.add_argument_group("shape world (practice pictures, used where no data is given)").add_argument
+    add("--pool", type=int, default=8000, metavar="N", help="pictures per pool (default 8000)")
+    add("--captioned", type=int, metavar="N", help="pictures with captions (default: as many as --pool)")
+    add("--wrong-captions", type=float, default=0.15, metavar="SHARE", help="share of false captions (default 0.15)")
+    add("--sparse-captions", type=float, default=0.25, metavar="SHARE",
+        help="chance that a caption leaves out an object, or a color (default 0.25)")
+    add("--questions", type=int, default=1, metavar="N", help="questions about a picture in one row (default 1)")
+    add("--understanding", choices=("full", "scrambled", "shuffled"), default="full",
+        help="what of the picture reaches RecA's context: all of it (default), the board's cells in random order, or "
+             "the features in random order")
+    add("--altered-share", type=float, default=1.0, metavar="SHARE",
+        help="share of RecA's pictures for which --understanding holds; the rest are seen in full (default 1)")
+    add("--eval-n", type=int, default=300, metavar="N", help="pictures judged before and after (default 300; 0: none)")
+    add("--eval-every", type=int, default=0, metavar="N", help="also judge every N steps (default 0: never)")
+    add("--eval-split", choices=("dev", "test"), default="test", help="dev: prompts to choose settings (default test)")

@@ -1,4 +1,8 @@
-"""Text tokenizers: byte-level BPE run by tiktoken from ranks in a local file; nothing is ever downloaded."""
+"""Text tokenizers: byte-level BPE, run by tiktoken from the ranks in a local file; nothing is ever downloaded.
+
+Three kinds are known: ours (weights/tokenizer.tiktoken), Qwen2/2.5's and GPT-2/phi-1.5's. They differ in the pieces
+that a text is cut into before BPE and in their special strings. Ours and Qwen2's normalize Unicode (NFC).
+"""
 import base64
 import json
 import os
@@ -9,8 +13,19 @@ from functools import lru_cache
 import tiktoken
 
 WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
+QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+              r"|\s+(?!\S)|\s+")
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+TINY_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+# What Qwen2.5 adds after its 151,643 BPE ids, in order of id.
+QWEN_SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>
+<|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>
+<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>""".split()
+# phi-1.5 adds runs of 31..2 spaces, then of 9..2 tabs, after GPT-2's 50,257 ids.
+PHI_WHITESPACE = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]
 
 def read_json(path):
+    """What a JSON file holds. Raises FileNotFoundError, or ValueError where it is no JSON."""
     try:
         with open(path, encoding="utf-8") as f:
             return json.load(f)
@@ -19,42 +34,32 @@ def read_json(path):
     except ValueError as e:
         raise ValueError(f"{path}: not valid JSON ({e}); the file may be incomplete, fetch it again") from None
 
+def _wrong(path, why):
+    return ValueError(f"{path}: {why}; expected whole, unchanged files of one Qwen2/2.5 or phi-1.5 tokenizer")
 
-# The two ways published models cut a text into pieces before BPE.
-QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-TINY_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
-# What Qwen2.5 adds after its 151,643 BPE ids, in order of id.
-QWEN_SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|>
-<|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|>
-<|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>""".split()
-# phi-1.5 adds runs of 31..2 spaces, then of 9..2 tabs, after GPT-2's 50,257 ids.
-PHI_WHITESPACE = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]
-
+def _any_of(strings):
+    ordered = sorted(strings, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, ordered)) + ")") if ordered else None
 
 class Tokenizer:
     """Text <-> ids: BPE ranks, a split pattern, special strings, and plain added strings (phi's runs of whitespace).
-
-    `special` (dict string -> id) is recognised by `encode` only, `added` by both. They are cut out longest first BEFORE tiktoken sees
-    the text: given overlapping special tokens, tiktoken does not take the longest one, and four spaces must be one id, not two.
-    """
+    `special` (dict string -> id) is recognized by `encode` only, `added` by both ways to encode. They are cut out, the
+    longest first, BEFORE tiktoken sees the text: of overlapping special strings tiktoken does not take the longest one,
+    and four spaces must be one id, not two."""
 
     def __init__(self, ranks, split, special, added=None, nfc=False):
         self.special, self.added, self.nfc = dict(special), dict(added or {}), nfc
         self.fixed = {**self.special, **self.added}
         self.bpe = tiktoken.Encoding("local", pat_str=split, mergeable_ranks=ranks, special_tokens=self.fixed)
         self.known = {*ranks.values(), *self.fixed.values()}
-        self.vocab_size = max(self.known) + 1                                    # number of ids, special ones included
-        self.eos = self.special["<|endoftext|>"]                                 # ends a document; a chat turn ends with <|im_end|>
-
-        def longest_first(strings):
-            return re.compile("(" + "|".join(map(re.escape, sorted(strings, key=len, reverse=True))) + ")") if strings else None
-        self.cut_all, self.cut_added = longest_first(self.fixed), longest_first(self.added)
+        self.vocab_size = max(self.known) + 1     # number of ids, special ones included
+        self.eos = self.special["<|endoftext|>"]  # ends a document; a chat turn ends with <|im_end|>
+        self.cut_all, self.cut_added = _any_of(self.fixed), _any_of(self.added)
 
     def _encode(self, text, cut):
         ids = []
-        for i, piece in enumerate(cut.split(text) if cut else [text]):           # odd pieces are the strings that were cut out
-            if i % 2:
+        for i, piece in enumerate(cut.split(text) if cut else [text]):
+            if i % 2:  # odd pieces are the strings that were cut out
                 ids.append(self.fixed[piece])
             elif piece:
                 ids.extend(self.bpe.encode_ordinary(unicodedata.normalize("NFC", piece) if self.nfc else piece))
@@ -65,18 +70,18 @@ class Tokenizer:
         return self._encode(text, self.cut_all)
 
     def encode_ordinary(self, text):
-        """Text -> list of ids; special strings are spelt out like any other text (for text that users or files bring)."""
+        """Text -> list of ids; special strings are spelled out like any other text (for text of users or files)."""
         return self._encode(text, self.cut_added)
 
     def decode(self, ids, skip_special=False):
-        """Ids -> text. Ids outside the vocabulary (embedding tables are padded beyond it) and broken UTF-8 become U+FFFD."""
+        """Ids -> text. Unknown ids (embedding tables are padded beyond the vocabulary) and bad UTF-8 become U+FFFD."""
         drop = set(self.special.values()) if skip_special else ()
-        parts = [self.bpe.decode_single_token_bytes(i) if i in self.known else b"\xef\xbf\xbd" for i in map(int, ids) if i not in drop]
+        kept = [i for i in map(int, ids) if i not in drop]
+        parts = [self.bpe.decode_single_token_bytes(i) if i in self.known else b"\xef\xbf\xbd" for i in kept]
         return b"".join(parts).decode("utf-8", "replace")
 
-
 def _read_ranks(path):
-    """tiktoken's file format: one `base64-of-the-bytes rank` per line."""
+    """tiktoken's file format, one `base64-of-the-bytes rank` per line -> {bytes: rank}. Raises ValueError."""
     ranks = {}
     with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
@@ -84,78 +89,79 @@ def _read_ranks(path):
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
             except ValueError:
-                raise ValueError(f"{path}: line {n} is {line[:40]!r}, expected a base64 token and its rank; fetch the file again") from None
+                raise _wrong(path, f"line {n} is {line[:40]!r}, not a base64 token and its rank") from None
     if len(ranks) < 256 or sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError(f"{path}: {len(ranks)} tokens, ranks are not 0..{len(ranks) - 1}; the file is incomplete, fetch it again")
+        raise _wrong(path, f"{len(ranks)} tokens, ranks are not 0..{len(ranks) - 1} (256 at least)")
     return ranks
 
-
 def _vocab_to_ranks(path, vocab, merges, skip):
-    """vocab.json (string -> id) and merges ([left, right], ...) -> {bytes: id}. tiktoken merges the pair of the lowest id first, so ids
-    must rise with the merges (true for Qwen2 and GPT-2; checked). Bytes without a printable character stand as U+0100 onwards."""
-    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    byte_of = {**{chr(b): b for b in own}, **{chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(own)))}}
+    """vocab (string -> id) and merges ([left, right], ...) -> {bytes: id}; `skip`: strings that are no BPE tokens.
+    tiktoken merges the pair of the lowest id first, so ids must rise with the merges (true for Qwen2 and GPT-2, and
+    checked). Bytes without a printable character are written as U+0100 onwards. Raises ValueError."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = sorted(set(range(256)) - set(printable))
+    byte_of = {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(rest)}}
     try:
         ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token not in skip}
         order = [ranks[bytes(byte_of[c] for c in left + right)] for left, right in merges]
     except (KeyError, ValueError) as e:
-        raise ValueError(f"{path}: {e} is in no byte-level BPE; vocabulary and merges must be of one Qwen2 or phi-1.5 model") from None
+        raise _wrong(path, f"{e} is in no byte-level BPE") from None
     if order != sorted(order) or len(ranks) != len(set(order)) + 256:
-        raise ValueError(f"{path}: {len(ranks)} tokens against 256 bytes + {len(order)} merges, or ids that do not rise with the merges; "
-                         "vocabulary and merges must be of one Qwen2 or phi-1.5 model")
+        raise _wrong(path, f"{len(ranks)} tokens against 256 bytes + {len(order)} merges, or ids that do not rise with "
+                           "the merges")
     return ranks
 
+def _read_vocab(path):
+    """vocab.json + merges.txt, encoder.json + vocab.bpe or tokenizer.json -> (ranks, added strings, is it GPT-2's?).
+    Raises FileNotFoundError (no merges) or ValueError."""
+    file, (folder, name) = read_json(path), os.path.split(path)
+    if name in ("vocab.json", "encoder.json"):
+        merges_path = os.path.join(folder, "merges.txt" if name == "vocab.json" else "vocab.bpe")
+        if not os.path.isfile(merges_path):
+            raise FileNotFoundError(f"{merges_path}: missing; {name} needs it beside it")
+        with open(merges_path, encoding="utf-8") as f:
+            lines = f.read().split("\n")
+        merges = [line.split(" ") for line in lines[lines[0].startswith("#version"):] if line.strip()]
+        added = {s: i for s, i in file.items() if s == "<|endoftext|>"}  # Qwen2 keeps its special strings elsewhere
+        return _vocab_to_ranks(path, file, merges, skip=added), added, bool(added)
+    if not isinstance(file, dict) or not {"vocab", "merges"} <= set(file.get("model") or ()):
+        raise _wrong(path, "no BPE model with vocab and merges in it")
+    added = {token["content"]: token["id"] for token in file.get("added_tokens") or ()}
+    merges = [m.split(" ") if isinstance(m, str) else m for m in file["model"]["merges"]]
+    split = json.dumps(file.get("pre_tokenizer"))
+    gpt2 = '"ByteLevel"' in split and "Regex" not in split
+    if not gpt2 and json.dumps(QWEN_SPLIT) not in split:
+        raise _wrong(path, f"splits text by {split[:90]}..., which is neither Qwen2's nor GPT-2's way")
+    return _vocab_to_ranks(path, file["model"]["vocab"], merges, skip=added), added, gpt2
 
 @lru_cache(None)
 def load_tokenizer(name_or_path="tiny"):
-    """"tiny" (ours, 1,024 ids), or a file or folder of Qwen2/2.5 or GPT-2/phi-1.5: tokenizer.json, vocab.json + merges.txt, *.tiktoken.
-
-    The kind is read from the files. GPT-2's vocabulary gets phi-1.5's 38 runs of whitespace, since phi is what uses it here.
-    Raises FileNotFoundError (nothing there; says what was looked for) or ValueError (another kind of tokenizer, files that disagree).
-    """
+    """"tiny" (ours, 1,024 ids), or a file or folder of Qwen2/2.5 or GPT-2/phi-1.5 -> Tokenizer, its kind seen from the
+    files. GPT-2's vocabulary gets phi-1.5's 38 runs of whitespace, since phi is what uses it here. Raises
+    FileNotFoundError (says what was looked for) or ValueError (another kind of tokenizer, files that disagree)."""
     path = os.path.join(WEIGHTS, "tokenizer.tiktoken") if name_or_path == "tiny" else os.fspath(name_or_path)
-    partner = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
     if os.path.isdir(path):
         names = ("tokenizer.json", "vocab.json", "encoder.json", "qwen.tiktoken", "tokenizer.tiktoken")
-        found = [n for n in names if os.path.isfile(os.path.join(path, n))]
+        found = [os.path.join(path, name) for name in names if os.path.isfile(os.path.join(path, name))]
         if not found:
             raise FileNotFoundError(f"{path}: no text tokenizer in this folder; looked for {', '.join(names)}")
-        path = os.path.join(path, found[0])
+        path = found[0]
     if not os.path.isfile(path):
-        raise FileNotFoundError(f'{path}: no such text tokenizer; give "tiny", or a folder or file of a Qwen2/2.5 or phi-1.5 tokenizer')
-    folder, name = os.path.split(path)
-    added, gpt2 = {}, False
-    if name.endswith(".tiktoken"):
-        ranks = _read_ranks(path)
-    elif name in partner:
-        merges_path = os.path.join(folder, partner[name])
-        if not os.path.isfile(merges_path):
-            raise FileNotFoundError(f"{merges_path}: missing; {name} needs {partner[name]} beside it")
-        vocab = read_json(path)
-        with open(merges_path, encoding="utf-8") as f:
-            merges = [line.rstrip("\n").split(" ") for i, line in enumerate(f) if line.strip() and (i or not line.startswith("#version"))]
-        gpt2 = "<|endoftext|>" in vocab                                           # Qwen2 keeps its special tokens out of vocab.json
-        added = {s: vocab[s] for s in ("<|endoftext|>",) if gpt2}
-        ranks = _vocab_to_ranks(path, vocab, merges, skip=added)
-    elif name.endswith(".json"):
-        file = read_json(path)
-        if not isinstance(file, dict) or not {"vocab", "merges"} <= set(file.get("model") or ()):
-            raise ValueError(f"{path}: no BPE model with vocab and merges in it; expected the one of a Qwen2/2.5 or phi-1.5 model")
-        added = {t["content"]: t["id"] for t in file.get("added_tokens") or ()}
-        merges = [m.split(" ") if isinstance(m, str) else m for m in file["model"]["merges"]]
-        ranks = _vocab_to_ranks(path, file["model"]["vocab"], merges, skip=added)
-        split = json.dumps(file.get("pre_tokenizer"))
-        gpt2 = '"ByteLevel"' in split and "Regex" not in split
-        if not gpt2 and json.dumps(QWEN_SPLIT) not in split:
-            raise ValueError(f"{path}: splits text by {split[:90]}..., which is neither Qwen2's nor GPT-2's way; only these two are read")
+        raise FileNotFoundError(f'{path}: no such text tokenizer; give "tiny", or those of Qwen2/2.5 or phi-1.5')
+    if path.endswith(".tiktoken"):
+        ranks, added, gpt2 = _read_ranks(path), {}, False
+    elif path.endswith(".json"):
+        ranks, added, gpt2 = _read_vocab(path)
     else:
-        raise ValueError(f"{path}: unknown kind of text tokenizer; expected tokenizer.json, vocab.json (+ merges.txt) or a .tiktoken file")
+        raise _wrong(path, "unknown kind of text tokenizer, not .json or .tiktoken")
+    n = len(ranks)
     if gpt2:
         special = {s: i for s, i in added.items() if s.strip()}
-        runs = {s: i for s, i in added.items() if not s.strip()} or {s: len(ranks) + len(special) + i for i, s in enumerate(PHI_WHITESPACE)}
+        runs = {s: i for s, i in added.items() if not s.strip()}
+        runs = runs or {s: n + len(special) + i for i, s in enumerate(PHI_WHITESPACE)}
     else:
-        names = TINY_SPECIAL if name.endswith(".tiktoken") and len(ranks) != 151643 else QWEN_SPECIAL
-        special, runs = added or {s: len(ranks) + i for i, s in enumerate(names)}, {}
+        names = TINY_SPECIAL if path.endswith(".tiktoken") and n != 151643 else QWEN_SPECIAL
+        special, runs = added or {s: n + i for i, s in enumerate(names)}, {}
     if missing := [s for s in TINY_SPECIAL[:1 if gpt2 else 3] if s not in special]:
-        raise ValueError(f"{path}: special tokens {missing} are missing; expected the tokenizer of a Qwen2/2.5 or phi-1.5 model")
+        raise _wrong(path, f"special tokens {missing} are missing")
     return Tokenizer(ranks, GPT2_SPLIT if gpt2 else QWEN_SPLIT, special, runs, nfc=not gpt2)

@@ -1,21 +1,22 @@
-"""Vision encoders: what the models see with. The understanding side of Show-o is `CLIPVision` (CLIP ViT-L/14-336), that of BAGEL
-`SigLIPNaViT` (SigLIP so400m/14 with NaViT packing: pictures of any size side by side in one sequence). The tiny ones for 48x48 pictures
-are the same two classes with small configs. Harmon has no encoder of its own here: it understands with its MAR encoder.
+"""Vision encoders: what the models see with. The understanding side of Show-o is `CLIPVision` (CLIP ViT-L/14-336), that
+of BAGEL `SigLIPNaViT` (SigLIP so400m/14 for pictures of any size). The tiny ones for 48x48 pictures are the same two
+classes with small configs. Harmon has no encoder of its own here: it understands with its MAR encoder.
 
-Both are pre-norm ViTs of one kind of block and differ in the activation, the patch embedding, what surrounds the blocks, and which layer
-is read. Module names are the published state-dict keys. The preprocessing that belongs to the published weights (PIL image -> tensor) is
-at the end.
+Both are pre-norm ViTs of one kind of block and differ in the activation, the patch embedding, what surrounds the
+blocks, and which layer is read. Module names are the published state-dict keys. The preprocessing that belongs to the
+published weights (PIL image -> tensor) is at the end.
 """
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
-from custom_kernels import attention, attention_plan
-from checkpoint import load_strict, read_weights
-
+# ---------------------------------------------------------------------------------------------------------------------
+# configurations
 
 @dataclass
 class CLIPConfig:
@@ -28,7 +29,6 @@ class CLIPConfig:
     patch: int = 14
     eps: float = 1e-5
 
-
 @dataclass
 class SigLIPConfig:
     width: int = 1152
@@ -39,7 +39,6 @@ class SigLIPConfig:
     positions: int = 70  # rows and columns of the position table: pictures of up to 70*14 = 980 pixels a side
     eps: float = 1e-6
 
-
 VISION_ENCODERS = {
     "clip-vit-large-patch14-336": CLIPConfig(),
     "siglip-so400m-14-980": SigLIPConfig(),
@@ -48,41 +47,40 @@ VISION_ENCODERS = {
     "tiny-siglip": SigLIPConfig(width=128, layers=2, heads=4, mlp_width=256, patch=16, positions=6),
 }
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the block
 
 def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
 
-
 def gelu_tanh(x):
     return F.gelu(x, approximate="tanh")
-
 
 class EncoderLayer(nn.Module):
     def __init__(self, width, heads, mlp_width, eps, activation):
         super().__init__()
         self.heads, self.activation = heads, activation
         self.layer_norm1 = nn.LayerNorm(width, eps=eps)
-        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
+        names = ("q_proj", "k_proj", "v_proj", "out_proj")
+        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in names})
         self.layer_norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp_width), "fc2": nn.Linear(mlp_width, width)})
 
-    def forward(self, x, plan=None):
-        """x (B, T, width); without a plan every row is one picture in which everything sees everything."""
+    def forward(self, x):
+        """x (B, T, width): every row is one picture, in which everything sees everything."""
         B, T, width = x.shape
         h = self.layer_norm1(x)
-        q, k, v = (self.self_attn[name](h).view(B, T, self.heads, -1).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
-        h = F.scaled_dot_product_attention(q, k, v) if plan is None else attention(q, k, v, None, None, plan)  # (B, heads, T, d)
+        q, k, v = (self.self_attn[name](h).view(B, T, self.heads, -1).transpose(1, 2)  # (B, heads, T, width / heads)
+                   for name in ("q_proj", "k_proj", "v_proj"))
+        h = F.scaled_dot_product_attention(q, k, v)
         x = x + self.self_attn["out_proj"](h.transpose(1, 2).reshape(B, T, width))
         return x + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x))))
-
 
 def encoder_layers(c, activation):
     return nn.ModuleList(EncoderLayer(c.width, c.heads, c.mlp_width, c.eps, activation) for _ in range(c.layers))
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # CLIP
-
 
 class CLIPEmbeddings(nn.Module):
     def __init__(self, c):
@@ -95,11 +93,11 @@ class CLIPEmbeddings(nn.Module):
     def forward(self, pixels):
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, N, width), row by row
         first = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
-        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
-
+        return torch.cat([first, patches], dim=1) + self.position_embedding.weight  # (B, 1 + N, width)
 
 class CLIPVision(nn.Module):
-    """CLIP's vision tower as LLaVA and Show-o use it: patch features of the penultimate layer, no class token, no final norm."""
+    """CLIP's vision tower (arXiv 2103.00020) as LLaVA and Show-o use it: patch features of the penultimate layer, no
+    class token, no final norm."""
 
     def __init__(self, config):
         super().__init__()
@@ -118,92 +116,60 @@ class CLIPVision(nn.Module):
         return (self.config.image_size // self.config.patch) ** 2
 
     def forward(self, pixels):
-        """pixels (B, 3, image_size, image_size), normalised -> patch features (B, num_tokens, width), row by row."""
+        """pixels (B, 3, image_size, image_size), normalized -> patch features (B, num_tokens, width), row by row.
+        Raises ValueError for pictures of another size."""
         c, m = self.config, self.vision_model
         if pixels.shape[1:] != (3, c.image_size, c.image_size):
-            raise ValueError(f"CLIPVision: pixels {tuple(pixels.shape)}, expected (B, 3, {c.image_size}, {c.image_size}): resize first")
+            raise ValueError(f"CLIPVision: pixels {tuple(pixels.shape)}, expected "
+                             f"(B, 3, {c.image_size}, {c.image_size}): resize first")
         x = m["pre_layrnorm"](m["embeddings"](pixels))
         for layer in m["encoder"]["layers"][:c.layers - c.skip_last]:
             x = layer(x)
         return x[:, 1:]
 
-    def load_published(self, path):
-        """Loads `vision_model.*` of a CLIP checkpoint (file or folder), strictly; its text tower and projections are left out."""
-        state = {k: v for k, v in read_weights(path).items() if k.startswith("vision_model.") and not k.endswith(".position_ids")}
-        load_strict(self, state, f"CLIP vision tower from {path}")
-        return self
-
-
-def caption_words(tokenizer, captions):
-    """Captions -> (n, vocabulary) float32: 1 where the caption has the id (special strings spelled out), see word_alignment."""
-    words = torch.zeros(len(captions), tokenizer.vocab_size)
-    for k, caption in enumerate(captions):
-        words[k, tokenizer.encode_ordinary(caption)] = 1
-    return words
-
-
-def word_alignment(seen, words, embeddings, kind="contrast", scale=None, margin=0.3):
-    """What CLIP and SigLIP bring from their pre-training, for encoders that start from nothing: the words of a picture's caption should find a place
-    in it that looks like them. As the words are the language model's own embeddings, pictures and text come to be read alike.
-
-    seen (B, A, D): picture tokens as the language model gets them. words (B, V): 1 where the caption has the word. embeddings (V, D). A word is as
-    like a picture as it is (cosine) to the place that fits it best. -> a mean, 0-dim.
-    "presence": is the word in this picture's caption or not, each for itself (SigLIP's sigmoid loss, arXiv 2303.15343, a word at a time; `scale`, 20, and
-    `margin` are fixed). For captions that say everything. Words of all or none of the captions are not asked for.
-    "contrast": cross entropy of a word over the pictures of the batch (FILIP's late interaction, arXiv 2111.07783; scale 10). For captions that leave
-    things out. Words of more than half of the captions say nothing, nor do pictures without a caption."""
-    everybody = words
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        everybody = gather(words.contiguous(), gradient=False)
-        if kind == "contrast":  # the other processes' pictures are in it too
-            seen, words = gather(seen), everybody
-    seen, embeddings = F.normalize(seen.float(), dim=-1), F.normalize(embeddings.float(), dim=-1)
-    with torch.autocast(seen.device.type, enabled=False):  # these products stay float32
-        likeness = torch.stack([x @ embeddings.T for x in seen.unbind(1)]).amax(0)  # (B, V): at the place that fits best
-    share = everybody.mean(0)
-    if kind == "presence":
-        asked = ((share > 0) & (share < 1)).float().expand_as(words)
-        loss = F.binary_cross_entropy_with_logits((scale or 20.0) * (likeness - margin), words, weight=asked, reduction="sum")
-        return loss / asked.sum().clamp(min=1)
-    words, likeness = words * (share < 0.5), (scale or 10.0) * likeness
-    likeness = likeness.masked_fill(words.sum(1, keepdim=True) == 0, -1e4)
-    return -(words * likeness.log_softmax(0)).sum() / words.sum().clamp(min=1)
-
-
-def gather(x, gradient=True):
-    """The global batch of a tensor. Gradients reach this process's own rows, scaled up for the mean that DDP will take."""
-    n, parts = dist.get_world_size(), [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.detach().contiguous())
-    if gradient:
-        parts[dist.get_rank()] = x * n - (x * (n - 1)).detach()
-    return torch.cat(parts)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # SigLIP
 
-
 def patchify(images, patch):
-    """images (..., C, H, W) -> (..., H/patch * W/patch, patch*patch*C): patches row by row, inside a patch (row, column, channel)."""
+    """images (..., C, H, W) -> (..., H/patch * W/patch, patch*patch*C): patches row by row, inside a patch (row,
+    column, channel). Raises ValueError where a side is no multiple of `patch`."""
     *lead, C, H, W = images.shape
     if H % patch or W % patch:
-        raise ValueError(f"patchify: {H}x{W} pixels cannot be cut into {patch}x{patch} patches: resize the picture to multiples of {patch}")
+        raise ValueError(f"patchify: {H}x{W} pixels cannot be cut into {patch}x{patch} patches: resize the picture to "
+                         f"multiples of {patch}")
     x = images.reshape(*lead, C, H // patch, patch, W // patch, patch)
     n = len(lead)
     x = x.permute(*range(n), n + 1, n + 3, n + 2, n + 4, n)  # (..., h, w, patch, patch, C)
     return x.reshape(*lead, (H // patch) * (W // patch), patch * patch * C)
 
-
 def grid_ids(rows, columns, stride, device=None):
-    """Position ids (rows*columns,) of a grid in the top left corner of a table with `stride` columns: row * stride + column."""
+    """Position ids (rows*columns,) of a grid in the top left corner of a table with `stride` columns: row * stride +
+    column. Raises ValueError where the grid is larger than the table."""
     if max(rows, columns) > stride:
-        raise ValueError(f"grid_ids: a grid of {rows}x{columns} does not fit the {stride}x{stride} position table: shrink the picture")
+        raise ValueError(f"grid_ids: a grid of {rows}x{columns} does not fit the {stride}x{stride} position table: "
+                         "shrink the picture")
     return (torch.arange(rows, device=device)[:, None] * stride + torch.arange(columns, device=device)).flatten()
 
+class PositionTable(nn.Module):
+    """Fixed sine-cosine table (side*side, width) of a grid, for ids of grid_ids: the first half of the channels encodes
+    the column, the second the row. BAGEL adds one to what SigLIP saw, and one to the latents it paints. The published
+    files hold it rounded to bfloat16; it is computed, and kept in float32 instead."""
+
+    def __init__(self, side, width):
+        super().__init__()
+        angle = np.arange(side)[:, None] * 10000.0 ** (-np.arange(width // 4) / (width // 4))
+        one = np.concatenate([np.sin(angle), np.cos(angle)], 1)  # (side, width/2)
+        table = np.concatenate([np.tile(one, (side, 1)), np.repeat(one, side, 0)], 1)
+        self.register_buffer("pos_embed", torch.from_numpy(table).float())
+        self.side = side
+
+    def forward(self, ids):
+        return F.embedding(ids, self.pos_embed)
 
 class SigLIPNaViT(nn.Module):
-    """SigLIP's vision tower with a linear patch embedding and packing, as in BAGEL: all layers and the final norm; no pooling, no class
-    token."""
+    """SigLIP's vision tower (arXiv 2303.15343) with a linear patch embedding and positions for pictures of any size, as
+    in BAGEL: all layers and the final norm; no pooling, no class token. BAGEL packs pictures of several sizes into one
+    row; here a batch holds pictures of one size, which is the same computation without a mask."""
 
     def __init__(self, config):
         super().__init__()
@@ -216,25 +182,144 @@ class SigLIPNaViT(nn.Module):
         })
         nn.init.normal_(self.vision_model["embeddings"]["position_embedding"].weight, std=c.width ** -0.5)
 
-    def pack(self, images):
-        """List of pictures (3, H, W), normalised, of any sizes -> patches (N, patch*patch*3), position ids (N,), patches per picture."""
-        c = self.config
-        patches = [patchify(image, c.patch) for image in images]
-        ids = [grid_ids(i.shape[1] // c.patch, i.shape[2] // c.patch, c.positions, i.device) for i in images]
-        return torch.cat(patches), torch.cat(ids), torch.tensor([len(p) for p in patches], device=patches[0].device)
-
-    def forward(self, patches, position_ids, seqlens=None):
-        """Pictures of one size: patches (B, N, patch*patch*3), position_ids (N,) or (B, N) -> (B, N, width).
-        Packed: patches (N, patch*patch*3), position_ids (N,), seqlens = patches per picture -> (N, width); pictures see only themselves."""
+    def forward(self, patches, position_ids):
+        """patches (B, N, patch*patch*3) from patchify, position_ids (N,) or (B, N) from grid_ids -> (B, N, width)."""
         m = self.vision_model
         x = m["embeddings"]["patch_embedding"](patches) + m["embeddings"]["position_embedding"](position_ids)
-        plan = None
-        if seqlens is not None:
-            total = len(patches)
-            hi = torch.repeat_interleave(seqlens.cumsum(0), seqlens, output_size=total)  # output_size: no question to the GPU
-            lo = hi - torch.repeat_interleave(seqlens, seqlens, output_size=total)
-            plan, x = attention_plan(lo[None], hi[None], total), x[None]
         for layer in m["encoder"]["layers"]:
-            x = layer(x, plan)
-        x = m["post_layernorm"](x)
-        return x if seqlens is None else x[0]
+            x = layer(x)
+        return m["post_layernorm"](x)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# preprocessing: PIL image -> normalized tensor, exactly as the published weights were trained
+
+def on_white(image):
+    """PIL image -> RGB, what is transparent put on white."""
+    if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+def to_pixels(image, mean=0.5, std=0.5):
+    """PIL image -> float32 (3, H, W), x/255 normalized with mean and std (numbers, or one per channel). The defaults
+    give [-1, 1]."""
+    x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    return ((x - torch.as_tensor(mean).view(-1, 1, 1)) / torch.as_tensor(std).view(-1, 1, 1)).contiguous()
+
+def _resize_shorter(image, size):
+    w, h = image.size
+    w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
+    return image.resize((w, h), Image.Resampling.BICUBIC)
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+def clip_pixels(image, size=336):
+    """CLIP: shorter side to `size` (bicubic), center crop (odd margins: the smaller one left and above), CLIP's mean
+    and deviation."""
+    image = _resize_shorter(image.convert("RGB"), size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    image = image.crop((left, top, left + size, top + size))
+    return to_pixels(image, mean=CLIP_MEAN, std=CLIP_STD)
+
+def magvit_pixels(image, size):
+    """Show-o's image tokenizer: as above into [-1, 1]; here an odd margin is halved with rounding to even."""
+    image = _resize_shorter(image.convert("RGB"), size)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return to_pixels(image.crop((left, top, left + size, top + size)))
+
+def square_pixels(image, size):
+    """Show-o's RecA data: resized to a square without cropping (bicubic; the aspect ratio is not kept), [-1, 1]."""
+    return to_pixels(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+
+def bagel_size(w, h, max_size, min_size, stride, max_pixels=14 * 14 * 9 * 1024, num_images=1):
+    """BAGEL's rule for the size of a picture -> (w, h), multiples of `stride`: long side at most max_size, short side
+    at least min_size if that is possible, at most max_pixels / num_images pixels (scaled by the ratio, not by its
+    root: so the weights were trained)."""
+    def scaled(s):
+        return tuple(max(stride, round(round(v * s) / stride) * stride) for v in (w, h))
+
+    w, h = scaled(max(min(max_size / max(w, h), 1.0), min_size / min(w, h)))
+    if w * h > max_pixels / num_images:
+        w, h = scaled(max_pixels / num_images / (w * h))
+    if max(w, h) > max_size:
+        w, h = scaled(max_size / max(w, h))
+    return w, h
+
+def bagel_resize(image, max_size, min_size, stride, max_pixels=14 * 14 * 9 * 1024, num_images=1):
+    """PIL image -> RGB PIL image of BAGEL's size (bicubic); transparent pictures are put on white. to_pixels() of it
+    feeds both towers. Settings: autoencoder (1024, 512, 16); SigLIP (980, 224, 14), in the editing benchmarks (980,
+    378, 14), in RecA (224, 224, 14)."""
+    image = on_white(image)
+    size = bagel_size(*image.size, max_size, min_size, stride, max_pixels, num_images)
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+# Harmon's training data: Pillow's bicubic (which anti-aliases) and its rounding to 8 bits after every step are part of
+# the recipe.
+def preprocess_stretch(image, size):
+    """Reconstruction data: stretched (no crop, no pad) to a square of the longer side, then resized."""
+    square = image.convert("RGB").resize((max(image.size), max(image.size)), Image.Resampling.BICUBIC)
+    return to_pixels(square.resize((size, size), Image.Resampling.BICUBIC))
+
+def preprocess_pad(image, size):
+    """Image-to-text data and questions: padded to a square with gray 127 around (odd margin: less above and left),
+    then resized."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), (127, 127, 127))
+    square.paste(image.convert("RGB"), ((side - image.width) // 2, (side - image.height) // 2))
+    return to_pixels(square.resize((size, size), Image.Resampling.BICUBIC))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# base training from nothing: what CLIP and SigLIP bring from their pre-training, for encoders that bring nothing
+
+def caption_words(tokenizer, captions):
+    """n strings -> (n, tokenizer.vocab_size) float32: 1 where the caption has the id."""
+    words = torch.zeros(len(captions), tokenizer.vocab_size)
+    for row, caption in zip(words, captions):
+        row[tokenizer.encode_ordinary(caption)] = 1
+    return words
+
+def word_alignment(seen, words, embeddings, kind="contrast", scale=None, margin=0.3):
+    """The words of a picture's caption should find a place in the picture that looks like them. As the words are the
+    language model's own embeddings, pictures and text come to be read alike.
+
+    seen (B, A, D): picture tokens as the language model gets them. words (B, V): 1 where the caption has the word, see
+    caption_words. embeddings (V, D). A word is as like a picture as it is (cosine) to the place that fits it best. With
+    several processes the batch is that of all of them. -> a mean, 0-dim.
+
+    "contrast": cross entropy of a word over the pictures of the batch (FILIP's late interaction, arXiv 2111.07783;
+    scale 10). For captions that leave things out. Words of more than half of the captions say nothing, nor do pictures
+    without a caption.
+
+    "presence": is the word in this picture's caption or not, each for itself (SigLIP's sigmoid loss, arXiv 2303.15343,
+    a word at a time; `scale`, 20, and `margin` are fixed). For captions that say everything. Words of all or none of
+    the captions are not asked for."""
+    everybody = words
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        everybody = gather(words, gradient=False)
+        if kind == "contrast":  # the other processes' pictures are in it too
+            seen, words = gather(seen), everybody
+    seen, embeddings = F.normalize(seen.float(), dim=-1), F.normalize(embeddings.float(), dim=-1)
+    with torch.autocast(seen.device.type, enabled=False):  # these products stay float32
+        likeness = torch.stack([place @ embeddings.T for place in seen.unbind(1)])  # (A, B, V)
+    likeness = likeness.amax(0)  # (B, V): at the place that fits best
+    share = everybody.mean(0)  # (V,): of the captions that have the word
+    if kind == "presence":
+        asked = ((share > 0) & (share < 1)).float().expand_as(words)
+        logits = (scale or 20.0) * (likeness - margin)
+        loss = F.binary_cross_entropy_with_logits(logits, words, weight=asked, reduction="sum")
+        return loss / asked.sum().clamp(min=1)
+    words, likeness = words * (share < 0.5), (scale or 10.0) * likeness
+    likeness = likeness.masked_fill(words.sum(1, keepdim=True) == 0, -1e4)
+    return -(words * likeness.log_softmax(0)).sum() / words.sum().clamp(min=1)
+
+def gather(x, gradient=True):
+    """The global batch of a tensor. Gradients reach this process's own rows, scaled up for DDP's mean."""
+    world = dist.get_world_size()
+    own = x.detach().contiguous()
+    parts = [torch.empty_like(own) for _ in range(world)]
+    dist.all_gather(parts, own)
+    if gradient:
+        parts[dist.get_rank()] = x * world - (x * (world - 1)).detach()
+    return torch.cat(parts)

@@ -2,10 +2,9 @@
 import torch
 import torch.nn.functional as F
 
-
 class RMSNormCPU(torch.autograd.Function):
-    """On CPUs F.rms_norm is a long chain of small operations, a fifth of a tiny decoder's time. Here the backward pass is LayerNorm's fused one
-    with a mean of zero, less its projection onto constants, which RMSNorm does not have."""
+    """On CPUs F.rms_norm is a long chain of small operations, a fifth of a tiny decoder's time. Here the backward pass
+    is LayerNorm's fused one with a mean of zero, less its projection onto constants, which RMSNorm does not have."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -19,7 +18,6 @@ class RMSNormCPU(torch.autograd.Function):
         zero, wanted = torch.zeros_like(rstd), [True, ctx.needs_input_grad[1], False]
         dx, dw, _ = torch.ops.aten.native_layer_norm_backward(g, x, weight.shape, zero, rstd, weight, None, wanted)
         return dx.add_((g @ weight).unsqueeze(-1) * rstd / weight.numel()), dw, None
-
 
 def rms_norm(x, weight, eps):
     """x (..., W) / sqrt(mean(x^2) + eps) * weight, weight (W,), in the dtype of x."""

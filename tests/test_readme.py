@@ -1,20 +1,22 @@
-"""The README's own commands: two set-up lines, and every command parses with flags that exist. The main job itself runs in .ci/run."""
+"""The README's own commands and its budget: two set-up lines, and every command parses with flags that exist. The main
+job itself runs in .ci/run."""
 import os
 import re
 import shlex
 
+import evaluate
 import sample
 import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
 JOINED = re.sub(r"\\\n\s*", " ", README)  # lines that end in a backslash go on
-COMMANDS = [re.sub(r"\s+#.*", "", c).strip() for c in re.findall(r"^    ((?:pip|python|torchrun) [^\n]*)", JOINED, re.M)]
-
+COMMANDS = re.findall(r"^    ((?:pip|python|torchrun) [^\n]*)", JOINED, re.M)
+COMMANDS = [re.sub(r"\s+#.*", "", c).strip() for c in COMMANDS]
 
 def test_two_set_up_commands():
-    assert [c for c in COMMANDS if c.startswith("pip install")] == ["pip install -r requirements.txt && torchrun train.py --arch mar", "pip install -r requirements.txt && pytest"]
-
+    assert [c for c in COMMANDS if c.startswith("pip install")] == [
+        "pip install -r requirements.txt && torchrun train.py --arch mar", "pip install -r requirements.txt && pytest"]
 
 def test_every_command_parses():
     seen = 0
@@ -28,11 +30,10 @@ def test_every_command_parses():
             argv = words[words.index(script) + 1:]
             if script == "train.py" and "--resume" not in argv:
                 train.parse_args(argv)
-            elif script == "sample.py":
-                sample.parse_args(argv)
+            elif script in ("sample.py", "evaluate.py"):
+                (sample if script == "sample.py" else evaluate).parse_args(argv)
             seen += 1
     assert seen >= 6
-
 
 def test_docstring_commands_of_the_scripts_parse():
     for module, parse in ((train, train.parse_args), (sample, sample.parse_args)):
@@ -41,7 +42,6 @@ def test_docstring_commands_of_the_scripts_parse():
             if "--resume" not in line:
                 parse(shlex.split(line))
 
-
 def test_readme_names_code_that_exists():
     import data
     import model_ar
@@ -49,8 +49,27 @@ def test_readme_names_code_that_exists():
     import model_mar
     for cls in (model_mar.Harmon, model_ar.ShowO, model_diffusion.Bagel):
         assert callable(cls.reca_loss)
-    for name in re.findall(r"`Harmon\.(\w+)`", README):
-        assert hasattr(model_mar.Harmon, name), name
+        for name in re.findall(rf"`{cls.__name__}\.(\w+)`", README):
+            assert hasattr(cls, name), name
     assert len(data.RECA_TEMPLATES) >= 100
     for path in re.findall(r"`([\w/]+\.py)`", README):
         assert os.path.exists(os.path.join(ROOT, path)), path
+    for path in re.findall(r"^    (\w+\.py|\w+/) ", README, re.M):  # the list of files
+        assert os.path.exists(os.path.join(ROOT, path)), path
+
+def test_readme_keeps_its_budget():
+    """140 lines, 1,400 words, no line over 300 characters, the first command within 200 words."""
+    lines, words = README.splitlines(), README.split()
+    assert len(lines) <= 140 and len(words) <= 1400, (len(lines), len(words))
+    assert max(map(len, lines)) <= 300, [line for line in lines if len(line) > 300]
+    assert len(README[:README.index(COMMANDS[0])].split()) <= 200
+
+def test_the_heart_is_shown_as_it_stands():
+    """Every line of the README's code is a line of the model file, in the same order."""
+    with open(os.path.join(ROOT, "model_mar.py"), encoding="utf-8") as f:
+        source = [line.strip() for line in f]
+    shown = re.search(r"```python\n(.*?)```", README, re.S).group(1).splitlines()
+    at = 0
+    for line in shown:
+        at = next(i for i in range(at, len(source)) if source[i].startswith(line.strip().removesuffix('"""'))) + 1
+    assert len(shown) >= 8

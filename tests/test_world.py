@@ -1,4 +1,5 @@
-"""The shape world and its judge: a score means something only if the judge is right on true pictures and rejects wrong ones."""
+"""The shape world and its judge: a score means something only if its judge accepts what is right and nothing else."""
+import argparse
 import random
 
 import numpy as np
@@ -6,8 +7,8 @@ import torch
 
 import data
 import evaluate
-from data import COLORS, HELD_OUT_COMBOS, HELD_OUT_PAIRS, SHAPES, Scenes
-
+import shape_world
+from shape_world import COLORS, HELD_OUT_COMBOS, HELD_OUT_PAIRS, SHAPES, Object, Scenes, fulfils, judge, same_objects
 
 def test_same_seed_same_pictures():
     a, b = Scenes(50, seed=3), Scenes(50, seed=3)
@@ -15,122 +16,146 @@ def test_same_seed_same_pictures():
     assert (Scenes(50, seed=4).objects != a.objects).any()
     assert (Scenes.of([a.scene(i) for i in range(50)]).render() == a.render()).all()
 
-
 def test_judge_is_right_on_ground_truth():
     scenes = Scenes(2000, seed=11)
-    found = evaluate.judge(scenes.render())
+    found = judge(scenes.render())
     exact = np.mean([set(f) == {tuple(o[:4]) for o in scenes.scene(i)[1]} for i, f in enumerate(found)])
     assert exact >= 0.99
-
 
 def test_judge_survives_noise():
     scenes = Scenes(500, seed=12)
     noisy = np.clip(scenes.render() + np.random.default_rng(0).normal(0, 8, (500, 48, 48, 3)), 0, 255).astype(np.uint8)
-    assert np.mean([evaluate.same_objects(f, scenes.scene(i)) == 1 for i, f in enumerate(evaluate.judge(noisy))]) >= 0.99
-
+    assert np.mean([same_objects(f, scenes.scene(i)) == 1 for i, f in enumerate(judge(noisy))]) >= 0.99
 
 def scene_for(row, rng):
     """A scene that shows what a prompt row asks for, at random cells."""
     objects = [(s, c if c is not None else rng.randrange(len(COLORS))) for s, c in row["objects"]] * row.get("count", 1)
     while True:
         cells = rng.sample(range(9), len(objects))
-        if "relation" not in row or data.relation(*cells) == row["relation"]:
+        if "relation" not in row or shape_world.relation(*cells) == row["relation"]:
             return rng.randrange(4), [(s, c, rng.randrange(2), cell, 15) for (s, c), cell in zip(objects, cells)]
 
-
 def test_judge_accepts_right_and_rejects_wrong_pictures():
-    rng, rows = random.Random(0), data.task_prompts(100, seed=5)
+    rng, rows = random.Random(0), shape_world.task_prompts(100, seed=5)
     right = Scenes.of([scene_for(r, rng) for r in rows])
-    accepted = [evaluate.fulfils(f, r) for f, r in zip(evaluate.judge(right.render()), rows)]
+    accepted = [fulfils(f, r) for f, r in zip(judge(right.render()), rows)]
     assert np.mean(accepted) >= 0.99
-    wrong = []  # the same scenes with the first object's shape (and so count, relation, colour binding) changed to one nobody asked for
+    wrong = []  # the same scenes, where the first object has a shape that nobody asked for
     for i, r in enumerate(rows):
         ground, objects = right.scene(i)
-        spare = rng.choice([s for s in range(len(SHAPES)) if s not in [o[0] for o in objects]])
+        spare = rng.choice([s for s in range(len(SHAPES)) if s not in [o.shape for o in objects]])
         wrong.append((ground, [(spare, *objects[0][1:])] + objects[1:]))
-    rejected = [not evaluate.fulfils(f, r) for f, r in zip(evaluate.judge(Scenes.of(wrong).render()), rows)]
+    rejected = [not fulfils(f, r) for f, r in zip(judge(Scenes.of(wrong).render()), rows)]
     assert np.mean(rejected) >= 0.99
 
-
-def test_judge_rejects_wrong_colour_count_and_relation():
-    found = lambda objects: evaluate.judge(Scenes.of([(0, objects)]).render())[0]
-    red_circle, blue_star = (0, 0, 1, 0, 15), (3, 2, 1, 2, 15)
+def test_judge_rejects_wrong_color_count_and_relation():
+    def found(*objects):
+        return judge(Scenes.of([(0, objects)]).render())[0]
+    red_circle, green_circle, blue_star = (0, 0, 1, 0, 15), (0, 1, 1, 0, 15), (3, 2, 1, 2, 15)
     row = dict(objects=[(0, 0)])
-    assert evaluate.fulfils(found([red_circle]), row) and not evaluate.fulfils(found([(0, 1, 1, 0, 15)]), row)
-    assert not evaluate.fulfils(found([red_circle] * 1 + [(0, 0, 1, 4, 15)]), dict(objects=[(0, None)], count=3))
-    left = dict(objects=[(0, None), (3, None)], relation="left of")
-    assert evaluate.fulfils(found([red_circle, blue_star]), left) and not evaluate.fulfils(found([red_circle, blue_star]), dict(left, relation="above"))
-    swapped = dict(objects=[(0, 2), (3, 0)])  # attribution: a blue circle and a red star is not a red circle and a blue star
-    assert not evaluate.fulfils(found([red_circle, blue_star]), swapped)
+    assert fulfils(found(red_circle), row) and not fulfils(found(green_circle), row)
+    assert not fulfils(found(red_circle, (0, 0, 1, 4, 15)), dict(objects=[(0, None)], count=3))
+    left, both = dict(objects=[(0, None), (3, None)], relation="left of"), found(red_circle, blue_star)
+    assert fulfils(both, left) and not fulfils(both, dict(left, relation="above"))
+    swapped = dict(objects=[(0, 2), (3, 0)])  # attribution: a blue circle and a red star is another picture
+    assert not fulfils(both, swapped)
 
+def test_relations():
+    assert [shape_world.relation(0, 2), shape_world.relation(5, 3)] == ["left of", "right of"]
+    assert [shape_world.relation(1, 7), shape_world.relation(8, 2)] == ["above", "below"]
+    assert shape_world.relation(7, 0) == "below" and shape_world.relation(0, 4) is None  # no direction dominates
 
 def test_a_picture_full_of_random_objects_scores_nothing():
-    rows = data.task_prompts(20, seed=0)
-    found = evaluate.judge(data.crowded_pictures(len(rows), seed=0))
-    assert np.mean([evaluate.fulfils(f, r) for f, r in zip(found, rows)]) < 0.1
-
+    rows = shape_world.task_prompts(20, seed=0)
+    found = judge(shape_world.crowded_pictures(len(rows), seed=0))
+    assert np.mean([fulfils(f, r) for f, r in zip(found, rows)]) < 0.1
 
 def test_captioned_scenes_never_hold_held_out_things():
     scenes = Scenes(3000, seed=2, captioned=True)
     for i in range(len(scenes)):
-        assert not data.holds_held_out(scenes.scene(i)[1])
+        assert not shape_world.holds_held_out(scenes.scene(i)[1])
     broad = Scenes(3000, seed=2)
-    assert sum(data.holds_held_out(broad.scene(i)[1]) for i in range(3000)) > 1000
-    names = {(SHAPES[o[0]], COLORS[o[1]]) for i in range(3000) for o in broad.scene(i)[1]}
+    assert sum(shape_world.holds_held_out(broad.scene(i)[1]) for i in range(3000)) > 1000
+    names = {(SHAPES[o.shape], COLORS[o.color]) for i in range(3000) for o in broad.scene(i)[1]}
     assert HELD_OUT_COMBOS <= names and len(names) == 30 and len(HELD_OUT_PAIRS) == 2
-
 
 def test_sparse_captions_are_sparse_biased_and_sometimes_wrong():
     scenes, rng = Scenes(4000, seed=1, captioned=True), random.Random(0)
-    truthful = dict(data.CAPTION_BIAS, wrong=0.0)
-    texts = [data.sparse_caption(scenes.scene(i), rng, truthful) for i in range(4000)]
-    named = lambda c: np.mean([c in t for t, i in zip(texts, range(4000)) if any(COLORS[o[1]] == c for o in scenes.scene(i)[1])])
+    truthful = dict(shape_world.CAPTION_BIAS, wrong=0.0)
+    texts = [shape_world.sparse_caption(scenes.scene(i), rng, truthful) for i in range(4000)]
+
+    def named(color):
+        held = [any(COLORS[o.color] == color for o in scenes.scene(i)[1]) for i in range(4000)]
+        return np.mean([color in text for text, here in zip(texts, held) if here])
     assert named("red") > 0.45 > 0.3 > named("purple")
     assert np.mean(["background" in t for t in texts]) < 0.1
     false = []
     for i in range(4000):  # a caption is false if it names a shape that is not in the picture
-        text = data.sparse_caption(scenes.scene(i), rng, other=scenes.scene((i + 1) % 4000))
-        shapes = {SHAPES[o[0]] for o in scenes.scene(i)[1]}
+        text = shape_world.sparse_caption(scenes.scene(i), rng, other=scenes.scene((i + 1) % 4000))
+        shapes = {SHAPES[o.shape] for o in scenes.scene(i)[1]}
         false.append(any(s in text and s not in shapes for s in SHAPES))
         for s, c in HELD_OUT_COMBOS:
             assert f"{c} {s}" not in text
-    assert 0.03 < np.mean(false) < data.CAPTION_BIAS["wrong"]
-
+    assert 0.03 < np.mean(false) < shape_world.CAPTION_BIAS["wrong"]
 
 def test_questions_and_edits_are_true():
     scenes, rng = Scenes(600, seed=8, captioned=True), random.Random(1)
     for i in range(600):
         ground, objects = scenes.scene(i)
-        q, answer, kind = data.question((ground, objects), rng, data.QUESTION_KINDS[i % 8])
+        q, answer, kind = shape_world.question((ground, objects), rng, shape_world.QUESTION_KINDS[i % 8])
         if kind == "count" and "objects" in q:
-            assert data.NUMBERS.index(answer) == len(objects)
+            assert shape_world.NUMBERS.index(answer) == len(objects)
         if kind == "color":
             shape = q.split()[-1].rstrip("?")
-            assert [COLORS[o[1]] for o in objects if SHAPES[o[0]] == shape] == [answer]
-        text, (g2, new), kind = data.clean_edit((ground, objects), rng)
-        assert not data.holds_held_out(new) and (g2 != ground or sorted(new) != sorted(objects))
+            assert [COLORS[o.color] for o in objects if SHAPES[o.shape] == shape] == [answer]
+        text, (g2, new), kind = shape_world.clean_edit((ground, objects), rng)
+        assert not shape_world.holds_held_out(new) and (g2 != ground or sorted(new) != sorted(objects))
         before, after = Scenes.of([(ground, objects)]).render(), Scenes.of([(g2, new)]).render()
         assert (before != after).any()
         if kind == "remove":
             assert len(new) == len(objects) - 1
 
-
 def test_prompts_of_dev_and_test_differ_and_a_third_is_held_out():
-    test, dev = data.task_prompts(60, 0, "test"), data.task_prompts(60, 0, "dev")
+    test, dev = shape_world.task_prompts(60, 0, "test"), shape_world.task_prompts(60, 0, "dev")
     assert [r["prompt"] for r in test] != [r["prompt"] for r in dev]
-    assert data.task_prompts(60, 0, "test") == test
+    assert shape_world.task_prompts(60, 0, "test") == test
     for r in test:
         if r["task"] in ("colors", "color_attr"):
             assert r["held_out"] == all((SHAPES[s], COLORS[c]) in HELD_OUT_COMBOS for s, c in r["objects"])
     assert np.mean([r["held_out"] for r in test if r["task"] == "colors"]) == 1 / 3
 
-
 def test_wilson_interval():
     low, high = evaluate.wilson(50, 100)
     assert abs(low - 0.4038) < 1e-3 and abs(high - 0.5962) < 1e-3
 
-
 def test_uint8_round_trip():
     pictures = Scenes(4, seed=0).render()
-    assert (evaluate.to_uint8(evaluate.to_float(pictures)) == pictures).all()
-    assert evaluate.to_float(pictures).dtype == torch.float32
+    assert (data.to_uint8(data.to_float(pictures)) == pictures).all()
+    assert data.to_float(pictures).dtype == torch.float32
+
+def test_flags_and_caption_bias():
+    parser = argparse.ArgumentParser()
+    shape_world.add_flags(parser)
+    args = parser.parse_args([])
+    assert vars(args) == dict(pool=8000, captioned=None, wrong_captions=0.15, sparse_captions=0.25, questions=1,
+                              understanding="full", altered_share=1.0, eval_n=300, eval_every=0, eval_split="test")
+    bias = shape_world.caption_bias(args.sparse_captions, args.wrong_captions)
+    assert bias == shape_world.CAPTION_BIAS  # written down twice: there and as the flags' defaults
+    assert shape_world.caption_bias(1.0, 0.0)["drop_rare_color"] == 1 and shape_world.CAPTION_BIAS["wrong"] == 0.15
+
+def test_the_world_stays_as_it_is():
+    """The shipped weights were trained on these words and pictures, and scores are of these prompts."""
+    objects = [Object(0, 4, 1, 0, 7), Object(3, 2, 0, 4, 15), Object(3, 1, 1, 5, 2)]
+    scene, rng = (1, objects), random.Random(5)
+    assert Scenes.of([scene]).render().astype(int).sum() == 1156302
+    assert shape_world.sparse_caption(scene, rng) == "a star, a small star and a purple circle"
+    assert shape_world.dense_caption(scene, rng) == ("a large purple circle top left, a large green star right, "
+                                                     "a small blue star center, gray background")
+    assert shape_world.question(scene, rng) == ("Where is the circle?", "top left", "position")
+    assert shape_world.text_question(scene, rng)[0].endswith("center, gray background. Where is the circle?")
+    added = (1, [*objects, Object(0, 2, 1, 3, 15)])
+    assert shape_world.edit(scene, rng) == ("Add a large blue circle left.", added, "add")
+    assert rng.random() == 0.1659560571297456
+    prompts = [row["prompt"] for row in shape_world.task_prompts(1, 0, "dev")]
+    assert prompts == ["a square", "a cross and a circle", "four circles", "an orange square",
+                       "a cross left of a circle", "a red cross and an orange square"]

@@ -1,0 +1,164 @@
+"""The contract of a model file. `model_X.py` is found by its name (`--arch X`); no other file has to change for it.
+
+Module level
+    CONFIGS {name: dataclass}: "tiny", and published sizes. A config has `image_size`, `cfg`, and the settings of the
+        frozen autoencoder under the name that `Model.image_tokenizer` gives; the model has the module under it too.
+    RECIPES {config: {stage: {flag: value}}}: flat dictionaries over the defaults of train.py's parser. Stages: "reca"
+        and "sft"; "base" where a model is trained from nothing; "plain": RecA on a user's pictures, if it differs.
+    The class under its own name, and `Model` = that class, built from (config, tokenizer).
+
+What train.py calls
+    trainable_parameters(stage) -> [(name, parameter)]; sets requires_grad and `self.stage`.   no_decay(name, parameter)
+    blocks() -> the modules that recomputation and sharding wrap.   flops_per_sample(part) -> operations of one sample
+    preprocess(image, purpose): PIL -> (3, H, W) in [-1, 1]. Training, all of one size: "recon", "t2i", "i2t", the part
+        that the picture is for. Inference: "answer", "edit", "reconstruct".
+    precompute(images (N, 3, H, W)) -> {name: tensor}: all that is frozen in `self.stage`; never random.
+    collate(part, samples, generators, shared, pad_to) -> {name: tensor}: what a loss needs besides: token rows,
+        randomness (a generator for each sample, `shared` for what a batch has in common) and "count", by which its sum
+        is divided. samples: dicts, by part: recon {prompt, drop}; t2i {caption, drop}; i2t and text {question, answer}
+        or {turns}; edit {instruction, drop}; in base training also uncond (a t2i row), align and words {caption}.
+    forward({part: tensors}) -> {part: loss}, whatever the mixture, in one forward.
+
+What sample.py and evaluate.py call (with a torch.Generator: the same call gives the same picture)
+    generate(prompts, cfg, steps, temperature, generator, size): size in pixels, an int or (H, W); steps: passes
+    reconstruct(images, prompt, ...), edit(images, instructions, ...) -> images (B, 3, H, W) in [-1, 1]
+    answer(images or None, questions, max_new_tokens, temperature, generator) -> [text]
+    load_published(path, config, tokenizer_path, vision_path, tokenizer, device, dtype): strict
+"""
+import inspect
+
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import data
+import shape_world
+import train
+
+ARCHS = checkpoint.architectures()
+PARTS = ("recon", "t2i", "i2t", "edit", "text")
+
+@pytest.fixture(scope="module", params=ARCHS)
+def arch(request):
+    return request.param
+
+@pytest.fixture(scope="module")
+def model(arch):
+    """A tiny one with untrained weights, but none of them exactly 0, so that every path carries numbers."""
+    file = checkpoint.model_file(arch)
+    torch.manual_seed(0)
+    model = file.Model(file.CONFIGS["tiny"], checkpoint.load_tokenizer("tiny")).eval()
+    for name, p in model.named_parameters():
+        if not name.startswith(file.Model.image_tokenizer + "."):
+            p.data += 0.02 * torch.randn(p.shape)
+    return model
+
+def batches(arch, model, stage, parts=PARTS):
+    mix = [f"{part}=1" for part in parts]
+    args, _ = train.parse_args(["--arch", arch, "--stage", stage, "--batch", "4", "--pool", "16", "--i2t-weight", "1",
+                                "--t2i-weight", "1", "--understanding", "full", "--device", "cpu", "--mix", *mix])
+    model.trainable_parameters(stage)
+    return data.Batches(args, model)
+
+def test_names_recipes_and_signatures(arch):
+    file = checkpoint.model_file(arch)
+    known = set(vars(train.parser().parse_args([]))) - {"arch", "stage", "config"}
+    assert "tiny" in file.CONFIGS and set(file.RECIPES) == set(file.CONFIGS)
+    for config, stages in file.RECIPES.items():
+        assert {"reca", "sft"} <= set(stages) <= {"base", "reca", "sft", "plain"}, config
+        for stage, recipe in stages.items():
+            assert set(recipe) <= known, (config, stage, set(recipe) - known)
+            assert isinstance(recipe["mix"], dict) and set(recipe["mix"]) <= set(data.PARTS)
+    settings = file.CONFIGS["tiny"]
+    assert settings.image_size and settings.cfg and getattr(settings, file.Model.image_tokenizer)
+    wanted = {
+        "collate": ["part", "samples", "generators", "shared", "pad_to"], "preprocess": ["image", "purpose"],
+        "precompute": ["images"], "forward": ["batch"], "trainable_parameters": ["stage"], "no_decay": ["name", "p"],
+        "flops_per_sample": ["part"], "blocks": [],
+        "load_published": ["path", "config", "tokenizer_path", "vision_path", "tokenizer", "device", "dtype"],
+        "generate": ["prompts", "cfg", "steps", "temperature", "generator", "size"],
+        "reconstruct": ["images", "prompt", "cfg", "steps", "temperature", "generator"],
+        "edit": ["images", "instructions", "cfg", "steps", "temperature", "generator"],
+        "answer": ["images", "questions", "max_new_tokens", "temperature", "generator"]}
+    for name, parameters in wanted.items():
+        found = [p for p in inspect.signature(getattr(file.Model, name)).parameters if p not in ("self", "cls")]
+        assert found[:len(parameters)] == parameters, (name, found)
+    assert file.Model.__module__ == f"model_{arch}" and file.Model.__name__ != "Model"
+
+def test_pictures_of_a_training_purpose_share_a_size(arch, model):
+    size = model.config.image_size
+    for purpose in ("recon", "t2i", "i2t"):
+        shapes = {tuple(model.preprocess(Image.new("RGB", wh, "red"), purpose).shape) for wh in ((60, 40), (70, 90))}
+        assert len(shapes) == 1 and shapes.pop()[0] == 3, purpose
+    for purpose in ("answer", "edit", "reconstruct", "recon"):
+        x = model.preprocess(Image.new("RGB", (size, size), (255, 0, 0)), purpose)
+        assert x.min() == -1 and x.max() == 1, purpose
+
+@pytest.mark.parametrize("stage", ["base", "reca"])
+def test_batches_and_losses_are_functions_of_their_generators(arch, model, stage):
+    first, second = (batches(arch, model, stage).batch(3) for _ in range(2))
+    for part in PARTS:
+        assert first[part].keys() == second[part].keys()
+        assert all(torch.equal(first[part][k], second[part][k]) for k in first[part]), part
+        assert first[part]["count"].shape == () and first[part]["count"] > 0
+    again = model(first)
+    assert all(torch.equal(loss, model(second)[part]) for part, loss in again.items())
+    assert all(loss.shape == () and torch.isfinite(loss) for loss in again.values())
+
+def test_any_mixture_gives_the_same_losses(arch, model):
+    batch = batches(arch, model, "base", PARTS + ("uncond", "align", "words")).batch(0)
+    whole = model(batch)
+    assert set(whole) == set(batch)
+    for part in batch:
+        torch.testing.assert_close(model({part: batch[part]})[part], whole[part])
+    halved = {part: tensors | {"count": 2 * tensors["count"]} for part, tensors in batch.items() if "count" in tensors}
+    for part, loss in model(halved).items():  # a loss is a sum divided by what it is told
+        torch.testing.assert_close(2 * loss, whole[part])
+
+@pytest.mark.parametrize("stage", ["base", "sft", "reca"])
+def test_gradients_reach_exactly_what_trains(arch, model, stage):
+    batch = batches(arch, model, stage).batch(0)
+    named = dict(model.trainable_parameters(stage))
+    model.zero_grad(set_to_none=True)
+    sum(model(batch).values()).backward()
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (name in named), name
+        assert (p.grad is not None) == (name in named), name
+    assert not any(name.startswith(model.image_tokenizer + ".") for name in named)
+    model.zero_grad(set_to_none=True)
+
+def test_samplers(arch, model):
+    size = model.config.image_size
+    pictures = data.to_float(shape_world.Scenes(2, seed=1).render())
+
+    def generator():
+        return torch.Generator().manual_seed(1)
+    calls = {"generate": lambda: model.generate(["a red star", "two circles"], cfg=2.0, steps=2, generator=generator()),
+             "wide": lambda: model.generate(["a star"], cfg=1.0, steps=2, generator=generator(), size=(size, 2 * size)),
+             "reconstruct": lambda: model.reconstruct(pictures, steps=2, generator=generator()),
+             "edit": lambda: model.edit(pictures, ["Make it red.", "Remove it."], steps=2, generator=generator())}
+    for name, call in calls.items():
+        out = call()
+        assert out.shape == ((1, 3, size, 2 * size) if name == "wide" else (2, 3, size, size)), name
+        assert out.abs().max() <= 1 and torch.equal(out, call()), name
+    for images in (pictures, None):
+        answers = model.answer(images, ["What?", "Is there a star?"], max_new_tokens=3)
+        assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
+
+def test_blocks_and_operations(arch, model):
+    blocks = model.blocks()
+    assert len(blocks) >= model.config.num_layers and len({id(block) for block in blocks}) == len(blocks)
+    assert all(model.flops_per_sample(part) > 0 for part in PARTS)
+
+def test_special_strings_in_what_people_write_are_spelled_out(arch, model):
+    for text in ("<|im_end|>", "a red star<|endoftext|>", "<|vision_start|>"):
+        assert model.encode(text) == model.tokenizer.encode_ordinary(text) != model.tokenizer.encode(text)
+    fields = {"t2i": "caption", "recon": "prompt", "edit": "instruction"}
+    for part in PARTS:
+        ends = []
+        for text in ("star", "<|im_end|>"):
+            sample = {fields[part]: text} if part in fields else {"question": text, "answer": text}
+            row = model.collate(part, [sample], [torch.Generator()], torch.Generator(), 0)["ids"]
+            ends.append((row == model.tokenizer.special["<|im_end|>"]).sum())
+        assert ends[0] == ends[1], part

@@ -1,0 +1,208 @@
+"""evaluate.py: models that do everything right, nothing, or the wrong thing get the scores that they deserve."""
+import json
+import os
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import evaluate
+import shape_world
+from data import to_float, to_uint8
+from shape_world import COLORS, TASKS, Scenes
+
+def scene_for(row, rng):
+    """A scene that shows what a prompt row asks for, at random cells."""
+    objects = [(s, rng.randrange(len(COLORS)) if c is None else c) for s, c in row["objects"]] * row.get("count", 1)
+    while True:
+        cells = rng.sample(range(9), len(objects))
+        if "relation" not in row or shape_world.relation(*cells) == row["relation"]:
+            return 0, [(s, c, rng.randrange(2), cell, 15) for (s, c), cell in zip(objects, cells)]
+
+class Blank(torch.nn.Module):
+    """White pictures, no answers. `calls`: (rows, seed of the generator, its state before the call)."""
+
+    def __init__(self):
+        super().__init__()
+        self.p = torch.nn.Parameter(torch.zeros(1))
+        self.calls = []
+
+    def generate(self, prompts, generator=None, **sampler):
+        self.calls.append((len(prompts), generator.initial_seed(), generator.get_state(), sampler))
+        return torch.ones(len(prompts), 3, 48, 48) - torch.rand(1, generator=generator) / 1000
+
+    def reconstruct(self, images, generator=None):
+        return torch.ones_like(images)
+
+    def edit(self, images, instructions, generator=None):
+        return self.generate(instructions, generator)
+
+    def answer(self, images, questions, max_new_tokens=32):
+        return [""] * len(questions)
+
+class Master(Blank):
+    """Knows the prompts, questions and edits of one seed, and draws and answers what is right."""
+
+    def __init__(self, per_task, questions, edits, seed=0):
+        super().__init__()
+        self.rows = {r["prompt"]: r for r in shape_world.task_prompts(per_task, seed)}
+        scenes, rng = Scenes(questions, seed=90_000 + seed), random.Random(seed)
+        kinds = shape_world.QUESTION_KINDS
+        self.answers = [shape_world.question(scenes.scene(i), rng, kinds[i % len(kinds)])[1] for i in range(questions)]
+        self.shown = to_float(scenes.render())
+        scenes, rng = Scenes(edits, seed=92_000 + seed), random.Random(seed)
+        self.edits = [shape_world.edit(scenes.scene(i), rng) for i in range(edits)]
+
+    def generate(self, prompts, generator=None):
+        rng = random.Random(0)
+        return to_float(Scenes.of([scene_for(self.rows[p], rng) for p in prompts]).render())
+
+    def reconstruct(self, images, generator=None):
+        return images
+
+    def edit(self, images, instructions, generator=None):
+        assert instructions == [e[0] for e in self.edits]
+        return to_float(Scenes.of([e[1] for e in self.edits]).render())
+
+    def answer(self, images, questions, max_new_tokens=32):
+        assert max_new_tokens == 6 and torch.equal(images, self.shown)
+        return [f" {answer.title()}\n" for answer in self.answers]
+
+def test_scores_report_holds_the_numbers():
+    s, pictures, rows = evaluate.score_generation(Blank(), per_task=3)
+    assert s["score"] == 0 and s["objects"] == 0 and s["n"] == 18 and pictures.shape == (18, 48, 48, 3)
+    assert len(rows) == 18 and s["interval"] == evaluate.wilson(0, 18) and s["unknown"] == 0
+    assert list(s["tasks"]) == list(TASKS) and all(t["n"] == 3 for t in s["tasks"].values())
+    assert {t for t in TASKS if "seen" in s["tasks"][t]} == set(TASKS) - {"single_object", "counting"}
+    assert s["tasks"]["colors"]["held_out"] == dict(score=0.0, n=1, interval=evaluate.wilson(0, 1))
+    one, _, _ = evaluate.score_generation(Blank(), per_task=1)  # no task has both kinds of prompts
+    assert np.isnan(one["seen"]) and np.isnan(one["held_out"]) and one["n"] == 6
+
+def test_a_model_that_does_everything_right_scores_one():
+    model = Master(per_task=12, questions=80, edits=192).train()
+    scores = evaluate.score_all(model, 72, questions=80, reconstructions=40, editing=True)
+    rows = shape_world.task_prompts(12, 0)
+    g = scores["generation"]
+    assert (g["score"], g["seen"], g["held_out"], g["unknown"]) == (1, 1, 1, 0)
+    assert g["objects"] == np.mean([len(r["objects"]) * r.get("count", 1) for r in rows])
+    assert scores["questions"]["accuracy"] == 1 and set(scores["questions"]["kinds"].values()) == {1.0}
+    assert scores["reconstruction"] == dict(objects=1, exact=1, pixel_error=0, n=40)
+    e = scores["editing"]
+    scenes = Scenes(192, seed=92_000)
+    stays = np.mean([bool(set(scenes.scene(i)[1]) & set(new)) for i, (_, (_, new), _) in enumerate(model.edits)])
+    assert e["asked"] >= 0.99 and e["both"] >= 0.98 and e["n"] == 192
+    assert stays - 0.01 <= e["kept"] <= stays < 1  # an edit that leaves no object as it was counts as 0
+    assert model.training  # as it was
+    text = evaluate.report(scores, "after: ").splitlines()
+    first = "after: score 1.000  (95 % 0.949-1.000, 72 pictures)  seen 1.000  held-out 1.000  objects/picture "
+    assert text[0].startswith(first)
+    assert text[1] == "  " + "  ".join(f"{t} 1.00" for t in TASKS)
+    assert text[2].startswith("  questions 1.000 (color 1.00 ") and "  reconstruction 1.000  editing asked " in text[2]
+
+def test_a_model_that_does_nothing_scores_nothing():
+    scores = evaluate.score_all(Blank(), 12, questions=16, reconstructions=8)
+    assert scores["questions"]["accuracy"] == 0 and scores["reconstruction"]["exact"] == 0
+    assert scores["reconstruction"]["pixel_error"] > 10 and "editing" not in scores
+    short = evaluate.score_all(Blank(), 12, questions=0, reconstructions=0)
+    assert set(short) == {"generation", "seconds"} and len(evaluate.report(short).splitlines()) == 2
+
+def test_an_editor_that_changes_nothing_keeps_all_and_does_nothing():
+    model = Master(1, 1, 192)
+    model.edit = lambda images, instructions, generator=None: images
+    scores, pictures, source = evaluate.score_editing(model)
+    assert (pictures == source).all() and scores["asked"] < 0.02 and scores["both"] < 0.02
+    assert scores["kept"] > 0.9 and set(scores["kinds"]) == {"add", "color", "ground", "remove", "shape", "size"}
+
+def test_one_generator_draws_all_batches():
+    """The numbers of older runs stay comparable: the seeds and the size of a batch are part of the measurement."""
+    model = Blank()
+    evaluate.score_generation(model, per_task=50, seed=7, cfg=2.0)
+    (n, seed, state, sampler), (n2, seed2, state2, sampler2) = model.calls
+    assert (n, n2, seed, seed2) == (256, 44, 1007, 1007) and sampler == sampler2 == {"cfg": 2.0}
+    assert not torch.equal(state, state2)  # the second batch goes on where the first ended
+    model.calls.clear()
+    evaluate.score_editing(model, n=8, seed=7)
+    assert model.calls[0][:2] == (8, 3007)
+    seeds = []
+    model.reconstruct = lambda images, generator: seeds.append(generator.initial_seed()) or images
+    evaluate.score_reconstruction(model, n=300, seed=7)
+    assert seeds == [2007, 2007]
+
+@pytest.mark.skipif(not os.path.isdir(checkpoint.default_weights("mar")), reason="weights/mar-reca is not there")
+def test_shipped_weights_score_above_chance(capsys, tmp_path):
+    evaluate.main(["--arch", "mar", "--n", "24", "--steps", "8", "--device", "cpu", "--json", str(tmp_path / "s.json")])
+    record = json.load(open(tmp_path / "s.json"))
+    scores = record["scores"]
+    assert scores["generation"]["score"] > 0.3 and scores["questions"]["accuracy"] > 0.6
+    assert record["arch"] == "mar" and "--steps 8" in record["command"] and record["torch"] == torch.__version__
+    out = capsys.readouterr().out.splitlines()
+    assert out[:3] == evaluate.report(scores).splitlines() and len(out) == 3 + len(TASKS)
+    assert out[3].startswith("  single_object  ") and out[-1].count(" of 2") == 2 and "held-out" in out[-1]
+
+def test_flags_reach_the_scores(monkeypatch):
+    seen = []
+    monkeypatch.setattr(checkpoint, "load_model", lambda *a, **k: Blank())
+    score_all = evaluate.score_all
+
+    def record(model, *args, **options):
+        seen.append((args, options))
+        return score_all(model, 6, questions=0, reconstructions=0)
+    monkeypatch.setattr(evaluate, "score_all", record)
+    evaluate.main(["--n", "12", "--seed", "3", "--split", "dev", "--editing", "--cfg", "2", "--device", "cpu"])
+    evaluate.main(["--device", "cpu"])
+    assert seen == [((12, 3, "dev"), dict(editing=True, cfg=2.0)), ((600, 0, "test"), dict(editing=False))]
+
+def test_geneval_folders(tmp_path, capsys, monkeypatch):
+    class Noise(Blank):
+        def generate(self, prompts, generator=None, steps=None):
+            return torch.rand(len(prompts), 3, 8, 8, generator=generator) * 2 - 1
+    monkeypatch.setattr(checkpoint, "load_model", lambda *a, **k: Noise())
+    rows = [dict(tag="counting", prompt=p) for p in ("two cats", "a dog", "three cups")]
+    (tmp_path / "meta.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
+    out = tmp_path / "out"
+    argv = ["--geneval", str(tmp_path / "meta.jsonl"), "--out", str(out), "--seed", "5", "--steps", "3", "--n", "2"]
+    evaluate.main([*argv, "--device", "cpu"])
+    assert sorted(p.name for p in out.iterdir()) == ["00000", "00001", "00002", "recipe.json"]
+    assert json.loads((out / "00002" / "metadata.jsonl").read_text()) == rows[2]
+    assert sorted(p.name for p in (out / "00001" / "samples").iterdir()) == ["0000.png", "0001.png"]
+    want = to_uint8(Noise().generate([""] * 2, torch.Generator().manual_seed(5)))
+    for i in range(3):  # the seed starts anew for each prompt
+        for j in range(2):
+            assert (np.asarray(Image.open(out / f"{i:05d}" / "samples" / f"{j:04d}.png")) == want[j]).all()
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert (recipe["n"], recipe["seed"], recipe["steps"], recipe["argv"]) == (2, 5, 3, sys.argv[1:])
+    assert "3 prompts x 2 pictures" in capsys.readouterr().out
+
+WRONG = [
+    (["--config", "harmon-1.5b"], ValueError, "--config harmon-1.5b: the judge knows the shape world only"),
+    (["--n", "5"], ValueError, "--n 5: at least 1 picture per prompt with --geneval, else 6"),
+    (["--geneval", "x.jsonl", "--n", "0"], ValueError, "--n 0: at least 1"),
+    (["--geneval", "no/such.jsonl"], FileNotFoundError, "--geneval no/such.jsonl: no such file"),
+    (["--ckpt", "no/such/folder"], FileNotFoundError, "no/such/folder: no config.json"),
+]
+
+@pytest.mark.parametrize("argv, kind, message", WRONG, ids=[" ".join(w[0]) for w in WRONG])
+def test_errors_are_one_line(argv, kind, message):
+    with pytest.raises(kind) as e:
+        evaluate.main([*argv, "--device", "cpu"])
+    assert str(e.value).startswith(message) and "\n" not in str(e.value)
+
+def test_changes_and_the_scores_of_a_tokenizer():
+    before, after = (dict(generation=dict(score=s, seen=s, held_out=s), questions=dict(accuracy=s)) for s in (0.25, 0.5))
+    line = "change: score +0.250  seen +0.250  held-out +0.250  questions +0.250"
+    assert evaluate.report_change(before, after) == line
+
+    class Tokenizer(torch.nn.Module):  # keeps everything, draws nothing
+        def __init__(self):
+            super().__init__()
+            self.p = torch.nn.Parameter(torch.zeros(1))
+
+        def reconstruct(self, images, generator=None):
+            return images
+    scores = evaluate.score_all(Tokenizer(), 8)
+    assert evaluate.report(scores) == "reconstruction: objects 1.000, exact 1.000, pixel error 0.00 gray levels"
+    assert evaluate.report_change(scores, scores) == "change: objects +0.000"

@@ -1,0 +1,222 @@
+"""sample.py: what its flags make a model do, found in the model and not by its name; and its pictures."""
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import sample
+from data import to_float
+from shape_world import Scenes
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+class Fake(torch.nn.Module):
+    """Records its calls; pictures of 8 pixels: what it is given, or random."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def preprocess(self, image, purpose):
+        self.calls.append((purpose, image.size))
+        return to_float(np.array(image.resize((8, 8), Image.NEAREST))[None])[0]
+
+    def generate(self, prompts, cfg=None, steps=None, temperature=1.0, generator=None):
+        self.calls.append(("generate", prompts, dict(cfg=cfg, steps=steps, temperature=temperature)))
+        return torch.rand(len(prompts), 3, 8, 8, generator=generator) * 2 - 1
+
+    def reconstruct(self, images, cfg=None, generator=None):
+        return -images
+
+    def edit(self, images, instructions, generator=None):
+        self.calls.append(("edit", instructions))
+        return -images
+
+    def answer(self, images, questions, max_new_tokens=32, temperature=0.0, generator=None):
+        self.calls.append(("answer", images.shape, questions, max_new_tokens, temperature))
+        return ["blue"]
+
+class Painter(Fake):
+    """With the modes that only some models have."""
+
+    def inpaint(self, images, mask, prompts, **how):
+        self.calls.append(("inpaint", mask, prompts))
+        return torch.where(mask >= 0.5, torch.ones_like(images), images)
+
+    def extrapolate(self, images, prompts, side="right", **how):
+        self.calls.append(("extrapolate", side, prompts, how))
+        return torch.cat([images, images[..., :4]], 3)
+
+    def generate(self, prompts, generator=None, think=False, **how):
+        self.calls.append(("generate", think))
+        return super().generate(prompts, generator=generator, **how)
+
+    def answer(self, images, questions, max_new_tokens=32, temperature=0.0, generator=None, think=False):
+        return ["I think: blue"] if think else ["blue"]
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run(model, *flags) -> the sheet as an array, or None; "PICTURE" and "MASK" stand for files."""
+    Image.fromarray(Scenes(1, seed=5).render()[0]).save(tmp_path / "picture.png")
+    mask = Image.new("RGB", (48, 48), "black")
+    mask.paste("white", (24, 0, 48, 48))
+    mask.save(tmp_path / "mask.png")
+
+    def go(model, *flags):
+        monkeypatch.setattr(checkpoint, "load_model", lambda *args: model)
+        files = {"PICTURE": str(tmp_path / "picture.png"), "MASK": str(tmp_path / "mask.png")}
+        out = tmp_path / "out.png"
+        sample.main([*(files.get(f, f) for f in flags), "--device", "cpu", "--out", str(out)])
+        return np.asarray(Image.open(out)) if out.exists() else None
+    return go
+
+def weights(arch):
+    folder = checkpoint.default_weights(arch, "base")
+    if not os.path.isdir(folder):
+        pytest.skip(f"weights/{arch}-base is not there")
+    return ["--arch", arch, "--ckpt", folder, "--device", "cpu"]
+
+def test_sampler_script_same_seed_same_picture(tmp_path, capsys):
+    common = weights("mar")
+    for name in ("a", "b"):
+        out = str(tmp_path / f"{name}.png")
+        sample.main([*common, "--prompt", "a red star", "--n", "2", "--seed", "3", "--out", out])
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert str(tmp_path / "a.png") in capsys.readouterr().out
+    picture = str(tmp_path / "x.png")
+    Image.fromarray(Scenes(1, seed=5).render()[0]).save(picture)
+    sample.main([*common, "--image", picture, "--question", "How many objects are there?"])
+    assert capsys.readouterr().out.strip()
+    sample.main([*common, "--image", picture, "--reconstruct", "--out", str(tmp_path / "c.png")])
+    assert Image.open(tmp_path / "c.png").size == (2 * (144 + 6) + 6, 144 + 26 + 12)  # the source beside it
+    with pytest.raises(FileNotFoundError, match="nothing.png: no such image"):
+        sample.main([*common, "--image", str(tmp_path / "nothing.png"), "--reconstruct"])
+
+@pytest.mark.parametrize("arch", checkpoint.architectures())
+def test_every_model_does_what_its_flags_promise(arch, tmp_path, capsys):
+    """Real weights, each mode that the model has; those that it lacks end in one line that names the flag."""
+    common, picture, mask = weights(arch), str(tmp_path / "x.png"), str(tmp_path / "m.png")
+    Image.fromarray(Scenes(1, seed=5).render()[0]).save(picture)
+    Image.new("L", (48, 48), 255).save(mask)
+    model = checkpoint.load_model(arch, common[3])
+    for flags in (["--edit", "Make the background black."], ["--reconstruct"],
+                  ["--inpaint", mask, "--prompt", "a star"], ["--extrapolate", "up", "--prompt", "a star"]):
+        out = str(tmp_path / f"{flags[0]}.png")
+        argv = [*common, "--image", picture, "--steps", "2", "--n", "2", "--out", out, *flags]
+        if hasattr(model, flags[0][2:]):
+            sample.main(argv)
+            assert os.path.isfile(out)
+        else:
+            with pytest.raises(ValueError, match=f"^{flags[0]}: --arch {arch} has no such mode$"):
+                sample.main(argv)
+
+def test_flags_reach_the_model(run, capsys):
+    model = Fake()
+    run(model, "--prompt", "a", "--prompt", "b", "--n", "2", "--cfg", "3", "--steps", "5", "--temperature", "0.5")
+    assert model.calls == [("generate", ["a", "a", "b", "b"], dict(cfg=3.0, steps=5, temperature=0.5))]
+    model = Fake()
+    run(model)
+    assert model.calls == [("generate", sample.DEFAULT_PROMPTS, dict(cfg=None, steps=None, temperature=1.0))]
+    model = Fake()
+    capsys.readouterr()
+    asked = ["--question", "what?", "--max-new-tokens", "7", "--temperature", "0.25", "--n", "3"]
+    run(model, "--image", "PICTURE", *asked)
+    assert model.calls == [("answer", (48, 48)), ("answer", (1, 3, 8, 8), ["what?"], 7, 0.25)]
+    assert capsys.readouterr().out == "blue\n"
+    model = Fake()
+    sheet = run(model, "--image", "PICTURE", "--edit", "more", "--n", "2")
+    assert model.calls == [("edit", (48, 48)), ("edit", ["more", "more"])]
+    assert sheet.shape == (144 + 26 + 12, 3 * 150 + 6, 3)  # source and two edits
+    assert (sheet[32:176, 6:150].astype(int) + sheet[32:176, 156:300] == 255).all()  # this edit is the negative
+    model = Fake()
+    run(model, "--image", "PICTURE", "--reconstruct")
+    assert model.calls == [("reconstruct", (48, 48))]
+
+def test_inpaint_paints_where_the_mask_is_white(run):
+    model = Painter()
+    sheet = run(model, "--image", "PICTURE", "--inpaint", "MASK", "--prompt", "a star", "--n", "2")
+    (name, mask, prompts), purposes = model.calls.pop(), [c[0] for c in model.calls]
+    assert name == "inpaint" and prompts == ["a star"] * 2 and purposes == ["t2i", "t2i"]  # cropped in the same way
+    assert mask.shape == (2, 1, 8, 8) and mask.dtype == torch.float32
+    assert (mask[..., :4] == 0).all() and (mask[..., 4:] == 1).all()
+    source, new = sheet[32:176, 6:150], sheet[32:176, 156:300]
+    assert (new[:, :72] == source[:, :72]).all() and (new[:, 72:] == 255).all() and not (source[:, 72:] == 255).all()
+
+def test_inpaint_refuses_a_mask_of_another_size(run, tmp_path):
+    Image.new("L", (40, 48)).save(tmp_path / "small.png")
+    with pytest.raises(ValueError, match=r"small.png: 40x48 pixels, expected 48x48"):
+        run(Painter(), "--image", "PICTURE", "--inpaint", str(tmp_path / "small.png"), "--prompt", "a star")
+
+def test_extrapolate_shows_the_larger_picture_alone(run):
+    model = Painter()
+    sheet = run(model, "--image", "PICTURE", "--extrapolate", "right", "--prompt", "a star", "--steps", "4")
+    name, side, prompts, how = model.calls[-1]
+    assert (name, side, prompts, how["steps"]) == ("extrapolate", "right", ["a star"], 4)
+    assert sheet.shape == (144 + 26 + 12, 216 + 12, 3)
+
+def test_think_goes_to_models_that_can(run, capsys):
+    model = Painter()
+    run(model, "--prompt", "a", "--think")
+    assert model.calls[0] == ("generate", True)
+    run(model, "--prompt", "a")
+    assert model.calls[2] == ("generate", False)
+    capsys.readouterr()
+    run(model, "--image", "PICTURE", "--question", "what?", "--think")
+    assert capsys.readouterr().out == "I think: blue\n"
+    for model, flags in ((Fake(), ["--prompt", "a"]), (Painter(), ["--image", "PICTURE", "--reconstruct"])):
+        with pytest.raises(ValueError, match="^--think: --arch mar has no such mode$"):
+            run(model, *flags, "--think")
+
+WRONG = [
+    (["--question", "what?"], "--image FILE and one of"),
+    (["--image", "x.png"], "--image FILE and one of"),
+    (["--image", "x.png", "--inpaint", "m.png"], "one --prompt goes with --inpaint"),
+    (["--image", "x.png", "--extrapolate", "up", "--prompt", "a", "--prompt", "b"], "one --prompt goes with --inpaint"),
+    (["--image", "x.png", "--reconstruct", "--prompt", "a"], "none with the other uses"),
+    (["--image", "x.png", "--reconstruct", "--edit", "a"], "not allowed with"),
+    (["--image", "x.png", "--extrapolate", "behind", "--prompt", "a"], "left"),
+    (["--n", "0"], "at least 1"),
+    (["--steps", "0"], "at least 1"),
+    (["--arch", "none"], "invalid choice"),
+]
+
+@pytest.mark.parametrize("argv, message", WRONG, ids=[" ".join(w[0]) for w in WRONG])
+def test_flags_that_do_not_fit_end_in_one_line(argv, message, capsys):
+    with pytest.raises(SystemExit) as e:
+        sample.parse_args(argv)
+    assert e.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+def test_error_is_one_line_and_exit_code_2():
+    argv = [sys.executable, os.path.join(ROOT, "sample.py"), *weights("mar"), "--think"]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (2, "error: --think: --arch mar has no such mode\n")
+
+def test_grid_and_plot():
+    pictures = np.arange(5 * 4 * 6 * 3, dtype=np.uint8).reshape(5, 4, 6, 3)
+    sheet = np.asarray(sample.grid(pictures, columns=3, scale=2))
+    assert sheet.shape == (2 * (8 + 6) + 6, 3 * (12 + 6) + 6, 3)
+    assert (sheet[20:28:2, 24:36:2] == pictures[4]).all() and (sheet[20:28, 42:54] == 255).all()
+    with_words = np.asarray(sample.grid(pictures, ["a red star"] * 5, columns=3, scale=20))
+    assert with_words.shape[0] == 2 * (80 + 26 + 6) + 6 and with_words[6:30, 6:120].min() < 100
+    plotted = np.asarray(sample.plot({"loss": ([0, 1, 2], [3.0, 2.0, 2.5]), "a point": ([0], [9.0])}, "step"))
+    assert plotted.shape == (400, 720, 3)
+    assert (plotted == sample.LINE_COLORS[0]).all(2).sum() > 300 and not (plotted == sample.LINE_COLORS[1]).all(2).any()
+    assert np.asarray(sample.plot({}, "step")).min() == 255
+
+def test_save_png_keeps_the_old_picture_when_the_disk_is_full(tmp_path, monkeypatch):
+    image, path = Image.new("RGB", (4, 4), "red"), str(tmp_path / "deep" / "a.png")
+    assert sample.save_png(image, path) == path and Image.open(path).getpixel((0, 0)) == (255, 0, 0)
+
+    def full(temporary, kind):
+        with open(temporary, "wb") as f:
+            f.write(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(image, "save", full)
+    with pytest.raises(OSError, match="a.png: cannot be written"):
+        sample.save_png(image, path)
+    assert Image.open(path).getpixel((0, 0)) == (255, 0, 0) and os.listdir(tmp_path / "deep") == ["a.png"]
