@@ -178,7 +178,8 @@ class Images:
                 self.problems[f"{path}:{i}"] = f"not a LLaVA sample ({type(e).__name__}: {e})"
         some = [s.file for s in self.samples[first:first + 20]]
         if some and not any(map(os.path.isfile, some)):
-            raise FileNotFoundError(f"{some[0]}: no such image, nor {len(some) - 1} others of {path}: set --image-root")
+            raise FileNotFoundError(f"{some[0]}: no such image, nor the other {len(some) - 1} first ones in {path}; "
+                                    "set --image-root to their folder")
 
     def _check(self):
         if len(self.problems) > self.max_broken * self.total:
