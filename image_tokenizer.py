@@ -104,13 +104,12 @@ class ResnetBlock(nn.Module):
         self.conv1 = conv(groups, c_in, c_out)
         self.norm2 = norm(groups, c_out)
         self.conv2 = conv(groups, c_out, c_out)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+        return self.nin_shortcut(x) + h
 
 class AttnBlock(nn.Module):
     """One attention head over all pixels, residual."""
@@ -143,16 +142,13 @@ def _level(c_in, width, count, attn, groups):
     level = nn.ModuleDict({"block": nn.ModuleList(), "attn": nn.ModuleList()})
     for i in range(count):
         level["block"].append(ResnetBlock(width if i else c_in, width, groups))
-        if attn:
-            level["attn"].append(AttnBlock(width, groups))
+        level["attn"].append(AttnBlock(width, groups) if attn else nn.Identity())
     return level
 
 def _run(level, x):
     """The blocks of a level, and after them what changes the size of the picture."""
-    for i, block in enumerate(level["block"]):
-        x = block(x)
-        if len(level["attn"]):
-            x = level["attn"][i](x)
+    for block, attn in zip(level["block"], level["attn"]):
+        x = attn(block(x))
     for name in ("downsample", "upsample"):
         if name in level:
             x = level[name](x)
@@ -229,15 +225,13 @@ class Autoencoder(nn.Module):
                                c.groups, c.patch)
         self.decoder = Decoder(c.z_channels, widths, [c.num_res_blocks + 1] * levels, up_attn, 3, c.groups,
                                c.patch)
-        if c.quant_conv:
-            self.quant_conv = nn.Conv2d(2 * c.z_channels, 2 * c.z_channels, 1)
-            self.post_quant_conv = nn.Conv2d(c.z_channels, c.z_channels, 1)
+        self.quant_conv = nn.Conv2d(2 * c.z_channels, 2 * c.z_channels, 1) if c.quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(c.z_channels, c.z_channels, 1) if c.quant_conv else nn.Identity()
 
     def moments(self, images):
         """images (B, 3, H, W) -> mean and log variance of the posterior: (B, 2*z_channels, H/stride, W/stride)."""
         _check_images(images, self.stride)
-        h = self.encoder(images)
-        return self.quant_conv(h) if self.config.quant_conv else h
+        return self.quant_conv(self.encoder(images))
 
     def encode(self, images, noise=None):
         """images (B, 3, H, W) -> latents (B, z_channels, h, w) as the generators see them: (z - shift) * scale, where z
@@ -249,8 +243,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents):
         """latents (B, z_channels, h, w), scaled as encode() returns them -> images (B, 3, H, W), not clamped."""
-        z = latents / self.config.scale + self.config.shift
-        return self.decoder(self.post_quant_conv(z) if self.config.quant_conv else z)
+        return self.decoder(self.post_quant_conv(latents / self.config.scale + self.config.shift))
 
 class LFQTokenizer(nn.Module):
     """MAGVIT-v2 (arXiv 2310.05737), lookup-free quantization: a code is the sign pattern of `bits` channels."""
@@ -291,9 +284,8 @@ class LFQTokenizer(nn.Module):
     def quantizer_losses(self, z):
         """z (B, bits, h, w), before quantization -> (commitment loss, entropy loss), with the weights of the config.
         Entropy: a bit is +1 with probability softmax(-(z-1)^2, -(z+1)^2) = sigmoid(4z). Each bit of each position
-        should be sure of itself (low entropy), while over all positions all codes should be used (high entropy of their
-        mean distribution). The published loss counts bits there; codes part bits that flip together, if there are few.
-        """
+        should be sure of itself (low entropy), while over all positions all codes should be used (high entropy of the
+        mean). The published loss counts bits there; codes, if they are few, part bits that flip together."""
         c = self.config
         commitment = c.commitment_weight * (torch.where(z > 0, 1.0, -1.0) - z).square().mean()
         z = z.float().permute(0, 2, 3, 1).flatten(0, 2)  # (N, bits)

@@ -2,9 +2,8 @@
 of BAGEL `SigLIPNaViT` (SigLIP so400m/14 for pictures of any size). The tiny ones for 48x48 pictures are the same two
 classes with small configs. Harmon has no encoder of its own here: it understands with its MAR encoder.
 
-Both are pre-norm ViTs of one kind of block and differ in the activation, the patch embedding, what surrounds the
-blocks, and which layer is read. Module names are the published state-dict keys. The preprocessing that belongs to the
-published weights (PIL image -> tensor) is at the end.
+Both are pre-norm ViTs of one kind of block. Module names are the published state-dict keys. The preprocessing that
+belongs to the published weights (PIL image -> tensor) is at the end.
 """
 from dataclasses import dataclass
 
@@ -180,8 +179,7 @@ def on_white(image):
     return white
 
 def to_pixels(image, mean=0.5, std=0.5):
-    """PIL image -> float32 (3, H, W), x/255 normalized with mean and std (numbers, or one per channel). The defaults
-    give [-1, 1]."""
+    """PIL image -> float32 (3, H, W): x/255 normalized with mean and std (one number or three); default: to [-1, 1]."""
     x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
     return ((x - torch.as_tensor(mean).view(-1, 1, 1)) / torch.as_tensor(std).view(-1, 1, 1)).contiguous()
 
@@ -196,10 +194,11 @@ def _center_crop(image, size, whole):
     return image.crop((left, top, left + size, top + size))
 
 def clip_pixels(image, size=336):
+    """CLIP: the margin is rounded down, CLIP's mean and deviation."""
     return to_pixels(_center_crop(image, size, int), mean=CLIP_MEAN, std=CLIP_STD)
 
 def magvit_pixels(image, size):
-    """Show-o's image tokenizer."""
+    """Show-o's image tokenizer: the margin is rounded to even, [-1, 1]."""
     return to_pixels(_center_crop(image, size, round))
 
 def square_pixels(image, size):
@@ -221,13 +220,12 @@ def bagel_size(w, h, max_size, min_size, stride, max_pixels=14 * 14 * 9 * 1024):
     return w, h
 
 def bagel_resize(image, *limits):
-    """PIL image -> RGB PIL image of bagel_size(w, h, *limits) (bicubic), what is transparent put on white. limits:
-    autoencoder (1024, 512, 16); SigLIP (980, 224, 14), in the editing benchmarks (980, 378, 14), in RecA (224, 224, 14).
-    """
+    """PIL image -> RGB PIL image of bagel_size(w, h, *limits) (bicubic), transparency on white. The limits are (1024,
+    512, 16) for the autoencoder and (980, 224, 14) for SigLIP: in editing benchmarks (980, 378, 14), in RecA (224, 224,
+    14)."""
     return on_white(image).resize(bagel_size(*image.size, *limits), Image.Resampling.BICUBIC)
 
-# Harmon's training data: Pillow's bicubic (which anti-aliases) and its rounding to 8 bits after every step are part of
-# the recipe.
+# Harmon's data: Pillow's bicubic (it anti-aliases) and its rounding to 8 bits after every step belong to the recipe.
 def preprocess_stretch(image, size):
     """Reconstruction data: stretched (no crop, no pad) to a square of the longer side, then resized."""
     side = max(image.size)
@@ -260,7 +258,7 @@ def word_alignment(seen, words, embeddings, kind="contrast", scale=None):
     several processes the batch is that of all of them. -> a mean, 0-dim.
     "contrast", for captions that leave things out: cross entropy of a word over the pictures of the batch (FILIP, arXiv
     2111.07783). Words of more than half of the captions say nothing, nor do pictures without a caption.
-    "presence", for captions that say everything: is the word in this picture's caption or not, each for itself (SigLIP's
+    "presence", for captions that say everything: is the word in this picture's caption, each for itself (SigLIP's
     sigmoid loss, arXiv 2303.15343, with a fixed offset). Words of all or none of the captions are not asked for."""
     everybody = words
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -269,8 +267,7 @@ def word_alignment(seen, words, embeddings, kind="contrast", scale=None):
             seen, words = gather(seen), everybody
     seen, embeddings = F.normalize(seen.float(), dim=-1), F.normalize(embeddings.float(), dim=-1)
     with torch.autocast(seen.device.type, enabled=False):  # these products stay float32
-        likeness = torch.stack([place @ embeddings.T for place in seen.unbind(1)])  # (A, B, V)
-    likeness = likeness.amax(0)  # (B, V): at the place that fits best
+        likeness = torch.stack([place @ embeddings.T for place in seen.unbind(1)]).amax(0)  # (B, V)
     share = everybody.mean(0)  # (V,): of the captions that have the word
     if kind == "presence":
         asked = ((share > 0) & (share < 1)).float().expand_as(words)
