@@ -71,13 +71,11 @@ def open_image(source):
         raise ValueError(f"{name}: cannot be read as a picture ({e})") from None
 
 class Images:
-    """Pictures at random access: in folders (recursive), tar shards, LLaVA JSON, single files. captions=True reads
-    the .txt or .json (key caption, text or prompt) beside each picture; an empty or missing one counts as broken.
-    image_root is the folder of the paths inside LLaVA JSON (default: the folder of the JSON file). `images[i]` ->
-    (Sample, RGB PIL image); where i is broken or rejected it is the next good one, so that sample order never depends
-    on who reads. `problems` (broken) and `rejected` (a side <= 8 pixels or an aspect ratio >= 10) map names to
-    reasons. Raises ValueError as soon as more than max_broken of all are broken (1 counts only), FileNotFoundError
-    for a path that is not there. """
+    """Pictures at random access: in folders (recursive), tar shards, LLaVA JSON, single files. `images[i]` -> (Sample,
+    RGB PIL image), the next good one where i is broken or rejected, so that order never depends on who reads.
+    captions=True reads the .txt or .json (key caption, text or prompt) beside each picture; without one it is broken.
+    `problems` (broken) and `rejected` (a side <= 8 pixels, an aspect ratio >= 10) map names to reasons. ValueError once
+    more than max_broken of all are broken (1: only counted), FileNotFoundError for a path that is not there."""
 
     def __init__(self, paths, captions=False, image_root=None, max_broken=0.01):
         self.samples, self.problems, self.rejected, self.text_only, self.stands_for = [], {}, {}, 0, {}
@@ -95,8 +93,7 @@ class Images:
             else:
                 raise FileNotFoundError(f"{path}: no such folder, tar shard, picture or LLaVA JSON file")
         if not self.samples and not self.problems:
-            raise ValueError(f"{paths}: no pictures found ({', '.join(IMAGE_TYPES)} in folders or tar shards, or "
-                             "LLaVA JSON)")
+            raise ValueError(f"{paths}: no pictures found ({', '.join(IMAGE_TYPES)}, in folders, tars, LLaVA JSON)")
         self.total = len(self.samples) + len(self.problems)
         self._check()
 
@@ -110,8 +107,7 @@ class Images:
             texts = {t: path[:-len(kind)] + t for t in (".txt", ".json")} if self.captions else {}
             self._add_one(Sample(path, path), {t: open(p, "rb").read() for t, p in texts.items() if os.path.isfile(p)})
         else:
-            raise ValueError(f"{path}: unknown kind of data; expected a folder, .tar, LLaVA .json or a picture "
-                             f"({', '.join(IMAGE_TYPES)})")
+            raise ValueError(f"{path}: unknown kind of data; expected folder, .tar, .json, {', '.join(IMAGE_TYPES)}")
 
     def _add_one(self, sample, texts):
         """texts: {".txt" or ".json": bytes} beside the picture."""

@@ -214,11 +214,9 @@ def export_geneval(model, prompts_file, out, n=4, seed=0, **sampler):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     checkpoint.add_flags(p)
-    p.add_argument("--n", type=int, help="judged pictures, a sixth per task (default 600); with --geneval: pictures "
-                                         "per prompt (default 4)")
+    p.add_argument("--n", type=int, help="judged pictures (default 600); with --geneval: per prompt (default 4)")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--split", choices=("dev", "test"), default="test",
-                   help="dev: prompts for choosing settings; test: for reporting")
+    p.add_argument("--split", choices=("dev", "test"), default="test", help="dev: prompts for choosing settings")
     p.add_argument("--editing", action="store_true", help="score edits too: for models that were trained to edit")
     p.add_argument("--cfg", type=float)
     p.add_argument("--steps", type=int)
@@ -254,8 +252,7 @@ def main(argv=None):
     if args.json:
         command = "python evaluate.py " + shlex.join(sys.argv[1:] if argv is None else argv)
         record = dict(arch=args.arch, command=command, commit=checkpoint.git_commit(), torch=torch.__version__)
-        record["scores"] = scores
-        checkpoint.write_text(args.json, json.dumps(record, indent=1))
+        checkpoint.write_text(args.json, json.dumps(dict(record, scores=scores), indent=1))
 
 if __name__ == "__main__":
     checkpoint.one_line_errors(main)

@@ -33,7 +33,6 @@ class AutoencoderConfig:
     quant_conv: bool = True  # 1x1 convolutions on both sides of the latent
     scale: float = 0.2325  # latent = (z - shift) * scale
     shift: float = 0.0
-    in_channels: int = 3
     groups: int = 32  # of the GroupNorms; 0 (tiny): convolutions are 1x1 and norms see the channels of one place only
     patch: int = 1  # patch x patch pixels are folded into channels first
     kl_weight: float = 1e-4  # training only
@@ -46,13 +45,10 @@ class LFQConfig:
     decoder_ch_mult: tuple = (1, 1, 2, 2, 4)
     decoder_res_blocks: tuple = (4, 4, 3, 4, 3)
     bits: int = 13  # channels of the latent; a token is one of 2**bits codes
-    in_channels: int = 3
     groups: int = 32  # these two as above
     patch: int = 1
-    commitment_weight: float = 0.1  # training only, the published values
-    beta: float = 0.25
+    commitment_weight: float = 0.125  # training only, from here on
     entropy_weight: float = 0.1
-    joint_entropy: bool = False  # count codes instead of bits in the entropy term (2**bits terms: for few bits)
     l1_weight: float = 1.0
     mse_weight: float = 1.0
 
@@ -63,14 +59,13 @@ TOKENIZERS = {
     "magvitv2": LFQConfig(),
     # For 48x48 pictures of the shape world, whose 16x16 cells are independent: a residual MLP per cell (and one
     # attention between cells) is the whole pyramid, and learns on a CPU many times faster than 3x3 convolutions at full
-    # resolution. 3x3 latents of 16 numbers, or 3x3 codes. scale 1 because calibrate() makes the
-    # latents standard through the 1x1 convolutions around them. MSE rules the codes: it asks for the few pixels that
-    # part a small star from a triangle, where L1 spends the code on shades of large objects.
+    # resolution. scale 1 because calibrate() makes the latents standard. MSE rules the codes: it asks for the few
+    # pixels that part a small star from a triangle, where L1 spends the code on shades of large objects.
     "tiny-kl": AutoencoderConfig(ch=128, ch_mult=(1,), num_res_blocks=1, encoder_attn_resolutions=(), scale=1.0,
                                  groups=0, patch=16),
     "tiny-lfq": LFQConfig(ch=128, encoder_ch_mult=(1,), encoder_res_blocks=(1,), decoder_ch_mult=(1,),
-                          decoder_res_blocks=(2,), bits=11, groups=0, patch=16, entropy_weight=0.2, joint_entropy=True,
-                          l1_weight=0.25, mse_weight=4.0),
+                          decoder_res_blocks=(2,), bits=11, groups=0, patch=16, entropy_weight=0.2, l1_weight=0.25,
+                          mse_weight=4.0),
 }
 TINY_SIZE = 48  # pixels a side of the tiny ones' pictures, as in shape_world.py
 
@@ -109,13 +104,12 @@ class ResnetBlock(nn.Module):
         self.conv1 = conv(groups, c_in, c_out)
         self.norm2 = norm(groups, c_out)
         self.conv2 = conv(groups, c_out, c_out)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+        return self.nin_shortcut(x) + h
 
 class AttnBlock(nn.Module):
     """One attention head over all pixels, residual."""
@@ -132,21 +126,12 @@ class AttnBlock(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
 
-class Downsample(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2)
+def _downsample(c):
+    pad = nn.ZeroPad2d((0, 1, 0, 1))  # right and below only
+    return nn.Sequential(OrderedDict(pad=pad, conv=nn.Conv2d(c, c, 3, stride=2)))
 
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # zeros right and below only
-
-class Upsample(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def _upsample(c):
+    return nn.Sequential(OrderedDict(twice=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(c, c, 3, padding=1)))
 
 def _middle(c, groups):
     return nn.Sequential(OrderedDict(block_1=ResnetBlock(c, c, groups), attn_1=AttnBlock(c, groups),
@@ -157,16 +142,13 @@ def _level(c_in, width, count, attn, groups):
     level = nn.ModuleDict({"block": nn.ModuleList(), "attn": nn.ModuleList()})
     for i in range(count):
         level["block"].append(ResnetBlock(width if i else c_in, width, groups))
-        if attn:
-            level["attn"].append(AttnBlock(width, groups))
+        level["attn"].append(AttnBlock(width, groups) if attn else nn.Identity())
     return level
 
 def _run(level, x):
     """The blocks of a level, and after them what changes the size of the picture."""
-    for i, block in enumerate(level["block"]):
-        x = block(x)
-        if len(level["attn"]):
-            x = level["attn"][i](x)
+    for block, attn in zip(level["block"], level["attn"]):
+        x = attn(block(x))
     for name in ("downsample", "upsample"):
         if name in level:
             x = level[name](x)
@@ -184,7 +166,7 @@ class Encoder(nn.Module):
         for i, (width, count, attn) in enumerate(zip(widths, blocks, attention)):
             level = _level(ch, width, count, attn, groups)
             if i < len(widths) - 1:
-                level["downsample"] = Downsample(width)
+                level["downsample"] = _downsample(width)
             ch = width
             self.down.append(level)
         self.mid = _middle(ch, groups)
@@ -210,7 +192,7 @@ class Decoder(nn.Module):
         for i in reversed(range(len(widths))):
             level = _level(ch, widths[i], blocks[i], attention[i], groups)
             if i > 0:
-                level["upsample"] = Upsample(widths[i])
+                level["upsample"] = _upsample(widths[i])
             ch = widths[i]
             self.up.insert(0, level)
         self.norm_out = norm(groups, ch)
@@ -222,10 +204,9 @@ class Decoder(nn.Module):
             x = _run(level, x)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)
 
-def _check_images(images, channels, stride):
-    if images.ndim != 4 or images.shape[1] != channels or min(images.shape[2:]) < stride:
-        raise ValueError(f"images: shape {tuple(images.shape)}, expected (B, {channels}, H, W) with both sides "
-                         f"at least {stride} pixels")
+def _check_images(images, stride):
+    if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < stride:
+        raise ValueError(f"images: shape {tuple(images.shape)}, expected (B, 3, H, W), H and W at least {stride}")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the two tokenizers: continuous latents and discrete codes
@@ -240,19 +221,17 @@ class Autoencoder(nn.Module):
         self.stride = c.patch * 2 ** (levels - 1)  # pixels a side of one place of the latents
         attn, up_attn = ([c.resolution >> i in sizes for i in range(levels)]
                          for sizes in (c.encoder_attn_resolutions, c.decoder_attn_resolutions))
-        self.encoder = Encoder(c.in_channels, c.ch, widths, [c.num_res_blocks] * levels, attn, 2 * c.z_channels,
+        self.encoder = Encoder(3, c.ch, widths, [c.num_res_blocks] * levels, attn, 2 * c.z_channels,
                                c.groups, c.patch)
-        self.decoder = Decoder(c.z_channels, widths, [c.num_res_blocks + 1] * levels, up_attn, c.in_channels, c.groups,
+        self.decoder = Decoder(c.z_channels, widths, [c.num_res_blocks + 1] * levels, up_attn, 3, c.groups,
                                c.patch)
-        if c.quant_conv:
-            self.quant_conv = nn.Conv2d(2 * c.z_channels, 2 * c.z_channels, 1)
-            self.post_quant_conv = nn.Conv2d(c.z_channels, c.z_channels, 1)
+        self.quant_conv = nn.Conv2d(2 * c.z_channels, 2 * c.z_channels, 1) if c.quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(c.z_channels, c.z_channels, 1) if c.quant_conv else nn.Identity()
 
     def moments(self, images):
         """images (B, 3, H, W) -> mean and log variance of the posterior: (B, 2*z_channels, H/stride, W/stride)."""
-        _check_images(images, self.config.in_channels, self.stride)
-        h = self.encoder(images)
-        return self.quant_conv(h) if self.config.quant_conv else h
+        _check_images(images, self.stride)
+        return self.quant_conv(self.encoder(images))
 
     def encode(self, images, noise=None):
         """images (B, 3, H, W) -> latents (B, z_channels, h, w) as the generators see them: (z - shift) * scale, where z
@@ -264,18 +243,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents):
         """latents (B, z_channels, h, w), scaled as encode() returns them -> images (B, 3, H, W), not clamped."""
-        z = latents / self.config.scale + self.config.shift
-        return self.decoder(self.post_quant_conv(z) if self.config.quant_conv else z)
-
-class SignCodebook(nn.Module):
-    """Buffers of the published file: the weight of each bit, channel 0 the most significant, and the codes' signs."""
-
-    def __init__(self, bits):
-        super().__init__()
-        powers = 2 ** torch.arange(bits - 1, -1, -1)
-        signs = ((torch.arange(2 ** bits)[:, None] & powers) > 0).float() * 2 - 1
-        self.register_buffer("power_vals", powers)  # (bits,) int64
-        self.register_buffer("embedding", signs)  # (2**bits, bits), -1 or +1
+        return self.decoder(self.post_quant_conv(latents / self.config.scale + self.config.shift))
 
 class LFQTokenizer(nn.Module):
     """MAGVIT-v2 (arXiv 2310.05737), lookup-free quantization: a code is the sign pattern of `bits` channels."""
@@ -286,15 +254,19 @@ class LFQTokenizer(nn.Module):
         none = [False] * len(c.encoder_ch_mult)
         self.stride = c.patch * 2 ** (len(none) - 1)
         down, up = ([c.ch * m for m in mult] for mult in (c.encoder_ch_mult, c.decoder_ch_mult))
-        self.encoder = Encoder(c.in_channels, c.ch, down, c.encoder_res_blocks, none, c.bits, c.groups, c.patch)
-        self.decoder = Decoder(c.bits, up, c.decoder_res_blocks, none, c.in_channels, c.groups, c.patch)
+        self.encoder = Encoder(3, c.ch, down, c.encoder_res_blocks, none, c.bits, c.groups, c.patch)
+        self.decoder = Decoder(c.bits, up, c.decoder_res_blocks, none, 3, c.groups, c.patch)
         self.encoder.quant_conv = nn.Conv2d(c.bits, c.bits, 1)  # the published files keep these two in there
         self.decoder.post_quant_conv = nn.Conv2d(c.bits, c.bits, 1)
-        self.quantize = SignCodebook(c.bits)
+        powers = 2 ** torch.arange(c.bits - 1, -1, -1)  # channel 0 is the most significant bit
+        signs = ((torch.arange(2 ** c.bits)[:, None] & powers) > 0).float() * 2 - 1
+        self.quantize = nn.Module()  # only the buffers of the published file
+        self.quantize.register_buffer("power_vals", powers)  # (bits,) int64
+        self.quantize.register_buffer("embedding", signs)  # (2**bits, bits), -1 or +1
 
     def features(self, images):
         """images (B, 3, H, W) -> the values before quantization (B, bits, H/stride, W/stride)."""
-        _check_images(images, self.config.in_channels, self.stride)
+        _check_images(images, self.stride)
         return self.encoder.quant_conv(self.encoder(images))
 
     def encode(self, images):
@@ -312,21 +284,18 @@ class LFQTokenizer(nn.Module):
     def quantizer_losses(self, z):
         """z (B, bits, h, w), before quantization -> (commitment loss, entropy loss), with the weights of the config.
         Entropy: a bit is +1 with probability softmax(-(z-1)^2, -(z+1)^2) = sigmoid(4z). Each bit of each position
-        should be sure of itself (low entropy), while over all positions both values should be used (high entropy of the
-        mean); or, with joint_entropy, all CODES: with few bits the mean over 2**bits codes can be summed exactly, and
-        unlike the per-bit form it parts bits that flip together."""
+        should be sure of itself (low entropy), while over all positions all codes should be used (high entropy of the
+        mean). The published loss counts bits there; codes, if they are few, part bits that flip together."""
         c = self.config
-        q = torch.where(z > 0, 1.0, -1.0)
-        commitment = c.commitment_weight * (1 + c.beta) * (q - z).square().mean()  # two terms in one: q has no gradient
+        commitment = c.commitment_weight * (torch.where(z > 0, 1.0, -1.0) - z).square().mean()
         z = z.float().permute(0, 2, 3, 1).flatten(0, 2)  # (N, bits)
-        p = torch.sigmoid(4 * z)
-        if not c.joint_entropy:
-            return commitment, c.entropy_weight * (_binary_entropy(p).mean() - _binary_entropy(p.mean(0)).mean())
+        p = torch.sigmoid(4 * z).clamp(1e-6, 1 - 1e-6)  # so that the gradient is finite at 0 and 1
+        unsure = -p * p.log() - (1 - p) * (1 - p).log()  # in nats
         ones = (self.quantize.embedding + 1) / 2  # (2**bits, bits)
         with torch.autocast(z.device.type, enabled=False):  # these products stay float32
             codes = torch.exp(F.logsigmoid(4 * z) @ ones.T + F.logsigmoid(-4 * z) @ (1 - ones).T).mean(0)  # (2**bits,)
         used = -(codes * (codes + 1e-9).log()).sum()
-        return commitment, c.entropy_weight * (_binary_entropy(p).sum(1).mean() - used)
+        return commitment, c.entropy_weight * (unsure.sum(1).mean() - used)
 
     def forward(self, images):
         """Training: images -> (reconstruction, commitment loss, entropy loss). The decoder reads signs; its gradient
@@ -334,11 +303,6 @@ class LFQTokenizer(nn.Module):
         z = self.features(images)
         q = z + (torch.where(z > 0, 1.0, -1.0) - z).detach()
         return self.decode_signs(q), *self.quantizer_losses(z)
-
-def _binary_entropy(p):
-    """Entropy in nats of a coin with probability p; the clamp keeps the gradient finite at 0 and 1."""
-    p = p.clamp(1e-6, 1 - 1e-6)
-    return -p * p.log() - (1 - p) * (1 - p).log()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training the tiny ones
@@ -358,16 +322,14 @@ def trained(config, name, folder=None):
     settings = checkpoint.from_dict(type(settings), checkpoint.read_config(folder)["config"])
     return replace(config, **{name: settings}), checkpoint.read_weights(folder)
 
-def tokenizer_loss(model, images, generator):
+def tokenizer_loss(model, images):
     """images (B, 3, H, W) -> (scalar loss, {name: detached scalar}): L1 + MSE per pixel (flat drawings need no
-    perceptual or adversarial term); for an Autoencoder, whose posterior noise comes from `generator` (None: torch's
-    global one), kl_weight * KL per latent number; for an LFQTokenizer its commitment and entropy losses."""
+    perceptual or adversarial term); for an Autoencoder, whose posterior noise comes from torch's global generator,
+    kl_weight * KL per latent number; for an LFQTokenizer its commitment and entropy losses."""
     c = model.config
     if isinstance(model, Autoencoder):
         mean, logvar = model.moments(images).chunk(2, dim=1)
-        device = mean.device if generator is None else generator.device
-        noise = torch.randn(mean.shape, generator=generator, device=device).to(mean)
-        z = mean + torch.exp(0.5 * logvar) * noise
+        z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, device=mean.device).to(mean)
         recon = model.decode((z - c.shift) * c.scale)
         l1_weight, mse_weight = 1.0, 1.0
         parts = {"kl": c.kl_weight * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()}
@@ -382,13 +344,12 @@ def tokenizer_loss(model, images, generator):
 @torch.no_grad()
 def calibrate(model, images):
     """Makes the latents of a tiny-kl easy to diffuse: afterwards encode(images) has mean 0 and standard deviation 1 in
-    every channel, and decode(encode(x)) is what it was. This is folded exactly into the two 1x1 convolutions, so the
-    file gets no new keys. Raises ValueError on a dead latent."""
+    every channel, and decode(encode(x)) is what it was, through changes of the two 1x1 convolutions alone. Raises
+    ValueError on a dead latent."""
     z = model.moments(images).float().chunk(2, dim=1)[0]  # (N, C, h, w)
     mean, std = z.mean(dim=(0, 2, 3)), z.std(dim=(0, 2, 3), correction=0)
     if std.min() < 1e-6:
-        raise ValueError(f"calibrate: latent channel {int(std.argmin())} is constant (standard deviation "
-                         f"{std.min():.1e}): lower kl_weight or train longer")
+        raise ValueError(f"calibrate: latent channel {int(std.argmin())} is constant: lower kl_weight or train longer")
     channels = len(mean)
     model.post_quant_conv.bias += model.post_quant_conv.weight[:, :, 0, 0] @ mean
     model.post_quant_conv.weight *= std[:, None, None]  # over input channels
@@ -408,10 +369,9 @@ class TokenizerStage(nn.Module):
             checkpoint.load_strict(self.tokenizer, checkpoint.read_weights(ckpt), ckpt)
 
     def forward(self, batch):
-        """{"images": precompute's tensors} -> {"images": loss}. Posterior noise comes from torch's global generator,
-        which the training loop seeds for every step."""
+        """{"images": precompute's tensors} -> {"images": loss}."""
         images = batch["images"]["images"].float() / 127.5 - 1
-        return {"images": tokenizer_loss(self.tokenizer, images, None)[0]}
+        return {"images": tokenizer_loss(self.tokenizer, images)[0]}
 
     @torch.no_grad()
     def reconstruct(self, images, generator=None):

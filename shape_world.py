@@ -168,16 +168,14 @@ def full_name(o):
     return f"{SIZES[o.size]} {name(o.shape, o.color)}"
 
 def caption_bias(sparse, wrong):
-    """CAPTION_BIAS with other chances: `sparse` that an object or a color is left out (a rare color is named a third as
-    often as another one), `wrong` that a caption is false."""
+    """CAPTION_BIAS with other chances: `sparse` that an object or a color is left out, `wrong` that a caption is
+    false. A rare color is named a third as often as another one."""
     return dict(CAPTION_BIAS, wrong=wrong, drop_object=sparse, drop_color=sparse, drop_rare_color=1 - (1 - sparse) / 3)
 
 def sparse_caption(scene, rng, bias=CAPTION_BIAS, other=None):
-    """A caption as the web writes them: objects, colors, sizes and grounds are left out, and some are wrong.
-
-    With probability bias["wrong"] it is false: half of these captions are those of `other`, another scene, if given; in
-    the rest a shape or a color is drawn anew, unless the result is held out.
-    """
+    """A caption as the web writes them: much is left out, and with probability bias["wrong"] it is false. Half of those
+    are captions of `other`, another scene, if given; in the rest a shape or a color is drawn anew, unless the result is
+    held out."""
     ground, objects = scene
     if rng.random() < bias["wrong"]:
         if other is not None and rng.random() < 0.5:
@@ -304,10 +302,8 @@ TASKS = ("single_object", "two_object", "counting", "colors", "position", "color
 
 def task_prompts(per_task, seed, split="test"):
     """GenEval's six tasks in the shape world: a list of 6 * per_task dicts.
-
     Keys: task, prompt, held_out (asks for what no caption names together) and what `fulfils` looks for: objects
-    [(shape, color or None), ...] and a count or relation. `split`: "dev" to choose settings, "test" to report numbers.
-    """
+    [(shape, color or None), ...] and a count or relation. split: "dev" to choose settings, "test" for the report."""
     rng = random.Random(f"prompts-{split}-{seed}")
     all_shapes, all_colors = range(len(SHAPES)), range(len(COLORS))
     out = []
@@ -342,11 +338,9 @@ def task_prompts(per_task, seed, split="test"):
 # The judge
 def judge(images):
     """What is in each picture: images uint8 (n, 48, 48, 3) -> for each picture a list of (shape, color, size, cell).
-
     Shape or color is -1 where something is there but fits no sprite or no color of the palette. Every cell is fitted
     by ground + alpha * (color - ground) for all ten sprites (shape, size) at once: with y = pixels - ground, the best
-    color of a sprite is a least-squares projection, which explains the energy (alpha . y)^2 / alpha . alpha.
-    """
+    color of a sprite is a least-squares projection, which explains the energy (alpha . y)^2 / alpha . alpha."""
     n = len(images)
     pixels = images.astype(np.float32)
     ground = np.median(pixels.reshape(n, -1, 3), axis=1)  # (n, 3); objects cover less than half of a picture
@@ -373,10 +367,8 @@ def judge(images):
 
 def fulfils(found, row):
     """Does a judged picture show what a row of `task_prompts` asks for? found: what `judge` says of one picture.
-
     GenEval's rules: everything named must be there, counts must be exact, more may be there. But a picture with more
-    objects than this world ever holds fails, or a board full of random objects would fulfil many prompts.
-    """
+    objects than this world ever holds fails, or a board full of random objects would fulfil many prompts."""
     if len(found) > MAX_OBJECTS:
         return False
     cells = [[cell for s, c, _, cell in found if s == shape and color in (None, c)] for shape, color in row["objects"]]
@@ -406,8 +398,7 @@ def add_flags(parser):
         help="chance that a caption leaves out an object, or a color (default 0.25)")
     add("--questions", type=int, default=1, metavar="N", help="questions about a picture in one row (default 1)")
     add("--understanding", choices=("full", "scrambled", "shuffled"), default="full",
-        help="what of the picture reaches RecA's context: all of it (default), the board's cells in random order, or "
-             "the features in random order")
+        help="what reaches RecA's context: all (default), the cells in random order, the features in random order")
     add("--altered-share", type=float, default=1.0, metavar="SHARE",
         help="share of RecA's pictures for which --understanding holds; the rest are seen in full (default 1)")
     add("--eval-n", type=int, default=300, metavar="N", help="pictures judged before and after (default 300; 0: none)")

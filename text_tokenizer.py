@@ -112,8 +112,7 @@ def _vocab_to_ranks(path, vocab, merges, skip):
     return ranks
 
 def _read_vocab(path):
-    """vocab.json + merges.txt, encoder.json + vocab.bpe or tokenizer.json -> (ranks, added strings, is it GPT-2's?).
-    Raises FileNotFoundError (no merges) or ValueError."""
+    """vocab.json + merges.txt, encoder.json + vocab.bpe or tokenizer.json -> (ranks, added strings, is it GPT-2's?)."""
     file, (folder, name) = read_json(path), os.path.split(path)
     if name in ("vocab.json", "encoder.json"):
         merges_path = os.path.join(folder, "merges.txt" if name == "vocab.json" else "vocab.bpe")

@@ -2,9 +2,8 @@
 of BAGEL `SigLIPNaViT` (SigLIP so400m/14 for pictures of any size). The tiny ones for 48x48 pictures are the same two
 classes with small configs. Harmon has no encoder of its own here: it understands with its MAR encoder.
 
-Both are pre-norm ViTs of one kind of block and differ in the activation, the patch embedding, what surrounds the
-blocks, and which layer is read. Module names are the published state-dict keys. The preprocessing that belongs to the
-published weights (PIL image -> tensor) is at the end.
+Both are pre-norm ViTs of one kind of block. Module names are the published state-dict keys. The preprocessing that
+belongs to the published weights (PIL image -> tensor) is at the end.
 """
 from dataclasses import dataclass
 
@@ -52,9 +51,6 @@ VISION_ENCODERS = {
 
 def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
-
-def gelu_tanh(x):
-    return F.gelu(x, approximate="tanh")
 
 class EncoderLayer(nn.Module):
     def __init__(self, width, heads, mlp_width, eps, activation):
@@ -133,21 +129,17 @@ class CLIPVision(nn.Module):
 def patchify(images, patch):
     """images (..., C, H, W) -> (..., H/patch * W/patch, patch*patch*C): patches row by row, inside a patch (row,
     column, channel). Raises ValueError where a side is no multiple of `patch`."""
-    *lead, C, H, W = images.shape
+    H, W = images.shape[-2:]
     if H % patch or W % patch:
-        raise ValueError(f"patchify: {H}x{W} pixels cannot be cut into {patch}x{patch} patches: resize the picture to "
-                         f"multiples of {patch}")
-    x = images.reshape(*lead, C, H // patch, patch, W // patch, patch)
-    n = len(lead)
-    x = x.permute(*range(n), n + 1, n + 3, n + 2, n + 4, n)  # (..., h, w, patch, patch, C)
-    return x.reshape(*lead, (H // patch) * (W // patch), patch * patch * C)
+        raise ValueError(f"patchify: {H}x{W} pixels are no {patch}x{patch} patches: resize to multiples of {patch}")
+    x = images.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))  # (..., C, h, patch, w, patch)
+    return x.movedim(-5, -1).transpose(-4, -3).flatten(-5, -4).flatten(-3)
 
 def grid_ids(rows, columns, stride, device=None):
     """Position ids (rows*columns,) of a grid in the top left corner of a table with `stride` columns: row * stride +
     column. Raises ValueError where the grid is larger than the table."""
     if max(rows, columns) > stride:
-        raise ValueError(f"grid_ids: a grid of {rows}x{columns} does not fit the {stride}x{stride} position table: "
-                         "shrink the picture")
+        raise ValueError(f"a grid of {rows}x{columns} does not fit the {stride}x{stride} position table")
     return (torch.arange(rows, device=device)[:, None] * stride + torch.arange(columns, device=device)).flatten()
 
 class PositionTable(nn.Module):
@@ -177,7 +169,7 @@ class SigLIPNaViT(nn.Module):
         self.vision_model = nn.ModuleDict({
             "embeddings": nn.ModuleDict({"patch_embedding": nn.Linear(3 * c.patch ** 2, c.width),
                                          "position_embedding": nn.Embedding(c.positions ** 2, c.width)}),
-            "encoder": nn.ModuleDict({"layers": encoder_layers(c, gelu_tanh)}),
+            "encoder": nn.ModuleDict({"layers": encoder_layers(c, nn.GELU("tanh"))}),
             "post_layernorm": nn.LayerNorm(c.width, eps=c.eps),
         })
         nn.init.normal_(self.vision_model["embeddings"]["position_embedding"].weight, std=c.width ** -0.5)
@@ -203,64 +195,57 @@ def on_white(image):
     return white
 
 def to_pixels(image, mean=0.5, std=0.5):
-    """PIL image -> float32 (3, H, W), x/255 normalized with mean and std (numbers, or one per channel). The defaults
-    give [-1, 1]."""
+    """PIL image -> float32 (3, H, W): x/255 normalized with mean and std (one number or three); default: to [-1, 1]."""
     x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
     return ((x - torch.as_tensor(mean).view(-1, 1, 1)) / torch.as_tensor(std).view(-1, 1, 1)).contiguous()
 
-def _resize_shorter(image, size):
-    w, h = image.size
-    w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
-    return image.resize((w, h), Image.Resampling.BICUBIC)
-
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
+def _center_crop(image, size, whole):
+    """Shorter side to `size` (bicubic), then the square in the middle. whole: how half an odd margin is rounded."""
+    w, h = image.size
+    w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
+    left, top = whole((w - size) / 2), whole((h - size) / 2)
+    image = image.convert("RGB").resize((w, h), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + size, top + size))
+
 def clip_pixels(image, size=336):
-    """CLIP: shorter side to `size` (bicubic), center crop (odd margins: the smaller one left and above), CLIP's mean
-    and deviation."""
-    image = _resize_shorter(image.convert("RGB"), size)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    image = image.crop((left, top, left + size, top + size))
-    return to_pixels(image, mean=CLIP_MEAN, std=CLIP_STD)
+    """CLIP: the margin is rounded down, CLIP's mean and deviation."""
+    return to_pixels(_center_crop(image, size, int), mean=CLIP_MEAN, std=CLIP_STD)
 
 def magvit_pixels(image, size):
-    """Show-o's image tokenizer: as above into [-1, 1]; here an odd margin is halved with rounding to even."""
-    image = _resize_shorter(image.convert("RGB"), size)
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    return to_pixels(image.crop((left, top, left + size, top + size)))
+    """Show-o's image tokenizer: the margin is rounded to even, [-1, 1]."""
+    return to_pixels(_center_crop(image, size, round))
 
 def square_pixels(image, size):
     """Show-o's RecA data: resized to a square without cropping (bicubic; the aspect ratio is not kept), [-1, 1]."""
     return to_pixels(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
 
-def bagel_size(w, h, max_size, min_size, stride, max_pixels=14 * 14 * 9 * 1024, num_images=1):
+def bagel_size(w, h, max_size, min_size, stride, max_pixels=14 * 14 * 9 * 1024):
     """BAGEL's rule for the size of a picture -> (w, h), multiples of `stride`: long side at most max_size, short side
-    at least min_size if that is possible, at most max_pixels / num_images pixels (scaled by the ratio, not by its
-    root: so the weights were trained)."""
+    at least min_size if that is possible, at most max_pixels pixels (scaled by the ratio, not by its root: so the
+    weights were trained)."""
     def scaled(s):
         return tuple(max(stride, round(round(v * s) / stride) * stride) for v in (w, h))
 
     w, h = scaled(max(min(max_size / max(w, h), 1.0), min_size / min(w, h)))
-    if w * h > max_pixels / num_images:
-        w, h = scaled(max_pixels / num_images / (w * h))
+    if w * h > max_pixels:
+        w, h = scaled(max_pixels / (w * h))
     if max(w, h) > max_size:
         w, h = scaled(max_size / max(w, h))
     return w, h
 
-def bagel_resize(image, max_size, min_size, stride, max_pixels=14 * 14 * 9 * 1024, num_images=1):
-    """PIL image -> RGB PIL image of BAGEL's size (bicubic); transparent pictures are put on white. to_pixels() of it
-    feeds both towers. Settings: autoencoder (1024, 512, 16); SigLIP (980, 224, 14), in the editing benchmarks (980,
-    378, 14), in RecA (224, 224, 14)."""
-    image = on_white(image)
-    size = bagel_size(*image.size, max_size, min_size, stride, max_pixels, num_images)
-    return image.resize(size, Image.Resampling.BICUBIC)
+def bagel_resize(image, *limits):
+    """PIL image -> RGB PIL image of bagel_size(w, h, *limits) (bicubic), transparency on white. The limits are (1024,
+    512, 16) for the autoencoder and (980, 224, 14) for SigLIP: in editing benchmarks (980, 378, 14), in RecA (224, 224,
+    14)."""
+    return on_white(image).resize(bagel_size(*image.size, *limits), Image.Resampling.BICUBIC)
 
-# Harmon's training data: Pillow's bicubic (which anti-aliases) and its rounding to 8 bits after every step are part of
-# the recipe.
+# Harmon's data: Pillow's bicubic (it anti-aliases) and its rounding to 8 bits after every step belong to the recipe.
 def preprocess_stretch(image, size):
     """Reconstruction data: stretched (no crop, no pad) to a square of the longer side, then resized."""
-    square = image.convert("RGB").resize((max(image.size), max(image.size)), Image.Resampling.BICUBIC)
-    return to_pixels(square.resize((size, size), Image.Resampling.BICUBIC))
+    side = max(image.size)
+    return square_pixels(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC), size)
 
 def preprocess_pad(image, size):
     """Image-to-text data and questions: padded to a square with gray 127 around (odd margin: less above and left),
@@ -268,7 +253,7 @@ def preprocess_pad(image, size):
     side = max(image.size)
     square = Image.new("RGB", (side, side), (127, 127, 127))
     square.paste(image.convert("RGB"), ((side - image.width) // 2, (side - image.height) // 2))
-    return to_pixels(square.resize((size, size), Image.Resampling.BICUBIC))
+    return square_pixels(square, size)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # base training from nothing: what CLIP and SigLIP bring from their pre-training, for encoders that bring nothing
@@ -280,21 +265,17 @@ def caption_words(tokenizer, captions):
         row[tokenizer.encode_ordinary(caption)] = 1
     return words
 
-def word_alignment(seen, words, embeddings, kind="contrast", scale=None, margin=0.3):
+def word_alignment(seen, words, embeddings, kind="contrast", scale=None):
     """The words of a picture's caption should find a place in the picture that looks like them. As the words are the
     language model's own embeddings, pictures and text come to be read alike.
 
     seen (B, A, D): picture tokens as the language model gets them. words (B, V): 1 where the caption has the word, see
     caption_words. embeddings (V, D). A word is as like a picture as it is (cosine) to the place that fits it best. With
     several processes the batch is that of all of them. -> a mean, 0-dim.
-
-    "contrast": cross entropy of a word over the pictures of the batch (FILIP's late interaction, arXiv 2111.07783;
-    scale 10). For captions that leave things out. Words of more than half of the captions say nothing, nor do pictures
-    without a caption.
-
-    "presence": is the word in this picture's caption or not, each for itself (SigLIP's sigmoid loss, arXiv 2303.15343,
-    a word at a time; `scale`, 20, and `margin` are fixed). For captions that say everything. Words of all or none of
-    the captions are not asked for."""
+    "contrast", for captions that leave things out: cross entropy of a word over the pictures of the batch (FILIP, arXiv
+    2111.07783). Words of more than half of the captions say nothing, nor do pictures without a caption.
+    "presence", for captions that say everything: is the word in this picture's caption, each for itself (SigLIP's
+    sigmoid loss, arXiv 2303.15343, with a fixed offset). Words of all or none of the captions are not asked for."""
     everybody = words
     if dist.is_initialized() and dist.get_world_size() > 1:
         everybody = gather(words, gradient=False)
@@ -302,12 +283,11 @@ def word_alignment(seen, words, embeddings, kind="contrast", scale=None, margin=
             seen, words = gather(seen), everybody
     seen, embeddings = F.normalize(seen.float(), dim=-1), F.normalize(embeddings.float(), dim=-1)
     with torch.autocast(seen.device.type, enabled=False):  # these products stay float32
-        likeness = torch.stack([place @ embeddings.T for place in seen.unbind(1)])  # (A, B, V)
-    likeness = likeness.amax(0)  # (B, V): at the place that fits best
+        likeness = torch.stack([place @ embeddings.T for place in seen.unbind(1)]).amax(0)  # (B, V)
     share = everybody.mean(0)  # (V,): of the captions that have the word
     if kind == "presence":
         asked = ((share > 0) & (share < 1)).float().expand_as(words)
-        logits = (scale or 20.0) * (likeness - margin)
+        logits = (scale or 20.0) * (likeness - 0.3)
         loss = F.binary_cross_entropy_with_logits(logits, words, weight=asked, reduction="sum")
         return loss / asked.sum().clamp(min=1)
     words, likeness = words * (share < 0.5), (scale or 10.0) * likeness

@@ -192,7 +192,8 @@ def test_errors_are_one_line(argv, kind, message):
     assert str(e.value).startswith(message) and "\n" not in str(e.value)
 
 def test_changes_and_the_scores_of_a_tokenizer():
-    before, after = (dict(generation=dict(score=s, seen=s, held_out=s), questions=dict(accuracy=s)) for s in (0.25, 0.5))
+    before, after = (dict(generation=dict(score=s, seen=s, held_out=s), questions=dict(accuracy=s))
+                     for s in (0.25, 0.5))
     line = "change: score +0.250  seen +0.250  held-out +0.250  questions +0.250"
     assert evaluate.report_change(before, after) == line
 

@@ -263,7 +263,6 @@ def test_bagel_sizes():
     assert bagel_size(100, 100, 1024, 512, 16) == (512, 512)
     # 49 times too many pixels: each side becomes 49 times shorter, not 7
     assert bagel_size(980, 980, 980, 224, 14, 14 * 14 * 100) == (14, 14)
-    assert bagel_size(980, 980, 980, 224, 14, num_images=4) == bagel_size(980, 980, 980, 224, 14, 14 * 14 * 9 * 256)
     assert bagel_size(5000, 3, 1024, 512, 16) == (1024, 16)
 
 # ---------------------------------------------------------------------------------------------------------------------
