@@ -515,6 +515,11 @@ class Batches:
             return {"turns": [shape_world.question(scene, rng)[:2] for _ in range(args.questions)]}
         return {}
 
+    def sample_numbers(self, step):
+        """{part: numbers of all samples in its pool} of a step, for messages."""
+        sizes = {part: self.size[self.pool_of.get(part, "text")] for part in self.samples}
+        return {part: batch_indices(sizes[part], n, self.args.seed, step, part).tolist() for part, n in self.samples.items()}
+
     def batch(self, step, micro=0):
         """Micro-batch `micro` of optimizer step `step`, for this process: a function of these and of --seed alone."""
         out, seed = {}, self.args.seed
@@ -530,7 +535,8 @@ class Batches:
                 encodings |= self.fetch("edit_sources", index, "source_")
             rows = [self.row(part, int(i), text_rng(seed, step, part, place)) for i, place in zip(index, places)]
             generators = [sample_generator(seed, step, place, part) for place in places]
-            shared = sample_generator(seed, step, micro, f"rate-{part}")  # the same numbers on every process
+            # what all parts, processes and micro-batches have in common
+            shared = sample_generator(seed, step, 0, "shared")
             out[part] = self.model.collate(part, rows, generators, shared, pad_to) | encodings
         return out
 

@@ -57,7 +57,8 @@ def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     checkpoint.add_flags(p)
     p.add_argument("--stage", choices=("tokenizer", "base", "sft", "reca"), default="reca")
-    p.add_argument("--out", help="run folder (default: runs/ARCH-STAGE)")
+    p.add_argument("--out", help="run folder (default: runs/ARCH-STAGE, or the next free runs/ARCH-STAGE-N)")
+    p.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
     p.add_argument("--resume", metavar="RUN", help="run folder to continue; its arguments are kept unless given again")
     add = p.add_argument_group("your data (default: the shape world)").add_argument
     add("--data", nargs="+", help="images: folders, tar shards, files; captions are read for --stage sft and base only")
@@ -110,7 +111,7 @@ def parse_args(argv=None):
                              f"{getattr(args, name)}; give it to a new run as --ckpt {args.resume}")
     args.betas, args.mix = tuple(args.betas), data.read_mix(args.mix)
     args.mix = {part: share for part, share in args.mix.items() if loss_weight(args, part) > 0}
-    args.out = first.out or first.resume or os.path.join("runs", f"{args.arch}-{args.stage}")
+    args.out, args.overwrite = first.out or first.resume, first.overwrite
     args.captioned = args.captioned or args.pool
     return args, state
 
@@ -136,6 +137,9 @@ def check_args(args, world):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name):g}: must be from {low} to {high}")
     if not args.mix:
         raise ValueError("--mix and the weights of the losses leave nothing to train on")
+    if "align" in args.mix and args.accum > 1:
+        raise ValueError(f"--accum {args.accum}: align contrasts the pictures of a whole batch: --accum 1, or leave "
+                         "it out")
     for part, share in args.mix.items():
         n = round(args.batch * share)
         if n < 1:
@@ -163,6 +167,8 @@ def setup(args):
     if args.threads or device.type == "cpu":  # torchrun sets OMP_NUM_THREADS=1; the cores belong to all processes
         here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // here))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        checkpoint.end_with_launcher()
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
@@ -214,14 +220,22 @@ class Run:
     """What a run holds. model: as it is saved; forward: as it is called, wrapped for several processes and compiled."""
 
     def __init__(self, args, state):
-        self.args, self.history, self.start, self.ema = args, [], 0, None
+        self.args, self.history, self.start, self.ema, self.judging = args, [], 0, None, False
         self.rank, self.world, self.device = setup(args)
+        self.lock = claim(args, self.rank, self.world)
+        self.about = checkpoint.describe(args)  # now: the commit may be another one when the run ends
+        if state is not None:
+            self.about |= dict(command=state["command"], resumed_by=self.about["command"])
         self.model = build(args)
         if state is not None:
             self.model.load_state_dict(state["model"])
         self.model.to(self.device)
         self.named = self.model.trainable_parameters(args.stage)
-        checkpoint.check_memory(args.device, sum(p.numel() for _, p in self.named))
+        trained = checkpoint.size_of(p for _, p in self.named)
+        self.checkpoint_size = checkpoint.size_of(self.model.state_dict().values()) + trained * (3 if args.ema else 2)
+        if self.rank == 0:  # before anything is encoded
+            checkpoint.check_disk(args.out, self.checkpoint_size)
+        checkpoint.check_memory(args.device, trained // 4)
         self.weights = {part: loss_weight(args, part) for part in args.mix}
         self.batches = data.Batches(args, self.model, self.device, self.rank, self.world)
         self.optimizers = make_optimizers(args, self.model, self.named)
@@ -230,7 +244,8 @@ class Run:
         if state is not None:
             checkpoint.load_state(self, state)
         self.forward = self.wrapped()
-        self.log = checkpoint.Log(args, self.rank == 0)
+        self.skipped, self.streak, self.last_skip = torch.zeros(3, dtype=torch.int64, device=self.device).unbind()
+        self.log = checkpoint.Log(args, self.rank == 0, self.start)
         trained, total = sum(p.numel() for _, p in self.named), sum(p.numel() for p in self.model.parameters())
         batch = " + ".join(f"{n} {part}" for part, n in self.batches.samples.items())
         self.log.say(f"{args.arch} {args.config}, stage {args.stage}: {total:,} parameters, {trained:,} train; "
@@ -248,6 +263,23 @@ class Run:
             torch._dynamo.config.suppress_errors = args.compile == "auto"  # then a failing compiler costs speed alone
             forward = torch.compile(forward)
         return forward
+
+def claim(args, rank, world):
+    """Makes the run folder this run's own, on the first process -> the open lock. All agree on its name, or all
+    fail."""
+    lock, said = None, [None]
+    if rank == 0:
+        default = os.path.join("runs", f"{args.arch}-{args.stage}")
+        try:
+            said[0], lock = checkpoint.claim(args.out or default, args.resume, args.overwrite, choose=not args.out)
+        except (ValueError, OSError) as e:
+            said[0] = e
+    if world > 1:
+        dist.broadcast_object_list(said)
+    if isinstance(said[0], Exception):
+        raise said[0]
+    args.out = said[0]
+    return lock
 
 def train_step(run, step, micro_batches):
     """One optimizer step over this process's [{part: tensors}] -> ({part: its loss}, gradient norm), both still on the
@@ -267,14 +299,28 @@ def train_step(run, step, micro_batches):
         for part in parts:
             totals[part] += losses[part].detach() / M
     norm = torch.nn.utils.clip_grad_norm_([p for _, p in run.named], args.clip if args.clip > 0 else math.inf)
+    apply(run, step, torch.isfinite(norm))
+    return totals, norm
+
+def apply(run, step, good):
+    """The optimizers' step and the averages', where the gradient is finite (`good`, on the device); else nothing
+    changes and the step is counted, on the device too: report_step looks at it."""
+    args, cuda = run.args, run.device.type == "cuda"
+    run.skipped += ~good
+    run.streak.copy_(torch.where(good, 0, run.streak + 1))
+    run.last_skip.copy_(torch.where(good, run.last_skip, step))
     for optimizer, peak in zip(run.optimizers, (args.lr, args.muon_lr)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step, peak)
-        optimizer.step()
+        if cuda:  # AdamW's own switch and ours, which no host waits for
+            optimizer.grad_scale, optimizer.found_inf = None, (~good).float()
+        if cuda or good:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     if run.ema:
-        torch._foreach_lerp_(list(run.ema.values()), [p.detach() for _, p in run.named], 1 - args.ema)
-    return totals, norm
+        weight = (1 - args.ema) * good
+        for average, (_, p) in zip(run.ema.values(), run.named):
+            average.lerp_(p.detach(), weight)
 
 def global_counts(run, micro_batches):
     """{part: what its loss is divided by}: the targets of the whole step, in all processes and micro-batches, over the
@@ -307,21 +353,45 @@ def report_step(run, done, totals, norm, seconds):
     r["images_per_s"] = sum(n for part, n in samples.items() if part != "text") / seconds
     flops = sum(run.model.flops_per_sample(part) * n for part, n in samples.items())
     r["mfu"] = flops / seconds / run.world / peak_flops(run.device)
+    if run.streak >= 3:
+        raise ValueError(f"{int(run.streak)} steps in a row had a gradient that is not finite; the last, step "
+                         f"{int(run.last_skip) + 1}, had samples {run.batches.sample_numbers(int(run.last_skip))}: "
+                         f"lower --lr ({args.lr:g}), or look at these samples; {checkpoint.last_good(args.out)}")
     losses = f"loss {r['loss']:.4f} " + " ".join(f"{part} {r[part]:.4f}" for part in totals)
-    if not math.isfinite(r["loss"]):
-        raise ValueError(f"step {done}: {losses}: lower --lr ({args.lr:g}); the last checkpoint is untouched")
+    if run.skipped:
+        losses += f" skipped {int(run.skipped)}"
     run.history.append(r)
     mfu, eta = f" MFU {100 * r['mfu']:.1f}%" if r["mfu"] else "", int(seconds * (args.steps - done))
     run.log.write(r, f"step {done}/{args.steps} {losses} lr {r['lr']:.1e} norm {r['grad_norm']:.2f} {r['ms']:.0f} ms "
                      f"{r['images_per_s']:.0f} img/s{mfu} ETA {eta // 60}:{eta % 60:02d}")
+
+class Interrupted(Exception):
+    """A signal came while the model was judged."""
+
+@contextlib.contextmanager
+def averaged(run):
+    """The model with its averaged weights, where --ema keeps some: as it is judged, drawn with and saved for
+    sample.py."""
+    own = [p.detach().clone() for _, p in run.named] if run.ema else []
+    with torch.no_grad():
+        for (_, p), average in zip(run.named, (run.ema or {}).values()):
+            p.copy_(average)
+        yield
+        for (_, p), value in zip(run.named, own):
+            p.copy_(value)
 
 def scores(run, step, title):
     """Judges the model on the first process, says and logs it -> scores, or None where there is nothing to judge."""
     args = run.args
     if not args.eval_n or args.config != "tiny" or run.rank > 0:
         return None
-    s = evaluate.score_all(run.model, args.eval_n, seed=0, split=args.eval_split, questions=min(400, args.eval_n + 100),
-                           editing="edit" in run.weights)
+    run.judging = True
+    try:
+        with averaged(run):
+            s = evaluate.score_all(run.model, args.eval_n, seed=0, split=args.eval_split,
+                                   questions=min(400, args.eval_n + 100), editing="edit" in run.weights)
+    finally:
+        run.judging = False
     run.log.write(dict(step=step, scores=s), title + evaluate.report(s))
     run.history.append(dict(step=step, scores=s))
     return s
@@ -333,12 +403,15 @@ def pictures(run):
         source = shape_world.Scenes(8, seed=777).render()
     elif run.args.data and run.args.stage == "reca":
         source = run.batches.first_pictures(8)
-    return sample.show(run.model, source, torch.Generator(run.device).manual_seed(run.args.seed))
+    with averaged(run):
+        return sample.show(run.model, source, torch.Generator(run.device).manual_seed(run.args.seed))
 
 def save_weights(run, **extra):
     """model.safetensors and config.json, for sample.py, and loss.png."""
     args, model = run.args, run.model.tokenizer if run.args.stage == "tokenizer" else run.model
-    checkpoint.save_model(model, args.out, args.arch, text_tokenizer=args.text_tokenizer or "tiny", **extra)
+    with averaged(run):
+        checkpoint.check_finite(model.named_parameters(), args.out)
+        checkpoint.save_model(model, args.out, args.arch, text_tokenizer=args.text_tokenizer or "tiny", **extra)
     sample.save_png(sample.curves(run.history, run.weights), os.path.join(args.out, "loss.png"))
 
 def stops(run, done, signals):
@@ -352,43 +425,55 @@ def stops(run, done, signals):
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag)
 
-def finish(run, about, before, sheet, started):
-    """The end of a whole run, on the first process: averaged weights, scores, result.json, pictures."""
+def finish(run, before, sheet, started):
+    """The end of a whole run, on the first process: scores, weights, result.json, pictures."""
     args = run.args
-    if run.ema:
-        with torch.no_grad():
-            torch._foreach_copy_([p for _, p in run.named], list(run.ema.values()))
     if args.stage == "tokenizer":
         run.model.finish(data.to_float(shape_world.Scenes(4096, seed=args.seed).render(), run.device))
     after = scores(run, args.steps, "after:  ")
     save_weights(run, step=args.steps, scores_before=before, scores_after=after)
     curve = [(r["step"], r["scores"]) for r in run.history if "scores" in r]
-    result = dict(about, seconds=time.time() - started, curve=curve, scores=after)
+    result = dict(run.about, seconds=time.time() - started, curve=curve, scores=after)
     checkpoint.write_text(os.path.join(args.out, "result.json"), json.dumps(result, indent=1, default=str))
     if before and after:
         run.log.say(evaluate.report_change(before, after))
     sample.save_png(sample.before_after(sheet, pictures(run)), os.path.join(args.out, "before_after.png"))
     run.log.say(f"run folder: {args.out} ({', '.join(sorted(os.listdir(args.out)))})")
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 def main(argv=None):
     started, signals = time.time(), []
     args, state = parse_args(argv)
     check_args(args, int(os.environ.get("WORLD_SIZE", 1)))
-    about = checkpoint.describe(args)  # now: the commit may be another one when the run ends
     run = Run(args, state)
+    del state  # several times the model's size
     before, sheet = next((r["scores"] for r in run.history if r["step"] == 0), None), None
-    if state is not None:
+    if run.start:
         run.log.say(f"resumed {args.out} at step {run.start}")
     elif run.rank == 0:
         if args.ckpt or args.stage in ("sft", "reca"):  # else there is nothing to judge yet
             before = scores(run, 0, "before: ")
         sheet = pictures(run)
-    handlers = [signal.signal(s, lambda number, frame: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)]
-    done = train(run, signals)
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
-        signal.signal(number, handler)  # the last checkpoint is written: from now on a signal simply ends the program
+
+    def stop(number, frame):
+        signals.append(number)
+        if run.judging:
+            raise Interrupted
+    handlers = [signal.signal(number, stop) for number in SIGNALS]
+    try:
+        done = train(run, signals)
+    except RuntimeError as e:
+        if run.world == 1 or not ("gloo" in str(e) or isinstance(e, dist.DistError)):
+            raise
+        raise OSError(f"another process of this run died ({checkpoint.reason_of(e)}): go on with --resume "
+                      f"{args.out}") from None
+    finally:
+        for number, handler in zip(SIGNALS, handlers):
+            # the last checkpoint is written: from now on a signal simply ends the program
+            signal.signal(number, handler)
     if done == args.steps and run.rank == 0:
-        finish(run, about, before, sheet, started)
+        finish(run, before, sheet, started)
     elif done < args.steps:
         why = [signal.Signals(number).name for number in signals] or ["--stop-after"]
         run.log.say(f"stopped by {why[0]} after step {done}: checkpoint saved, continue with --resume {args.out}"
@@ -410,7 +495,8 @@ def train(run, signals):
             report_step(run, done, totals, norm, (time.time() - clock) / (done - since))
             clock, since = time.time(), done
         if args.eval_every and done % args.eval_every == 0 and done < args.steps:
-            scores(run, done, f"step {done}: ")
+            with contextlib.suppress(Interrupted):
+                scores(run, done, f"step {done}: ")
             clock, since = time.time(), done
         halt = stops(run, done, signals)
         saves = halt or done == args.steps or (args.save_every and done % args.save_every == 0)
