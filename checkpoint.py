@@ -2,6 +2,7 @@
 sample.py loads) and, where a run can go on, `checkpoint.pt` (what --resume loads). Published checkpoints are read in
 the format in which they were published, strictly, and without executing anything that is in them.
 """
+import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -104,9 +105,13 @@ def one_line_errors(main):
         if first_to_fail():
             print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
-    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as e:
-        if os.environ.get("NANORECA_TRACEBACK"):
+    except Exception as e:
+        peer = isinstance(e, torch.distributed.DistError) or (isinstance(e, RuntimeError) and "gloo" in str(e))
+        known = (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError)
+        if os.environ.get("NANORECA_TRACEBACK") or not (peer or isinstance(e, known)):
             raise
+        if peer:
+            e = f"another process of this run has died ({reason_of(e)}): go on with --resume"
         if first_to_fail():
             print(f"error: {e}" if str(e) else f"error: {type(e).__name__}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -413,29 +418,46 @@ class Log:
 
 RUN_FILES = ("checkpoint.pt", "model.safetensors", "log.jsonl")
 
-def claim(out, resume=False, overwrite=False, choose=False):
-    """Makes a run folder this process's own until it ends -> (folder, open lock file). choose: nobody typed `out`, so
-    the next free name is taken (out, out-2, ...). Raises ValueError where another run is in it, OSError where it cannot
-    be written."""
-    for n in itertools.count(2):
+def claim(args, rank, world):
+    """Makes the run folder this run's own until it ends -> the open lock, on the first process. Sets args.out, on all
+    processes, or raises on all of them what `lock_folder` raises."""
+    said, lock = [None], None
+    if rank == 0:
+        try:
+            said[0], lock = lock_folder(args)
+        except (ValueError, OSError) as e:
+            said[0] = e
+    if world > 1:
+        torch.distributed.broadcast_object_list(said)
+    if isinstance(said[0], Exception):
+        raise said[0]
+    args.out = said[0]
+    return lock
+
+def lock_folder(args):
+    """-> (folder, open lock file). Where nobody typed --out, the next free name is taken. Raises ValueError where the
+    folder is in use or holds another run, OSError where it cannot be written."""
+    first = args.out or os.path.join("runs", f"{args.arch}-{args.stage}")
+    for n in itertools.count(1):
+        out = first if n == 1 else f"{first}-{n}"
         os.makedirs(out, exist_ok=True)
-        lock = open(os.path.join(out, "run.lock"), "a+")
+        lock, problem = open(os.path.join(out, "run.lock"), "a+"), None
+        holds = [name for name in RUN_FILES if os.path.exists(os.path.join(out, name))]
         try:
             if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, however that ends
-            holds = [name for name in RUN_FILES if os.path.exists(os.path.join(out, name))]
-            problem = f"holds a run already ({', '.join(holds)})" if holds and not (resume or overwrite) else None
+            if holds and not (args.resume or args.overwrite):
+                problem = f"holds a run ({', '.join(holds)}): give another --out, --resume it, or --overwrite it"
         except OSError:
             lock.seek(0)
-            problem = f"is in use by {lock.read().strip() or 'another process'}"
+            problem = f"is in use by {lock.read().strip() or 'another process'}: wait, stop that, or give another --out"
         if problem is None:
             break
         lock.close()
-        if not choose:
-            raise ValueError(f"{out} {problem}: give another --out (or --resume it, or --overwrite what it holds)")
-        out = f"{out.removesuffix(f'-{n - 1}')}-{n}"
+        if args.out:
+            raise ValueError(f"{out} {problem}")
     for name in os.listdir(out):
-        if re.search(r"\.tmp\d+$", name) or (overwrite and not resume and name in RUN_FILES):
+        if re.search(r"\.tmp\d+$", name) or (args.overwrite and not args.resume and name in RUN_FILES):
             os.remove(os.path.join(out, name))
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -499,3 +521,18 @@ def load_state(run, state):
         for name, value in state["ema"].items():
             run.ema[name].copy_(value)
     run.start, run.history = state["step"], state["history"]
+
+class Interrupted(Exception):
+    """A signal came while the model was judged."""
+
+@contextlib.contextmanager
+def averaged(run):
+    """The model with its averaged weights, where --ema keeps some: as it is judged, drawn with and saved for
+    sample.py."""
+    own = [p.detach().clone() for _, p in run.named] if run.ema else []
+    with torch.no_grad():
+        for (_, p), average in zip(run.named, (run.ema or {}).values()):
+            p.copy_(average)
+        yield
+        for (_, p), value in zip(run.named, own):
+            p.copy_(value)

@@ -48,10 +48,9 @@ import evaluate
 import image_tokenizer
 import sample
 import shape_world
-from custom_kernels import Muon
+from custom_kernels import Muon, peak_flops
 
 ALIGN_WEIGHT = 0.25  # a contrast over a batch of 48 starts at log 48, several times the other losses, far from 0
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40": 181, "4090": 165, "3090": 71}  # dense bf16, for MFU
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -222,7 +221,7 @@ class Run:
     def __init__(self, args, state):
         self.args, self.history, self.start, self.ema, self.judging = args, [], 0, None, False
         self.rank, self.world, self.device = setup(args)
-        self.lock = claim(args, self.rank, self.world)
+        self.lock = checkpoint.claim(args, self.rank, self.world)
         self.about = checkpoint.describe(args)  # now: the commit may be another one when the run ends
         if state is not None:
             self.about |= dict(command=state["command"], resumed_by=self.about["command"])
@@ -263,23 +262,6 @@ class Run:
             torch._dynamo.config.suppress_errors = args.compile == "auto"  # then a failing compiler costs speed alone
             forward = torch.compile(forward)
         return forward
-
-def claim(args, rank, world):
-    """Makes the run folder this run's own, on the first process -> the open lock. All agree on its name, or all
-    fail."""
-    lock, said = None, [None]
-    if rank == 0:
-        default = os.path.join("runs", f"{args.arch}-{args.stage}")
-        try:
-            said[0], lock = checkpoint.claim(args.out or default, args.resume, args.overwrite, choose=not args.out)
-        except (ValueError, OSError) as e:
-            said[0] = e
-    if world > 1:
-        dist.broadcast_object_list(said)
-    if isinstance(said[0], Exception):
-        raise said[0]
-    args.out = said[0]
-    return lock
 
 def train_step(run, step, micro_batches):
     """One optimizer step over this process's [{part: tensors}] -> ({part: its loss}, gradient norm), both still on the
@@ -336,11 +318,6 @@ def global_counts(run, micro_batches):
 # ---------------------------------------------------------------------------------------------------------------------
 # what is said, judged and saved
 
-def peak_flops(device):
-    """Dense bf16 operations per second of a GPU; infinite where that is not known, so that MFU is 0."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((1e12 * tflops for key, tflops in PEAK_TFLOPS.items() if key in name), math.inf)
-
 def report_step(run, done, totals, norm, seconds):
     """Says and logs a step, with the means over all processes. Raises ValueError where the loss is no number."""
     args, samples, row = run.args, run.batches.samples, torch.stack(list(totals.values()))
@@ -365,21 +342,6 @@ def report_step(run, done, totals, norm, seconds):
     run.log.write(r, f"step {done}/{args.steps} {losses} lr {r['lr']:.1e} norm {r['grad_norm']:.2f} {r['ms']:.0f} ms "
                      f"{r['images_per_s']:.0f} img/s{mfu} ETA {eta // 60}:{eta % 60:02d}")
 
-class Interrupted(Exception):
-    """A signal came while the model was judged."""
-
-@contextlib.contextmanager
-def averaged(run):
-    """The model with its averaged weights, where --ema keeps some: as it is judged, drawn with and saved for
-    sample.py."""
-    own = [p.detach().clone() for _, p in run.named] if run.ema else []
-    with torch.no_grad():
-        for (_, p), average in zip(run.named, (run.ema or {}).values()):
-            p.copy_(average)
-        yield
-        for (_, p), value in zip(run.named, own):
-            p.copy_(value)
-
 def scores(run, step, title):
     """Judges the model on the first process, says and logs it -> scores, or None where there is nothing to judge."""
     args = run.args
@@ -387,7 +349,7 @@ def scores(run, step, title):
         return None
     run.judging = True
     try:
-        with averaged(run):
+        with checkpoint.averaged(run):
             s = evaluate.score_all(run.model, args.eval_n, seed=0, split=args.eval_split,
                                    questions=min(400, args.eval_n + 100), editing="edit" in run.weights)
     finally:
@@ -403,13 +365,13 @@ def pictures(run):
         source = shape_world.Scenes(8, seed=777).render()
     elif run.args.data and run.args.stage == "reca":
         source = run.batches.first_pictures(8)
-    with averaged(run):
+    with checkpoint.averaged(run):
         return sample.show(run.model, source, torch.Generator(run.device).manual_seed(run.args.seed))
 
 def save_weights(run, **extra):
     """model.safetensors and config.json, for sample.py, and loss.png."""
     args, model = run.args, run.model.tokenizer if run.args.stage == "tokenizer" else run.model
-    with averaged(run):
+    with checkpoint.averaged(run):
         checkpoint.check_finite(model.named_parameters(), args.out)
         checkpoint.save_model(model, args.out, args.arch, text_tokenizer=args.text_tokenizer or "tiny", **extra)
     sample.save_png(sample.curves(run.history, run.weights), os.path.join(args.out, "loss.png"))
@@ -459,19 +421,11 @@ def main(argv=None):
     def stop(number, frame):
         signals.append(number)
         if run.judging:
-            raise Interrupted
+            raise checkpoint.Interrupted
     handlers = [signal.signal(number, stop) for number in SIGNALS]
-    try:
-        done = train(run, signals)
-    except RuntimeError as e:
-        if run.world == 1 or not ("gloo" in str(e) or isinstance(e, dist.DistError)):
-            raise
-        raise OSError(f"another process of this run died ({checkpoint.reason_of(e)}): go on with --resume "
-                      f"{args.out}") from None
-    finally:
-        for number, handler in zip(SIGNALS, handlers):
-            # the last checkpoint is written: from now on a signal simply ends the program
-            signal.signal(number, handler)
+    done = train(run, signals)
+    for number, handler in zip(SIGNALS, handlers):
+        signal.signal(number, handler)  # the last checkpoint is written: from now on a signal simply ends the program
     if done == args.steps and run.rank == 0:
         finish(run, before, sheet, started)
     elif done < args.steps:
@@ -495,7 +449,7 @@ def train(run, signals):
             report_step(run, done, totals, norm, (time.time() - clock) / (done - since))
             clock, since = time.time(), done
         if args.eval_every and done % args.eval_every == 0 and done < args.steps:
-            with contextlib.suppress(Interrupted):
+            with contextlib.suppress(checkpoint.Interrupted):
                 scores(run, done, f"step {done}: ")
             clock, since = time.time(), done
         halt = stops(run, done, signals)

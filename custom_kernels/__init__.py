@@ -7,7 +7,8 @@ from .attention import attention, attention_plan
 from .diffusion_loss import add_noise, diffusion_loss_rows, diffusion_tables, flow_loss_rows
 from .linear_cross_entropy import linear_cross_entropy
 from .muon import Muon
+from .pick import peak_flops
 from .rms_norm import rms_norm
 
 __all__ = ["Muon", "add_noise", "attention", "attention_plan", "diffusion_loss_rows", "diffusion_tables",
-           "flow_loss_rows", "linear_cross_entropy", "rms_norm"]
+           "flow_loss_rows", "linear_cross_entropy", "peak_flops", "rms_norm"]
