@@ -71,6 +71,25 @@ def atomic(path, write):
 def write_text(path, text):
     atomic(path, lambda temporary: pathlib.Path(temporary).write_text(text, encoding="utf-8"))
 
+MANY = 10 ** 9
+RANGES = {  # lowest and highest value of every flag that is a number, in train.py, sample.py and evaluate.py
+    **dict.fromkeys(("steps", "log_every", "captioned", "pool"), (1, MANY)),
+    **dict.fromkeys(("warmup", "save_every", "eval_every", "eval_n", "stop_after", "clip"), (0, MANY)),
+    **dict.fromkeys(("batch", "n", "max_new_tokens"), (1, 10 ** 6)), **dict.fromkeys(("accum", "threads"), (1, 4096)),
+    **dict.fromkeys(("drop", "wrong_captions", "sparse_captions", "altered_share"), (0, 1)), "questions": (1, 64),
+    **dict.fromkeys(("betas", "ema"), (0, 1 - 1e-9)), **dict.fromkeys(("lr", "muon_lr", "muon_decay"), (0, 100)),
+    **dict.fromkeys(("weight_decay", "temperature"), (0, 100)), **dict.fromkeys(("i2t_weight", "t2i_weight"), (0, 1e6)),
+    "cfg": (1, 1000), "cache_gb": (0, 1e6), "seed": (0, 2 ** 62)}
+
+def check_ranges(args):
+    """Raises ValueError for a number outside of its range; nan is outside of every range."""
+    for name, (low, high) in RANGES.items():
+        given = getattr(args, name, None)
+        for value in given if isinstance(given, (list, tuple)) else [given]:
+            if value is not None and not low <= value <= high:
+                flag = f"--{name.replace('_', '-')} {value:g}"
+                raise ValueError(f"{flag}: must be from {low:g} to {high:g}" + " (1 is no guidance)" * (name == "cfg"))
+
 def check_device(name):
     """Raises ValueError for a --device that this machine or this torch does not have."""
     try:

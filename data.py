@@ -303,15 +303,18 @@ VIEWS = {"full": None, "scrambled": scrambled, "shuffled": shuffled}
 PARTS = ("recon", "t2i", "i2t", "edit", "text", "uncond", "align", "words", "images")  # what a step may be made of
 
 def read_mix(mix):
-    """["recon=1", ...], or the dictionary itself -> {part: share of --batch}."""
+    """["recon=1", ...], or the dictionary itself -> {part: share of --batch}. Raises ValueError."""
     if isinstance(mix, dict):
         return mix
+    items, text = [item.partition("=") for item in mix], f"--mix {' '.join(mix)}"
     try:
-        out = {part: float(share) for part, share in (item.split("=") for item in mix)}
+        out = {part: float(share) for part, _, share in items}
     except ValueError:
-        raise ValueError(f"--mix {' '.join(mix)}: expected PART=SHARE ..., e.g. t2i=1 i2t=0.5") from None
-    if not set(out) <= set(PARTS):
-        raise ValueError(f"--mix {' '.join(mix)}: the parts are {', '.join(PARTS)}")
+        raise ValueError(f"{text}: expected PART=SHARE ..., e.g. t2i=1 i2t=0.5") from None
+    if not set(out) <= set(PARTS) or len(out) < len(items):
+        raise ValueError(f"{text}: the parts, each at most once, are {', '.join(PARTS)}")
+    if not all(0 < share <= 1000 for share in out.values()):
+        raise ValueError(f"{text}: shares must be above 0 and at most 1000")
     return out
 
 class Batches:

@@ -130,10 +130,13 @@ def loss_weight(args, part):
     return (drawing | dict(i2t=args.i2t_weight, align=ALIGN_WEIGHT)).get(part, 1.0)
 
 def check_args(args, world):
-    limits = dict.fromkeys(("steps", "batch", "accum", "pool", "captioned", "questions", "log_every"), (1, math.inf))
-    for name, (low, high) in (limits | dict.fromkeys(shape_world.SHARES + ("drop",), (0, 1))).items():
-        if not low <= getattr(args, name) <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name):g}: must be from {low} to {high}")
+    checkpoint.check_ranges(args)
+    if args.image_root and not any(path.endswith(".json") for path in args.i2t_data or ()):
+        raise ValueError(f"--image-root {args.image_root}: it is for the pictures of an --i2t-data JSON, and there "
+                         "is none")
+    if ("images" in args.mix) != (args.stage == "tokenizer") or (args.stage == "tokenizer" and len(args.mix) > 1):
+        raise ValueError(f"--stage {args.stage} --mix {' '.join(args.mix)}: images is the part of the tokenizer "
+                         "stage, and its only one")
     if not args.mix:
         raise ValueError("--mix and the weights of the losses leave nothing to train on")
     if "align" in args.mix and args.accum > 1:
@@ -148,8 +151,8 @@ def check_args(args, world):
             raise ValueError(f"--batch {args.batch} gives {n} {part} samples, which {world} processes x --accum "
                              f"{args.accum} cannot share: take a multiple of {whole * world * args.accum}")
     checkpoint.check_device(args.device)
-    if args.cfg is not None and (args.cfg < 1 or args.stage == "tokenizer"):
-        raise ValueError(f"--cfg {args.cfg:g}: guidance starts at 1, which is none, and a tokenizer has no guidance")
+    if args.cfg is not None and args.stage == "tokenizer":
+        raise ValueError(f"--cfg {args.cfg:g}: a tokenizer has no guidance")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the machine, the model, the optimizers, one step
