@@ -31,12 +31,14 @@ from vision_encoder import on_white
 # Template requests: what stands beside the image in a RecA prompt (arXiv 2509.07295). There are many, so that the
 # model learns to read the image and not one sentence, and they are short, because at tiny scale every text token
 # costs as much as an image token.
+
 with open(os.path.join(HERE, "weights", "templates.txt"), encoding="utf-8") as lines:
     RECA_TEMPLATES = lines.read().splitlines()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Real images: folders, tar shards, LLaVA JSON. One pass builds an index; pictures are then read at random, shards
 # stay packed.
+
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PIXELS = 89_478_485  # Pillow's own line: 256 MB of RGB. A larger file is a mistake or an attack.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses them: no warning on top
@@ -227,6 +229,7 @@ class Images:
 # ---------------------------------------------------------------------------------------------------------------------
 # Order and randomness: functions of (seed, step, index), so that nothing depends on the number of ranks or workers
 # and resuming is free.
+
 def _mix(*parts):
     """64 well-mixed bits: neighboring seeds and steps must give unrelated streams, and torch uses the low 32 alone."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
@@ -558,6 +561,7 @@ def prefetch(make, steps, depth=2):
         pool.shutdown(wait=True, cancel_futures=True)
 
 # ---------------------------------------------------------------------------------------------------------------------
+
 def check(paths, captions=False, image_root=None):
     """Read everything once and print what is there; True if it can be trained on."""
     images = Images(paths, captions, image_root, max_broken=1)
