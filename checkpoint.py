@@ -386,15 +386,16 @@ def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
 # run state
 
-def describe(args):
-    """What is needed to repeat a run, for its result.json."""
+def describe(args, state=None):
+    """What is needed to repeat a run, for its result.json; of a resumed one the first command, too."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = f"{os.cpu_count()} CPU cores"
     if args.device.startswith("cuda"):
         device = torch.cuda.get_device_name(args.device)
     command = f"torchrun{f' --nproc_per_node={world}' * (world > 1)} train.py {shlex.join(sys.argv[1:])}"
     here = dict(commit=git_commit(), torch=torch.__version__, world=world, device=device)
-    return dict(arch=args.arch, stage=args.stage, seed=args.seed, command=command, **here, args=vars(args))
+    commands = dict(command=state["command"], resumed_by=command) if state else dict(command=command)
+    return dict(arch=args.arch, stage=args.stage, seed=args.seed, **commands, **here, args=vars(args))
 
 class Log:
     """A run's lines: on the terminal, in log.jsonl and, if asked, in wandb or tensorboard; of the first process
@@ -546,13 +547,16 @@ class Interrupted(Exception):
     """A signal came while the model was judged."""
 
 @contextlib.contextmanager
-def averaged(run):
-    """The model with its averaged weights, where --ema keeps some: as it is judged, drawn with and saved for
-    sample.py."""
-    own = [p.detach().clone() for _, p in run.named] if run.ema else []
+def averaged(run, may_end=False):
+    """The model with its averaged weights, where --ema keeps some, as it is judged, drawn with and saved. may_end: a
+    signal may end what is done with it (Interrupted)."""
+    own, run.judging = [p.detach().clone() for _, p in run.named] if run.ema else [], may_end
     with torch.no_grad():
-        for (_, p), average in zip(run.named, (run.ema or {}).values()):
-            p.copy_(average)
-        yield
-        for (_, p), value in zip(run.named, own):
-            p.copy_(value)
+        try:
+            for (_, p), average in zip(run.named, (run.ema or {}).values()):
+                p.copy_(average)
+            yield
+        finally:
+            run.judging = False
+            for (_, p), value in zip(run.named, own):
+                p.copy_(value)

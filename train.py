@@ -48,7 +48,7 @@ import evaluate
 import image_tokenizer
 import sample
 import shape_world
-from custom_kernels import Muon, peak_flops
+from custom_kernels import Muon, peak_flops, step_if
 
 ALIGN_WEIGHT = 0.25  # a contrast over a batch of 48 starts at log 48, several times the other losses, far from 0
 
@@ -132,16 +132,13 @@ def loss_weight(args, part):
 def check_args(args, world):
     checkpoint.check_ranges(args)
     if args.image_root and not any(path.endswith(".json") for path in args.i2t_data or ()):
-        raise ValueError(f"--image-root {args.image_root}: it is for the pictures of an --i2t-data JSON, and there "
-                         "is none")
-    if ("images" in args.mix) != (args.stage == "tokenizer") or (args.stage == "tokenizer" and len(args.mix) > 1):
-        raise ValueError(f"--stage {args.stage} --mix {' '.join(args.mix)}: images is the part of the tokenizer "
-                         "stage, and its only one")
+        raise ValueError(f"--image-root {args.image_root} is for the pictures of an --i2t-data JSON, and there is none")
+    if ("images" in args.mix or args.stage == "tokenizer") and (args.stage, [*args.mix]) != ("tokenizer", ["images"]):
+        raise ValueError(f"--stage {args.stage} --mix {' '.join(args.mix)}: images is all that the tokenizer stage trains")
     if not args.mix:
         raise ValueError("--mix and the weights of the losses leave nothing to train on")
     if "align" in args.mix and args.accum > 1:
-        raise ValueError(f"--accum {args.accum}: align contrasts the pictures of a whole batch: --accum 1, or leave "
-                         "it out")
+        raise ValueError(f"--accum {args.accum}: align contrasts a whole batch: --accum 1, or a --mix without it")
     for part, share in args.mix.items():
         n = round(args.batch * share)
         if n < 1:
@@ -225,9 +222,7 @@ class Run:
         self.args, self.history, self.start, self.ema, self.judging = args, [], 0, None, False
         self.rank, self.world, self.device = setup(args)
         self.lock = checkpoint.claim(args, self.rank, self.world)
-        self.about = checkpoint.describe(args)  # now: the commit may be another one when the run ends
-        if state is not None:
-            self.about |= dict(command=state["command"], resumed_by=self.about["command"])
+        self.about = checkpoint.describe(args, state)  # now: the commit may be another one when the run ends
         self.model = build(args)
         if state is not None:
             self.model.load_state_dict(state["model"])
@@ -288,24 +283,17 @@ def train_step(run, step, micro_batches):
     return totals, norm
 
 def apply(run, step, good):
-    """The optimizers' step and the averages', where the gradient is finite (`good`, on the device); else nothing
-    changes and the step is counted, on the device too: report_step looks at it."""
-    args, cuda = run.args, run.device.type == "cuda"
+    """Updates weights and averages where the gradient is finite (`good`, on the device); else nothing changes and the
+    step is counted, on the device, too: report_step looks at it."""
     run.skipped += ~good
     run.streak.copy_(torch.where(good, 0, run.streak + 1))
     run.last_skip.copy_(torch.where(good, run.last_skip, step))
-    for optimizer, peak in zip(run.optimizers, (args.lr, args.muon_lr)):
+    for optimizer, peak in zip(run.optimizers, (run.args.lr, run.args.muon_lr)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step, peak)
-        if cuda:  # AdamW's own switch and ours, which no host waits for
-            optimizer.grad_scale, optimizer.found_inf = None, (~good).float()
-        if cuda or good:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    if run.ema:
-        weight = (1 - args.ema) * good
-        for average, (_, p) in zip(run.ema.values(), run.named):
-            average.lerp_(p.detach(), weight)
+            group["lr"] = learning_rate(run.args, step, peak)
+        step_if(optimizer, good)
+    for average, (_, p) in zip((run.ema or {}).values(), run.named):
+        average.lerp_(p.detach(), (1 - run.args.ema) * good)
 
 def global_counts(run, micro_batches):
     """{part: what its loss is divided by}: the targets of the whole step, in all processes and micro-batches, over the
@@ -350,13 +338,9 @@ def scores(run, step, title):
     args = run.args
     if not args.eval_n or args.config != "tiny" or run.rank > 0:
         return None
-    run.judging = True
-    try:
-        with checkpoint.averaged(run):
-            s = evaluate.score_all(run.model, args.eval_n, seed=0, split=args.eval_split,
-                                   questions=min(400, args.eval_n + 100), editing="edit" in run.weights)
-    finally:
-        run.judging = False
+    with checkpoint.averaged(run, may_end=True):
+        s = evaluate.score_all(run.model, args.eval_n, seed=0, split=args.eval_split,
+                               questions=min(400, args.eval_n + 100), editing="edit" in run.weights)
     run.log.write(dict(step=step, scores=s), title + evaluate.report(s))
     run.history.append(dict(step=step, scores=s))
     return s

@@ -43,3 +43,12 @@ def orthogonalize(x):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if tall else x
+
+def step_if(optimizer, good):
+    """optimizer.step() where `good`, a 0-dim bool tensor, is true, else nothing; then the gradients are dropped. On a
+    GPU the device decides (fused AdamW and Muon look at `found_inf`), so nobody waits for it."""
+    if good.is_cuda:
+        optimizer.grad_scale, optimizer.found_inf = None, (~good).float()
+    if good.is_cuda or good:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
