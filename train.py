@@ -420,10 +420,11 @@ def main(argv=None):
         run.log.say(f"stopped by {why[0]} after step {done}: checkpoint saved, continue with --resume {args.out}"
                     + " --stop-after 0" * (done == args.stop_after))
     run.log.close()
+    code = 0 if done in (args.steps, args.stop_after) else 128 + (signals + [signal.SIGTERM])[0]
     if run.world > 1:
         dist.barrier()
-        dist.destroy_process_group()
-    return 0 if done in (args.steps, args.stop_after) else 128 + (signals + [signal.SIGTERM])[0]
+        os._exit(code)  # DDP's end and gloo's threads may wait for each other, so neither is taken apart
+    return code
 
 def train(run, signals):
     """The loop -> the last step that was done."""
