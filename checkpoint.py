@@ -2,15 +2,23 @@
 sample.py loads) and, where a run can go on, `checkpoint.pt` (what --resume loads). Published checkpoints are read in
 the format in which they were published, strictly, and without executing anything that is in them.
 """
+import contextlib
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 import zipfile
 
 import torch
@@ -18,6 +26,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from text_tokenizer import load_tokenizer, read_json
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there two runs in one folder are not noticed
+    fcntl = None
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
@@ -30,9 +43,12 @@ def reason_of(e):
     return (str(e).strip() or type(e).__name__).splitlines()[0][:160]
 
 def atomic(path, write):
-    """Calls write(temporary path beside `path`), syncs that file to the disk and renames it: after a crash or on a
-    full disk `path` holds what it held before. Raises OSError in one line."""
-    path = os.fspath(path)
+    """Calls write(temporary path beside `path`), syncs that file and its folder to the disk and renames it: after a
+    crash or on a full disk `path` holds what it held before. Links are followed. Raises OSError in one line, also for a
+    path that is no regular file."""
+    path = os.path.realpath(path)
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise OSError(f"{path}: is a folder or a device, which is not replaced by a file: give another name")
     temporary = f"{path}.tmp{os.getpid()}"
     try:
         with open(temporary, "wb") as f:
@@ -42,6 +58,9 @@ def atomic(path, write):
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        os.fsync(folder)  # the new name, too
+        os.close(folder)
     except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors raise their own kinds on a full disk
         reason = getattr(e, "strerror", None) or reason_of(e)
         raise OSError(f"{path}: cannot be written ({reason}); what was there before is untouched") from None
@@ -51,6 +70,25 @@ def atomic(path, write):
 
 def write_text(path, text):
     atomic(path, lambda temporary: pathlib.Path(temporary).write_text(text, encoding="utf-8"))
+
+MANY = 10 ** 9
+RANGES = {  # lowest and highest value of every flag that is a number, in train.py, sample.py and evaluate.py
+    **dict.fromkeys(("steps", "log_every", "captioned", "pool"), (1, MANY)),
+    **dict.fromkeys(("warmup", "save_every", "eval_every", "eval_n", "stop_after", "clip"), (0, MANY)),
+    **dict.fromkeys(("batch", "n", "max_new_tokens"), (1, 10 ** 6)), **dict.fromkeys(("accum", "threads"), (1, 4096)),
+    **dict.fromkeys(("drop", "wrong_captions", "sparse_captions", "altered_share"), (0, 1)), "questions": (1, 64),
+    **dict.fromkeys(("betas", "ema"), (0, 1 - 1e-9)), **dict.fromkeys(("lr", "muon_lr", "muon_decay"), (0, 100)),
+    **dict.fromkeys(("weight_decay", "temperature"), (0, 100)), **dict.fromkeys(("i2t_weight", "t2i_weight"), (0, 1e6)),
+    "cfg": (1, 1000), "cache_gb": (0, 1e6), "seed": (0, 2 ** 62)}
+
+def check_ranges(args):
+    """Raises ValueError for a number outside of its range; nan is outside of every range."""
+    for name, (low, high) in RANGES.items():
+        given = getattr(args, name, None)
+        for value in given if isinstance(given, (list, tuple)) else [given]:
+            if value is not None and not low <= value <= high:
+                flag = f"--{name.replace('_', '-')} {value:g}"
+                raise ValueError(f"{flag}: must be from {low:g} to {high:g}" + " (1 is no guidance)" * (name == "cfg"))
 
 def check_device(name):
     """Raises ValueError for a --device that this machine or this torch does not have."""
@@ -77,13 +115,52 @@ def check_memory(device, trained):
 def one_line_errors(main):
     """Runs main() and exits with what it returns. What the user can put right (a missing file, a wrong value, too
     little memory) ends with its message alone and exit code 2; NANORECA_TRACEBACK=1 shows where it came from."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names that a terminal cannot print are escaped
     try:
         sys.exit(main() or 0)
-    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as e:
-        if os.environ.get("NANORECA_TRACEBACK"):
+    except KeyboardInterrupt:
+        if first_to_fail():
+            print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except Exception as e:
+        peer = isinstance(e, torch.distributed.DistError) or (isinstance(e, RuntimeError) and "gloo" in str(e))
+        known = (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError)
+        if os.environ.get("NANORECA_TRACEBACK") or not (peer or isinstance(e, known)):
             raise
-        print(f"error: {e}" if str(e) else f"error: {type(e).__name__}", file=sys.stderr, flush=True)
+        if peer:
+            e = f"another process of this run has died ({reason_of(e)}): go on with --resume"
+        if first_to_fail():
+            print(f"error: {e}" if str(e) else f"error: {type(e).__name__}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+def first_to_fail():
+    """Under torchrun one fault is one line: is this the first process of this launch that has something to say?"""
+    launcher = f"/proc/{os.getppid()}/stat"
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not os.path.exists(launcher):
+        return True
+    with open(launcher) as f:
+        started = f.read().rsplit(")", 1)[1].split()[19]  # so that a later launcher with this number is another one
+    try:
+        marker = os.path.join(tempfile.gettempdir(), f"nanoreca-{os.getppid()}-{started}")
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+def end_with_launcher():
+    """Ends this process within 10 seconds of its launcher's death, with a checkpoint if a step ends in time."""
+    launcher = os.getppid()
+
+    def watch():
+        while os.getppid() == launcher:
+            time.sleep(1)
+        print("the launcher of this process has died: stopping", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(7)
+        os._exit(2)
+    threading.Thread(target=watch, daemon=True).start()
 
 def git_commit():
     try:
@@ -309,26 +386,31 @@ def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
 # run state
 
-def describe(args):
-    """What is needed to repeat a run, for its result.json."""
+def describe(args, state=None):
+    """What is needed to repeat a run, for its result.json; of a resumed one the first command, too."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = f"{os.cpu_count()} CPU cores"
     if args.device.startswith("cuda"):
         device = torch.cuda.get_device_name(args.device)
     command = f"torchrun{f' --nproc_per_node={world}' * (world > 1)} train.py {shlex.join(sys.argv[1:])}"
     here = dict(commit=git_commit(), torch=torch.__version__, world=world, device=device)
-    return dict(arch=args.arch, stage=args.stage, seed=args.seed, command=command, **here, args=vars(args))
+    commands = dict(command=state["command"], resumed_by=command) if state else dict(command=command)
+    return dict(arch=args.arch, stage=args.stage, seed=args.seed, **commands, **here, args=vars(args))
 
 class Log:
     """A run's lines: on the terminal, in log.jsonl and, if asked, in wandb or tensorboard; of the first process
     only."""
 
-    def __init__(self, args, first):
+    def __init__(self, args, first, start):
         self.file = self.extra = None
         if not first:
             return
-        os.makedirs(args.out, exist_ok=True)
-        self.file = open(os.path.join(args.out, "log.jsonl"), "a" if args.resume else "w")
+        path = os.path.join(args.out, "log.jsonl")
+        if start and os.path.exists(path):  # a run that died had gone further than its checkpoint
+            with open(path, encoding="utf-8", errors="replace") as f:
+                lines = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] <= start]
+            write_text(path, "".join(lines))
+        self.file = open(path, "a")
         if args.log == "wandb":
             import wandb
             self.extra = wandb.init(project="nanoreca", name=os.path.basename(args.out), config=vars(args)).log
@@ -355,18 +437,89 @@ class Log:
         if self.file:
             self.file.close()
 
+RUN_FILES = ("checkpoint.pt", "model.safetensors", "log.jsonl")
+
+def claim(args, rank, world):
+    """Makes the run folder this run's own until it ends -> the open lock, on the first process. Sets args.out, on all
+    processes, or raises on all of them what `lock_folder` raises."""
+    said, lock = [None], None
+    if rank == 0:
+        try:
+            said[0], lock = lock_folder(args)
+        except (ValueError, OSError) as e:
+            said[0] = e
+    if world > 1:
+        torch.distributed.broadcast_object_list(said)
+    if isinstance(said[0], Exception):
+        raise said[0]
+    args.out = said[0]
+    return lock
+
+def lock_folder(args):
+    """-> (folder, open lock file). Where nobody typed --out, the next free name is taken. Raises ValueError where the
+    folder is in use or holds another run, OSError where it cannot be written."""
+    first = args.out or os.path.join("runs", f"{args.arch}-{args.stage}")
+    for n in itertools.count(1):
+        out = first if n == 1 else f"{first}-{n}"
+        os.makedirs(out, exist_ok=True)
+        lock, problem = open(os.path.join(out, "run.lock"), "a+"), None
+        holds = [name for name in RUN_FILES if os.path.exists(os.path.join(out, name))]
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, however that ends
+            if holds and not (args.resume or args.overwrite):
+                problem = f"holds a run ({', '.join(holds)}): give another --out, --resume it, or --overwrite it"
+        except OSError:
+            lock.seek(0)
+            problem = f"is in use by {lock.read().strip() or 'another process'}: wait, stop that, or give another --out"
+        if problem is None:
+            break
+        lock.close()
+        if args.out:
+            raise ValueError(f"{out} {problem}")
+    for name in os.listdir(out):
+        if re.search(r"\.tmp\d+$", name) or (args.overwrite and not args.resume and name in RUN_FILES):
+            os.remove(os.path.join(out, name))
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return out, lock
+
+def size_of(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+def check_disk(folder, need):
+    """ValueError where `need` bytes do not fit beside what is there. A file is written whole before the old one
+    goes."""
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        def text(n):
+            return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+        raise ValueError(f"{folder}: a checkpoint needs {text(need)} and {text(free)} are free: make room, or give "
+                         "--out on another disk (what was saved before is untouched)")
+
+def last_good(folder):
+    path = os.path.join(folder, "checkpoint.pt")
+    return f"{path} is good, go on from it with --resume" if os.path.exists(path) else "no checkpoint was saved before"
+
+def check_finite(named, folder):
+    """ValueError where weights are not finite, with what can be gone back to."""
+    bad = [name for name, t in named if not torch.isfinite(t).all()]
+    if bad:
+        path = os.path.join(folder, "checkpoint.pt")
+        good = f"{path} holds the last good step" if os.path.exists(path) else "no checkpoint was saved before"
+        raise ValueError(f"{len(bad)} weights are not finite (first {bad[0]}), so nothing is written; {good}: lower "
+                         "--lr")
+
 def save_state(run, step):
     """checkpoint.pt of a run, for --resume: each step seeds itself, so the position is the step alone. Raises
-    ValueError where the disk has no room for it, OSError where writing fails."""
+    ValueError for weights that are not finite or a full disk, OSError where writing fails."""
     folder, optimizers = run.args.out, [optimizer.state_dict() for optimizer in run.optimizers]
-    state = dict(step=step, args=vars(run.args), model=run.model.state_dict(), optimizers=optimizers, ema=run.ema,
-                 history=run.history)
-    need = sum(t.numel() * t.element_size() for t in state["model"].values()) * 4  # weights, two moments, averages
-    path, free = os.path.join(folder, "checkpoint.pt"), shutil.disk_usage(folder).free
-    if need > free:
-        raise ValueError(f"{path}: the checkpoint needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: "
-                         "make room or give --out on another disk (the last checkpoint is untouched)")
-    atomic(path, lambda temporary: torch.save(state, temporary))
+    check_finite([*run.named, *(run.ema or {}).items()], folder)
+    state = dict(step=step, args=vars(run.args), command=run.about["command"], model=run.model.state_dict(),
+                 optimizers=optimizers, ema=run.ema, history=run.history)
+    check_disk(folder, run.checkpoint_size)
+    atomic(os.path.join(folder, "checkpoint.pt"), lambda temporary: torch.save(state, temporary))
 
 def read_checkpoint(folder):
     path = os.path.join(folder, "checkpoint.pt")
@@ -389,3 +542,21 @@ def load_state(run, state):
         for name, value in state["ema"].items():
             run.ema[name].copy_(value)
     run.start, run.history = state["step"], state["history"]
+
+class Interrupted(Exception):
+    """A signal came while the model was judged."""
+
+@contextlib.contextmanager
+def averaged(run, may_end=False):
+    """The model with its averaged weights, where --ema keeps some, as it is judged, drawn with and saved. may_end: a
+    signal may end what is done with it (Interrupted)."""
+    own, run.judging = [p.detach().clone() for _, p in run.named] if run.ema else [], may_end
+    with torch.no_grad():
+        try:
+            for (_, p), average in zip(run.named, (run.ema or {}).values()):
+                p.copy_(average)
+            yield
+        finally:
+            run.judging = False
+            for (_, p), value in zip(run.named, own):
+                p.copy_(value)

@@ -306,15 +306,18 @@ VIEWS = {"full": None, "scrambled": scrambled, "shuffled": shuffled}
 PARTS = ("recon", "t2i", "i2t", "edit", "text", "uncond", "align", "words", "images")  # what a step may be made of
 
 def read_mix(mix):
-    """["recon=1", ...], or the dictionary itself -> {part: share of --batch}."""
+    """["recon=1", ...], or the dictionary itself -> {part: share of --batch}. Raises ValueError."""
     if isinstance(mix, dict):
         return mix
+    items, text = [item.partition("=") for item in mix], f"--mix {' '.join(mix)}"
     try:
-        out = {part: float(share) for part, share in (item.split("=") for item in mix)}
+        out = {part: float(share) for part, _, share in items}
     except ValueError:
-        raise ValueError(f"--mix {' '.join(mix)}: expected PART=SHARE ..., e.g. t2i=1 i2t=0.5") from None
-    if not set(out) <= set(PARTS):
-        raise ValueError(f"--mix {' '.join(mix)}: the parts are {', '.join(PARTS)}")
+        raise ValueError(f"{text}: expected PART=SHARE ..., e.g. t2i=1 i2t=0.5") from None
+    if not set(out) <= set(PARTS) or len(out) < len(items):
+        raise ValueError(f"{text}: the parts, each at most once, are {', '.join(PARTS)}")
+    if not all(0 < share <= 1000 for share in out.values()):
+        raise ValueError(f"{text}: shares must be above 0 and at most 1000")
     return out
 
 class Batches:
@@ -518,6 +521,11 @@ class Batches:
             return {"turns": [shape_world.question(scene, rng)[:2] for _ in range(args.questions)]}
         return {}
 
+    def sample_numbers(self, step):
+        """{part: numbers of all samples in its pool} of a step, for messages."""
+        sizes = {part: self.size[self.pool_of.get(part, "text")] for part in self.samples}
+        return {part: batch_indices(sizes[part], n, self.args.seed, step, part).tolist() for part, n in self.samples.items()}
+
     def batch(self, step, micro=0):
         """Micro-batch `micro` of optimizer step `step`, for this process: a function of these and of --seed alone."""
         out, seed = {}, self.args.seed
@@ -533,7 +541,8 @@ class Batches:
                 encodings |= self.fetch("edit_sources", index, "source_")
             rows = [self.row(part, int(i), text_rng(seed, step, part, place)) for i, place in zip(index, places)]
             generators = [sample_generator(seed, step, place, part) for place in places]
-            shared = sample_generator(seed, step, micro, f"rate-{part}")  # the same numbers on every process
+            # what all parts, processes and micro-batches have in common
+            shared = sample_generator(seed, step, 0, "shared")
             out[part] = self.model.collate(part, rows, generators, shared, pad_to) | encodings
         return out
 

@@ -227,6 +227,7 @@ def parse_args(argv=None):
     p.add_argument("--geneval", metavar="JSONL", help="draw GenEval's prompts instead, in its folders, under --out")
     p.add_argument("--out", default="geneval")
     args = p.parse_args(argv)
+    checkpoint.check_ranges(args)
     if args.n is None:
         args.n = 4 if args.geneval else 600
     if args.config != "tiny" and not args.geneval:

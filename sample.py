@@ -146,13 +146,12 @@ def parse_args(argv=None):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="sample.png")
     args = p.parse_args(argv)
+    checkpoint.check_ranges(args)
     painting = args.inpaint or args.extrapolate
     if bool(args.image) != bool(args.question or args.edit or args.reconstruct or painting):
         p.error("--image FILE and one of --question, --edit, --reconstruct, --inpaint, --extrapolate need each other")
     if args.image and len(args.prompt or ()) != bool(painting):
         p.error("one --prompt goes with --inpaint and --extrapolate, none with the other uses of --image")
-    if args.n < 1 or (args.steps is not None and args.steps < 1):
-        p.error("--n and --steps must be at least 1")
     return args
 
 def call(model, args, name, *inputs, **options):

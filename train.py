@@ -48,16 +48,16 @@ import evaluate
 import image_tokenizer
 import sample
 import shape_world
-from custom_kernels import Muon
+from custom_kernels import Muon, peak_flops, step_if
 
 ALIGN_WEIGHT = 0.25  # a contrast over a batch of 48 starts at log 48, several times the other losses, far from 0
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40": 181, "4090": 165, "3090": 71}  # dense bf16, for MFU
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     checkpoint.add_flags(p)
     p.add_argument("--stage", choices=("tokenizer", "base", "sft", "reca"), default="reca")
-    p.add_argument("--out", help="run folder (default: runs/ARCH-STAGE)")
+    p.add_argument("--out", help="run folder (default: runs/ARCH-STAGE, or the next free runs/ARCH-STAGE-N)")
+    p.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
     p.add_argument("--resume", metavar="RUN", help="run folder to continue; its arguments are kept unless given again")
     add = p.add_argument_group("your data (default: the shape world)").add_argument
     add("--data", nargs="+", help="images: folders, tar shards, files; captions are read for --stage sft and base only")
@@ -110,7 +110,7 @@ def parse_args(argv=None):
                              f"{getattr(args, name)}; give it to a new run as --ckpt {args.resume}")
     args.betas, args.mix = tuple(args.betas), data.read_mix(args.mix)
     args.mix = {part: share for part, share in args.mix.items() if loss_weight(args, part) > 0}
-    args.out = first.out or first.resume or os.path.join("runs", f"{args.arch}-{args.stage}")
+    args.out, args.overwrite = first.out or first.resume, first.overwrite
     args.captioned = args.captioned or args.pool
     return args, state
 
@@ -130,12 +130,15 @@ def loss_weight(args, part):
     return (drawing | dict(i2t=args.i2t_weight, align=ALIGN_WEIGHT)).get(part, 1.0)
 
 def check_args(args, world):
-    limits = dict.fromkeys(("steps", "batch", "accum", "pool", "captioned", "questions", "log_every"), (1, math.inf))
-    for name, (low, high) in (limits | dict.fromkeys(shape_world.SHARES + ("drop",), (0, 1))).items():
-        if not low <= getattr(args, name) <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name):g}: must be from {low} to {high}")
+    checkpoint.check_ranges(args)
+    if args.image_root and not any(path.endswith(".json") for path in args.i2t_data or ()):
+        raise ValueError(f"--image-root {args.image_root} is for the pictures of an --i2t-data JSON, and there is none")
+    if ("images" in args.mix or args.stage == "tokenizer") and (args.stage, [*args.mix]) != ("tokenizer", ["images"]):
+        raise ValueError(f"--stage {args.stage} --mix {' '.join(args.mix)}: images is all that the tokenizer stage trains")
     if not args.mix:
         raise ValueError("--mix and the weights of the losses leave nothing to train on")
+    if "align" in args.mix and args.accum > 1:
+        raise ValueError(f"--accum {args.accum}: align contrasts a whole batch: --accum 1, or a --mix without it")
     for part, share in args.mix.items():
         n = round(args.batch * share)
         if n < 1:
@@ -145,8 +148,8 @@ def check_args(args, world):
             raise ValueError(f"--batch {args.batch} gives {n} {part} samples, which {world} processes x --accum "
                              f"{args.accum} cannot share: take a multiple of {whole * world * args.accum}")
     checkpoint.check_device(args.device)
-    if args.cfg is not None and (args.cfg < 1 or args.stage == "tokenizer"):
-        raise ValueError(f"--cfg {args.cfg:g}: guidance starts at 1, which is none, and a tokenizer has no guidance")
+    if args.cfg is not None and args.stage == "tokenizer":
+        raise ValueError(f"--cfg {args.cfg:g}: a tokenizer has no guidance")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the machine, the model, the optimizers, one step
@@ -163,6 +166,8 @@ def setup(args):
     if args.threads or device.type == "cpu":  # torchrun sets OMP_NUM_THREADS=1; the cores belong to all processes
         here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // here))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        checkpoint.end_with_launcher()
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
@@ -214,14 +219,20 @@ class Run:
     """What a run holds. model: as it is saved; forward: as it is called, wrapped for several processes and compiled."""
 
     def __init__(self, args, state):
-        self.args, self.history, self.start, self.ema = args, [], 0, None
+        self.args, self.history, self.start, self.ema, self.judging = args, [], 0, None, False
         self.rank, self.world, self.device = setup(args)
+        self.lock = checkpoint.claim(args, self.rank, self.world)
+        self.about = checkpoint.describe(args, state)  # now: the commit may be another one when the run ends
         self.model = build(args)
         if state is not None:
             self.model.load_state_dict(state["model"])
         self.model.to(self.device)
         self.named = self.model.trainable_parameters(args.stage)
-        checkpoint.check_memory(args.device, sum(p.numel() for _, p in self.named))
+        trained = checkpoint.size_of(p for _, p in self.named)
+        self.checkpoint_size = checkpoint.size_of(self.model.state_dict().values()) + trained * (3 if args.ema else 2)
+        if self.rank == 0:  # before anything is encoded
+            checkpoint.check_disk(args.out, self.checkpoint_size)
+        checkpoint.check_memory(args.device, trained // 4)
         self.weights = {part: loss_weight(args, part) for part in args.mix}
         self.batches = data.Batches(args, self.model, self.device, self.rank, self.world)
         self.optimizers = make_optimizers(args, self.model, self.named)
@@ -230,7 +241,8 @@ class Run:
         if state is not None:
             checkpoint.load_state(self, state)
         self.forward = self.wrapped()
-        self.log = checkpoint.Log(args, self.rank == 0)
+        self.skipped, self.streak, self.last_skip = torch.zeros(3, dtype=torch.int64, device=self.device).unbind()
+        self.log = checkpoint.Log(args, self.rank == 0, self.start)
         trained, total = sum(p.numel() for _, p in self.named), sum(p.numel() for p in self.model.parameters())
         batch = " + ".join(f"{n} {part}" for part, n in self.batches.samples.items())
         self.log.say(f"{args.arch} {args.config}, stage {args.stage}: {total:,} parameters, {trained:,} train; "
@@ -267,14 +279,21 @@ def train_step(run, step, micro_batches):
         for part in parts:
             totals[part] += losses[part].detach() / M
     norm = torch.nn.utils.clip_grad_norm_([p for _, p in run.named], args.clip if args.clip > 0 else math.inf)
-    for optimizer, peak in zip(run.optimizers, (args.lr, args.muon_lr)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step, peak)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    if run.ema:
-        torch._foreach_lerp_(list(run.ema.values()), [p.detach() for _, p in run.named], 1 - args.ema)
+    apply(run, step, torch.isfinite(norm))
     return totals, norm
+
+def apply(run, step, good):
+    """Updates weights and averages where the gradient is finite (`good`, on the device); else nothing changes and the
+    step is counted, on the device, too: report_step looks at it."""
+    run.skipped += ~good
+    run.streak.copy_(torch.where(good, 0, run.streak + 1))
+    run.last_skip.copy_(torch.where(good, run.last_skip, step))
+    for optimizer, peak in zip(run.optimizers, (run.args.lr, run.args.muon_lr)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(run.args, step, peak)
+        step_if(optimizer, good)
+    for average, (_, p) in zip((run.ema or {}).values(), run.named):
+        average.lerp_(p.detach(), (1 - run.args.ema) * good)
 
 def global_counts(run, micro_batches):
     """{part: what its loss is divided by}: the targets of the whole step, in all processes and micro-batches, over the
@@ -290,11 +309,6 @@ def global_counts(run, micro_batches):
 # ---------------------------------------------------------------------------------------------------------------------
 # what is said, judged and saved
 
-def peak_flops(device):
-    """Dense bf16 operations per second of a GPU; infinite where that is not known, so that MFU is 0."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((1e12 * tflops for key, tflops in PEAK_TFLOPS.items() if key in name), math.inf)
-
 def report_step(run, done, totals, norm, seconds):
     """Says and logs a step, with the means over all processes. Raises ValueError where the loss is no number."""
     args, samples, row = run.args, run.batches.samples, torch.stack(list(totals.values()))
@@ -307,9 +321,13 @@ def report_step(run, done, totals, norm, seconds):
     r["images_per_s"] = sum(n for part, n in samples.items() if part != "text") / seconds
     flops = sum(run.model.flops_per_sample(part) * n for part, n in samples.items())
     r["mfu"] = flops / seconds / run.world / peak_flops(run.device)
+    if run.streak >= 3:
+        raise ValueError(f"{int(run.streak)} steps in a row had a gradient that is not finite; the last, step "
+                         f"{int(run.last_skip) + 1}, had samples {run.batches.sample_numbers(int(run.last_skip))}: "
+                         f"lower --lr ({args.lr:g}), or look at these samples; {checkpoint.last_good(args.out)}")
     losses = f"loss {r['loss']:.4f} " + " ".join(f"{part} {r[part]:.4f}" for part in totals)
-    if not math.isfinite(r["loss"]):
-        raise ValueError(f"step {done}: {losses}: lower --lr ({args.lr:g}); the last checkpoint is untouched")
+    if run.skipped:
+        losses += f" skipped {int(run.skipped)}"
     run.history.append(r)
     mfu, eta = f" MFU {100 * r['mfu']:.1f}%" if r["mfu"] else "", int(seconds * (args.steps - done))
     run.log.write(r, f"step {done}/{args.steps} {losses} lr {r['lr']:.1e} norm {r['grad_norm']:.2f} {r['ms']:.0f} ms "
@@ -320,8 +338,9 @@ def scores(run, step, title):
     args = run.args
     if not args.eval_n or args.config != "tiny" or run.rank > 0:
         return None
-    s = evaluate.score_all(run.model, args.eval_n, seed=0, split=args.eval_split, questions=min(400, args.eval_n + 100),
-                           editing="edit" in run.weights)
+    with checkpoint.averaged(run, may_end=True):
+        s = evaluate.score_all(run.model, args.eval_n, seed=0, split=args.eval_split,
+                               questions=min(400, args.eval_n + 100), editing="edit" in run.weights)
     run.log.write(dict(step=step, scores=s), title + evaluate.report(s))
     run.history.append(dict(step=step, scores=s))
     return s
@@ -333,12 +352,15 @@ def pictures(run):
         source = shape_world.Scenes(8, seed=777).render()
     elif run.args.data and run.args.stage == "reca":
         source = run.batches.first_pictures(8)
-    return sample.show(run.model, source, torch.Generator(run.device).manual_seed(run.args.seed))
+    with checkpoint.averaged(run):
+        return sample.show(run.model, source, torch.Generator(run.device).manual_seed(run.args.seed))
 
 def save_weights(run, **extra):
     """model.safetensors and config.json, for sample.py, and loss.png."""
     args, model = run.args, run.model.tokenizer if run.args.stage == "tokenizer" else run.model
-    checkpoint.save_model(model, args.out, args.arch, text_tokenizer=args.text_tokenizer or "tiny", **extra)
+    with checkpoint.averaged(run):
+        checkpoint.check_finite(model.named_parameters(), args.out)
+        checkpoint.save_model(model, args.out, args.arch, text_tokenizer=args.text_tokenizer or "tiny", **extra)
     sample.save_png(sample.curves(run.history, run.weights), os.path.join(args.out, "loss.png"))
 
 def stops(run, done, signals):
@@ -352,43 +374,47 @@ def stops(run, done, signals):
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag)
 
-def finish(run, about, before, sheet, started):
-    """The end of a whole run, on the first process: averaged weights, scores, result.json, pictures."""
+def finish(run, before, sheet, started):
+    """The end of a whole run, on the first process: scores, weights, result.json, pictures."""
     args = run.args
-    if run.ema:
-        with torch.no_grad():
-            torch._foreach_copy_([p for _, p in run.named], list(run.ema.values()))
     if args.stage == "tokenizer":
         run.model.finish(data.to_float(shape_world.Scenes(4096, seed=args.seed).render(), run.device))
     after = scores(run, args.steps, "after:  ")
     save_weights(run, step=args.steps, scores_before=before, scores_after=after)
     curve = [(r["step"], r["scores"]) for r in run.history if "scores" in r]
-    result = dict(about, seconds=time.time() - started, curve=curve, scores=after)
+    result = dict(run.about, seconds=time.time() - started, curve=curve, scores=after)
     checkpoint.write_text(os.path.join(args.out, "result.json"), json.dumps(result, indent=1, default=str))
     if before and after:
         run.log.say(evaluate.report_change(before, after))
     sample.save_png(sample.before_after(sheet, pictures(run)), os.path.join(args.out, "before_after.png"))
     run.log.say(f"run folder: {args.out} ({', '.join(sorted(os.listdir(args.out)))})")
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 def main(argv=None):
     started, signals = time.time(), []
     args, state = parse_args(argv)
     check_args(args, int(os.environ.get("WORLD_SIZE", 1)))
-    about = checkpoint.describe(args)  # now: the commit may be another one when the run ends
     run = Run(args, state)
+    del state  # several times the model's size
     before, sheet = next((r["scores"] for r in run.history if r["step"] == 0), None), None
-    if state is not None:
+    if run.start:
         run.log.say(f"resumed {args.out} at step {run.start}")
     elif run.rank == 0:
         if args.ckpt or args.stage in ("sft", "reca"):  # else there is nothing to judge yet
             before = scores(run, 0, "before: ")
         sheet = pictures(run)
-    handlers = [signal.signal(s, lambda number, frame: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)]
+
+    def stop(number, frame):
+        signals.append(number)
+        if run.judging:
+            raise checkpoint.Interrupted
+    handlers = [signal.signal(number, stop) for number in SIGNALS]
     done = train(run, signals)
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+    for number, handler in zip(SIGNALS, handlers):
         signal.signal(number, handler)  # the last checkpoint is written: from now on a signal simply ends the program
     if done == args.steps and run.rank == 0:
-        finish(run, about, before, sheet, started)
+        finish(run, before, sheet, started)
     elif done < args.steps:
         why = [signal.Signals(number).name for number in signals] or ["--stop-after"]
         run.log.say(f"stopped by {why[0]} after step {done}: checkpoint saved, continue with --resume {args.out}"
@@ -411,7 +437,8 @@ def train(run, signals):
             report_step(run, done, totals, norm, (time.time() - clock) / (done - since))
             clock, since = time.time(), done
         if args.eval_every and done % args.eval_every == 0 and done < args.steps:
-            scores(run, done, f"step {done}: ")
+            with contextlib.suppress(checkpoint.Interrupted):
+                scores(run, done, f"step {done}: ")
             clock, since = time.time(), done
         halt = stops(run, done, signals)
         saves = halt or done == args.steps or (args.save_every and done % args.save_every == 0)

@@ -6,8 +6,10 @@ was tested and how; `python -m custom_kernels.bench` measures where a kernel win
 from .attention import attention, attention_plan
 from .diffusion_loss import add_noise, diffusion_loss_rows, diffusion_tables, flow_loss_rows
 from .linear_cross_entropy import linear_cross_entropy
-from .muon import Muon
+from .muon import Muon, step_if
+from .pick import peak_flops
 from .rms_norm import rms_norm
 
 __all__ = ["Muon", "add_noise", "attention", "attention_plan", "diffusion_loss_rows", "diffusion_tables",
-           "flow_loss_rows", "linear_cross_entropy", "rms_norm"]
+           "flow_loss_rows", "linear_cross_entropy", "peak_flops", "rms_norm",
+           "step_if"]

@@ -23,10 +23,15 @@ class Muon(torch.optim.Optimizer):
                     if not self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 grads, buffers = [p.grad for p in same], [self.state[p]["momentum_buffer"] for p in same]
+                bad, decay = getattr(self, "found_inf", None), group["lr"] * group["weight_decay"]
+                if bad is not None:  # a 0-dim tensor, 1 where this step is to change nothing, as in torch's fused AdamW
+                    grads = [torch.where(bad > 0, buffer, grad) for buffer, grad in zip(buffers, grads)]
+                    decay = decay * (1 - bad)
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 x = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # (matrices, rows, columns)
                 x = orthogonalize(x if x.device.type == "cpu" else x.bfloat16()).to(same[0].dtype)
-                torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
+                x = x if bad is None else x * (1 - bad)
+                torch._foreach_mul_(same, 1 - decay)
                 torch._foreach_add_(same, list(x.unbind()), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
 def orthogonalize(x):
@@ -38,3 +43,12 @@ def orthogonalize(x):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if tall else x
+
+def step_if(optimizer, good):
+    """optimizer.step() where `good`, a 0-dim bool tensor, is true, else nothing; then the gradients are dropped. On a
+    GPU the device decides (fused AdamW and Muon look at `found_inf`), so nobody waits for it."""
+    if good.is_cuda:
+        optimizer.grad_scale, optimizer.found_inf = None, (~good).float()
+    if good.is_cuda or good:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)

@@ -67,3 +67,10 @@ def dot_precision(dtype):
     if dtype != torch.float32:
         return "ieee"  # half precision and float64 have one way only
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40": 181, "4090": 165, "3090": 71}  # dense bf16, for MFU
+
+def peak_flops(device):
+    """Dense bf16 operations per second of a GPU; infinite where that is not known, so that MFU is 0."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((1e12 * tflops for key, tflops in PEAK_TFLOPS.items() if key in name), float("inf"))

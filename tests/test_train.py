@@ -195,29 +195,50 @@ def test_batches_do_not_depend_on_the_split():
             assert whole[part]["count"] == sum(h[part]["count"] for h in halves)
     assert not torch.equal(one.batch(4)["t2i"]["noise"], whole["t2i"]["noise"])
 
-def gradients(arch, accum, *more):
-    """The first step's losses and gradients, with --accum micro-batches."""
-    args, _ = train.parse_args(["--arch", arch, "--batch", "8", "--pool", "16", "--accum", str(accum),
-                                "--device", "cpu", "--understanding", "full", *more])
+GRADIENTS = """
+import sys, torch, train
+arch, folder, *accums = sys.argv[1:]
+for accum in accums:
+    parts = ["t2i=1", "i2t=1", "text=1", "recon=1"]
+    args, _ = train.parse_args(["--arch", arch, "--stage", "base", "--batch", "8", "--pool", "16", "--accum", accum,
+                                "--device", "cpu", "--threads", "1", "--mix", *parts, "--out", f"{folder}/run",
+                                "--overwrite"])
     run = train.Run(args, None)
     run.model.train()
-    run.optimizers = []  # the gradients stay as they are
-    totals, norm = train.train_step(run, 0, [run.batches.batch(0, m) for m in range(accum)])
-    run.log.close()
+    train.apply = lambda *args: None  # the gradients stay as they are
+    totals, norm = train.train_step(run, 0, [run.batches.batch(0, m) for m in range(args.accum)])
+    losses = torch.stack(list(totals.values()))
+    if run.world > 1:
+        train.dist.all_reduce(losses)
     found = {n: p.grad for n, p in run.named if p.grad is not None}
-    return {part: v.item() for part, v in totals.items()}, found, norm.item()
+    if run.rank == 0:
+        torch.save((losses / run.world, found), f"{folder}/{run.world}x{accum}.pt")
+    run.log.close()
+    del run  # and with it the lock
+    if train.dist.is_initialized():
+        train.dist.barrier()
+        train.dist.destroy_process_group()
+"""
 
-@pytest.mark.parametrize("arch, parts", [("ar", ["i2t=1", "recon=1", "t2i=1", "text=1"]),
-                                         ("diffusion", ["recon=1", "t2i=1", "edit=1"])])
-def test_accumulation_changes_nothing(arch, parts, tmp_path):
-    """Losses are means over the tokens of the whole step, whatever micro-batch holds how many."""
-    more = ["--i2t-weight", "1", "--t2i-weight", "1", "--mix", *parts, "--out", str(tmp_path)]
-    losses_1, gradients_1, norm = gradients(arch, 1, *more)
-    for accum in (2, 4):
-        losses_n, gradients_n, norm_n = gradients(arch, accum, *more)
-        assert losses_n == pytest.approx(losses_1, rel=2e-6) and norm_n == pytest.approx(norm, rel=2e-6)
-        for name, g in gradients_1.items():
-            assert (gradients_n[name] - g).norm() <= 5e-6 * norm, name  # fp32 rounds in another order
+@pytest.mark.parametrize("arch", ARCHS)
+def test_processes_times_micro_batches_are_one(arch, tmp_path):
+    """Losses are means over the tokens of the whole step, whatever process and micro-batch hold how many."""
+    script = tmp_path / "gradients.py"
+    script.write_text(GRADIENTS)
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=ROOT)
+    done = python(str(script), arch, str(tmp_path), "1", "2", "4", env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for accum in ("1", "2"):
+        done = python(*launcher, str(script), arch, str(tmp_path), accum, env=env)
+        assert done.returncode == 0, done.stderr[-2000:]
+    losses, found = torch.load(tmp_path / "1x1.pt")
+    norm = torch.stack([g.norm() for g in found.values()]).norm()
+    for name in ("1x2", "1x4", "2x1", "2x2"):
+        other_losses, other = torch.load(tmp_path / f"{name}.pt")
+        assert torch.allclose(losses, other_losses, rtol=1e-6, atol=0), name
+        difference = torch.stack([(other[k] - g).norm() for k, g in found.items()]).norm()
+        assert difference <= 1e-6 * norm, (name, difference / norm)
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("arch", ARCHS)

@@ -1,0 +1,220 @@
+"""Run folders: one run each, nothing that was saved is lost, nothing broken is saved, whatever ends a run."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import train
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SMALL = ["--arch", "ar", "--stage", "base", "--batch", "8", "--pool", "32", "--eval-n", "0", "--log-every", "1",
+         "--steps", "4", "--warmup", "2", "--device", "cpu", "--threads", "1"]
+
+def run(*argv):
+    handlers = {number: signal.getsignal(number) for number in train.SIGNALS}
+    threads = torch.get_num_threads()
+    try:
+        return train.main([*argv])
+    finally:
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+def launch(n, *argv, script="train.py"):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", script, *argv]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+def rows(folder):
+    lines = [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
+    timed = ("ms", "images_per_s", "mfu")
+    return [{k: v for k, v in row.items() if k not in timed} for row in lines if "loss" in row]
+
+@pytest.fixture
+def bad_norms(monkeypatch):
+    """Makes the gradient norm of the steps in the returned list nan."""
+    steps, true, now = [], torch.nn.utils.clip_grad_norm_, iter(range(10 ** 6))
+
+    def norm(*args):
+        out = true(*args)
+        return out * float("nan") if next(now) in steps else out
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", norm)
+    return steps
+
+def test_a_step_with_a_bad_gradient_changes_nothing(tmp_path, bad_norms, capsys):
+    out = str(tmp_path / "a")
+    bad_norms.append(2)
+    assert run(*SMALL, "--ema", "0.5", "--out", out, "--stop-after", "2") == 0
+    before = torch.load(os.path.join(out, "checkpoint.pt"), weights_only=True)
+    assert run("--resume", out, "--stop-after", "3") == 0
+    after = torch.load(os.path.join(out, "checkpoint.pt"), weights_only=True)
+    assert " skipped 1 " in capsys.readouterr().out and after["step"] == 3
+    for part in ("model", "ema"):
+        assert all(torch.equal(before[part][k], v) for k, v in after[part].items())
+    moments = [[s["exp_avg"] for s in state["optimizers"][0]["state"].values()] for state in (before, after)]
+    assert all(torch.equal(a, b) for a, b in zip(*moments))
+
+def test_three_bad_gradients_end_the_run_with_the_samples(tmp_path, bad_norms):
+    out = str(tmp_path / "a")
+    assert run(*SMALL, "--steps", "9", "--out", out, "--stop-after", "2") == 0
+    good = open(os.path.join(out, "checkpoint.pt"), "rb").read()
+    bad_norms += [2, 3, 4]
+    with pytest.raises(ValueError, match=r"3 steps in a row .* step 5, had samples .*'t2i': \[.*checkpoint.pt is good"):
+        run("--resume", out, "--stop-after", "0")
+    assert open(os.path.join(out, "checkpoint.pt"), "rb").read() == good
+    bad_norms += [5, 6, 7]
+    with pytest.raises(ValueError, match="no checkpoint was saved before"):
+        run(*SMALL, "--steps", "9", "--out", str(tmp_path / "b"))
+    assert not os.path.exists(tmp_path / "b" / "checkpoint.pt")
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    out, step = str(tmp_path / "a"), torch.optim.AdamW.step
+
+    def ruin(self):
+        step(self)
+        self.param_groups[0]["params"][0].data[0] = float("inf")
+    monkeypatch.setattr(torch.optim.AdamW, "step", ruin)
+    with pytest.raises(ValueError, match="1 weights are not finite .first .*nothing is written.* no checkpoint was"):
+        run(*SMALL, "--steps", "1", "--out", out)
+    assert not {"checkpoint.pt", "model.safetensors"} & set(os.listdir(out))
+
+def test_averaged_weights_are_what_is_saved_on_the_way(tmp_path):
+    out = str(tmp_path / "a")
+    assert run(*SMALL, "--ema", "0.5", "--save-every", "1", "--steps", "3", "--out", out) == 0
+    state, saved = torch.load(f"{out}/checkpoint.pt", weights_only=True), load_file(f"{out}/model.safetensors")
+    assert state["ema"] and all(torch.equal(saved[k], v) for k, v in state["ema"].items())
+    # --resume needs those as they are
+    assert any(not torch.equal(state["model"][k], v) for k, v in state["ema"].items())
+
+def test_one_run_per_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    short = [*SMALL, "--steps", "1"]
+    for name in ("runs/ar-base", "runs/ar-base-2", "runs/ar-base-3"):
+        assert run(*short) == 0 and f"run folder: {name} (" in capsys.readouterr().out
+    log = open("runs/ar-base/log.jsonl").read()
+    with pytest.raises(ValueError, match="runs/ar-base holds a run .checkpoint.pt, .*--overwrite"):
+        run(*short, "--out", "runs/ar-base")
+    assert open("runs/ar-base/log.jsonl").read() == log
+    assert run(*short, "--out", "runs/ar-base", "--overwrite") == 0
+    with open("runs/ar-base/run.lock", "a") as lock:  # another process that trains there
+        checkpoint.fcntl.flock(lock, checkpoint.fcntl.LOCK_EX)
+        for argv in (["--out", "runs/ar-base", "--overwrite"], ["--resume", "runs/ar-base"]):
+            with pytest.raises(ValueError, match=r"runs/ar-base is in use by process \d+ on"):
+                run(*(short if "--resume" not in argv else []), *argv)
+    with open("runs/ar-base/run.lock", "w") as lock:  # what a dead process left is taken over
+        lock.write("process 1 on elsewhere")
+    assert run(*short, "--out", "runs/ar-base", "--overwrite") == 0
+
+def test_resuming_puts_the_folder_in_order(tmp_path):
+    out = str(tmp_path / "a")
+    assert run(*SMALL, "--out", out, "--stop-after", "2") == 0
+    with open(f"{out}/log.jsonl", "a") as f:  # a run that was killed had gone on, and was writing
+        f.write(json.dumps(dict(step=3, loss=1.0)) + "\n" + '{"step": 4, "lo')
+    for name in ("checkpoint.pt.tmp999999", "model.safetensors.tmp999999"):
+        open(f"{out}/{name}", "w").close()
+    assert run("--resume", out, "--stop-after", "0") == 0
+    assert [row["step"] for row in rows(out)] == [1, 2, 3, 4]
+    assert not [name for name in os.listdir(out) if ".tmp" in name]
+    result = json.load(open(f"{out}/result.json"))
+    assert "resumed_by" in result and "command" in result
+
+@pytest.mark.parametrize("number", train.SIGNALS)
+def test_every_signal_saves(number, tmp_path, monkeypatch):
+    true = train.learning_rate
+
+    def rate(args, step, lr):
+        if step == 1:
+            os.kill(os.getpid(), number)
+        return true(args, step, lr)
+    monkeypatch.setattr(train, "learning_rate", rate)
+    assert run(*SMALL, "--out", str(tmp_path / "a")) == 128 + number
+    assert torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["step"] == 2
+
+def test_a_signal_ends_scoring_on_the_way(tmp_path, monkeypatch):
+    def score(*args, **more):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    monkeypatch.setattr(train.evaluate, "score_all", score)
+    start = time.time()
+    assert run(*SMALL, "--eval-n", "6", "--eval-every", "2", "--out", str(tmp_path / "a")) == 128 + signal.SIGTERM
+    assert time.time() - start < 30 and os.path.exists(tmp_path / "a" / "checkpoint.pt")
+
+def test_disks_and_paths(tmp_path, monkeypatch):
+    with pytest.raises(OSError, match="cannot be written|not a directory|Not a directory|File exists"):
+        open(tmp_path / "file", "w").close()
+        run(*SMALL, "--out", str(tmp_path / "file"))
+    encoded = []
+    monkeypatch.setattr(train.data, "Batches", lambda *args: encoded.append(1))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Disk", (), {"free": 1_500_000})())
+    with pytest.raises(ValueError, match=r"a checkpoint needs \d+\.\d MB and 1\.5 MB are free"):
+        run(*SMALL, "--out", str(tmp_path / "a"))
+    assert not encoded  # before anything was encoded
+    os.mkfifo(tmp_path / "fifo")
+    os.mkdir(tmp_path / "folder")
+    for name in ("fifo", "folder"):
+        with pytest.raises(OSError, match="is a folder or a device"):
+            checkpoint.write_text(tmp_path / name, "text")
+    checkpoint.write_text(tmp_path / "real", "old")
+    os.symlink(tmp_path / "real", tmp_path / "link")
+    checkpoint.write_text(tmp_path / "link", "new")
+    assert os.path.islink(tmp_path / "link") and open(tmp_path / "real").read() == "new"
+
+def test_one_fault_is_one_line_under_torchrun(tmp_path):
+    done = launch(3, "--ckpt", "no/such", "--batch", "12", "--device", "cpu", "--out", str(tmp_path / "a"))
+    lines = done.communicate(timeout=240)[0].splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith("error: no/such") and lines.index(errors[0]) < 3
+    assert done.returncode != 0
+
+def test_kills(tmp_path):
+    """Two processes, killed at random four times, a worker or the launcher, and resumed: the same numbers in the
+    end."""
+    whole, out = str(tmp_path / "whole"), str(tmp_path / "a")
+    common = [*SMALL[:-2], "--steps", "40", "--save-every", "2"]
+    assert launch(2, *common, "--out", whole).wait(timeout=240) == 0
+    kill_rounds(out, common, rounds=4, seed=0)
+    assert rows(out) == rows(whole)
+    a, b = (load_file(f"{folder}/model.safetensors") for folder in (out, whole))
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+def children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as f:
+        return [int(child) for child in f.read().split()]
+
+def kill_rounds(out, common, rounds, seed):
+    """Starts or resumes a two-process run, kills one of its processes after a random while, `rounds` times; then lets
+    it end. -> what happened, for the report."""
+    rng, report = random.Random(seed), []
+    for n in range(rounds + 1):
+        resumable = os.path.exists(os.path.join(out, "checkpoint.pt"))
+        again = ["--overwrite"] if os.path.exists(os.path.join(out, "log.jsonl")) else []
+        job = launch(2, *(["--resume", out] if resumable else [*common, "--out", out, *again]))
+        if n == rounds:
+            text = job.communicate(timeout=240)[0]
+            assert job.returncode == 0, text[-2000:]
+            return report
+        deadline = time.time() + 60
+        while len(children(job.pid)) < 2 and time.time() < deadline:
+            time.sleep(0.1)
+        time.sleep(rng.uniform(4, 9))
+        workers = children(job.pid) if job.poll() is None else []
+        victim = rng.choice([job.pid, *workers]) if workers else None
+        if victim:
+            os.kill(victim, signal.SIGKILL)
+        start = time.time()
+        job.wait(timeout=60)
+        while any(os.path.exists(f"/proc/{pid}") and open(f"/proc/{pid}/stat").read().split(") ")[1][0] != "Z"
+                  for pid in workers) and time.time() - start < 40:
+            time.sleep(0.2)
+        kind = {None: "none", job.pid: "launcher"}.get(victim, "worker")
+        report.append(dict(round=n, victim=kind, seconds=round(time.time() - start, 1), resumed=resumable))
+        assert time.time() - start < 30, report
+    return report
