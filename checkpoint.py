@@ -202,11 +202,11 @@ def check_keys(own, state, what):
     raise BadFile("\n".join(lines))
 
 def check_numbers(name, t, what):
-    """Raises ValueError if there is a nan or an infinity in t. One pass: such a number makes the sum one, too."""
-    t = t.half() if t.element_size() == 1 else t  # nothing can be computed with 8-bit floats
+    """-> t. Raises ValueError if there is a nan or an infinity in it: one pass, since these make the sum one, too."""
     if t.is_floating_point() and not t.sum().isfinite() and not t.isfinite().all():
         raise BadFile(f"{what}: {name} holds {int((~t.isfinite()).sum()):,} nan or infinite numbers among {t.numel():,}"
-                      ": the run that wrote it diverged, or the file is damaged")
+                      f", read as {t.dtype}: the run that wrote it diverged, or the file is damaged")
+    return t
 
 def load_strict(module, state, what="model"):
     """Loads `state` into `module`; every key must match in name and shape. Tensors take the dtype (and, unless the
@@ -214,14 +214,10 @@ def load_strict(module, state, what="model"):
     loaded then."""
     own = module.state_dict(keep_vars=True)
     check_keys(own, state, what)
-    for name, t in state.items():
-        check_numbers(name, t, what)
-    if not any(t.is_meta for t in own.values()):
-        module.load_state_dict(state, strict=True)
-        return
-    # nothing to copy into: the tensors of the file become the parameters
-    state = {k: state[k].to(device=None if t.is_meta else t.device, dtype=t.dtype) for k, t in own.items()}
-    module.load_state_dict(state, strict=True, assign=True)
+    # on the meta device there is nothing to copy into: the tensors of the file become the parameters
+    state = {k: check_numbers(k, state[k].to(device=None if t.is_meta else t.device, dtype=t.dtype), what)
+             for k, t in own.items()}
+    module.load_state_dict(state, strict=True, assign=any(t.is_meta for t in own.values()))
     left = [k for k, b in module.named_buffers() if b.is_meta]
     if left:
         raise ValueError(f"{what}: buffers {left[:5]} are in no checkpoint: compute them after loading")
@@ -240,9 +236,7 @@ def stream(module, path, names, device, dtype):
         check_keys({k: own[k] for k in names}, found, path)
         for name in names:
             owner, _, last = name.rpartition(".")
-            owner, value = module.get_submodule(owner), f.get_tensor(name)
-            check_numbers(name, value, path)
-            value = value.to(dtype)
+            owner, value = module.get_submodule(owner), check_numbers(name, f.get_tensor(name).to(dtype), path)
             if last in owner._parameters:
                 value = torch.nn.Parameter(value, owner._parameters[last].requires_grad)
             setattr(owner, last, value)
@@ -324,7 +318,7 @@ def default_weights(arch, stage="reca"):
 # far: places and widths make tables before the weights are looked at.
 FROM_ZERO = ("groups", "skip_last", "dropout", "grad", "ratio_min", "weight", "interval", "shift", "mean")
 HIGHEST = {"bits": 18, "positions": 256, "latent_size": 256, "grid": 256, "hidden_size": 32768, "width": 32768,
-           "layers": 512, "depth": 512, "blocks": 64, "ratio": 64, "theta": 1e9}
+           "image_size": 8192, "layers": 512, "depth": 512, "blocks": 64, "ratio": 64, "theta": 1e9}
 PER_LEVEL = ("mult", "blocks", "resolutions")  # lists that may have any length
 
 def checked(field, value, default):
@@ -364,6 +358,10 @@ def from_dict(cls, values, path="config.json"):
             out[name] = from_dict(type(default), value, path)
         else:
             out[name] = checked(f"{path}: {cls.__name__}.{name}", value, default)
+    for name in [name for name in out if name.endswith("heads")]:
+        width = out.get(name.replace("heads", "dim"), out.get("width", out.get("hidden_size", 0)))
+        if width % out[name]:
+            raise BadFile(f"{path}: {cls.__name__}.{name} is {out[name]}, which does not divide the width {width}")
     return cls(**out)
 
 def check_vocabulary(config, tokenizer, what):
