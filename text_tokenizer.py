@@ -177,6 +177,8 @@ def _read_vocab(path):
     if not isinstance(file, dict) or not {"vocab", "merges"} <= set(file.get("model") or ()):
         raise _wrong(path, "no BPE model with vocab and merges in it")
     added = {token["content"]: token["id"] for token in file.get("added_tokens") or ()}
+    if not all(isinstance(s, str) and s for s in added):
+        raise _wrong(path, "one of the added tokens has no text")
     merges = [m.split(" ") if isinstance(m, str) else m for m in file["model"]["merges"]]
     split = json.dumps(file.get("pre_tokenizer"))
     gpt2 = '"ByteLevel"' in split and "Regex" not in split
