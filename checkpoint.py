@@ -4,6 +4,7 @@ the format in which they were published, strictly, and without executing anythin
 """
 import contextlib
 import dataclasses
+import hashlib
 import importlib
 import itertools
 import json
@@ -25,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from text_tokenizer import load_tokenizer, read_json
+from text_tokenizer import BadFile, check_file, load_tokenizer, read_json, reading
 
 try:
     import fcntl
@@ -172,95 +173,117 @@ def git_commit():
 # ---------------------------------------------------------------------------------------------------------------------
 # weight files
 
-def open_safetensors(path, device="cpu"):
-    """-> an open safetensors file, whose tensors are read one by one. Raises FileNotFoundError or ValueError."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such weight file")
-    try:
-        return safe_open(path, framework="pt", device=str(device))
-    except SafetensorError as e:
-        size = f"{os.path.getsize(path):,} bytes on disk"
-        raise ValueError(f"{path}: not a complete safetensors file ({e}; {size}): copy or download it again") from None
+def check_weight_file(path):
+    """Raises FileNotFoundError, or BadFile for what cannot be a file of weights."""
+    check_file(path, "weight file")
+    if not path.endswith(WEIGHT_FILES):
+        raise BadFile(f"{path}: unknown kind of weight file, expected a name ending in {', '.join(WEIGHT_FILES)}, or a "
+                      "folder")
+    with open(path, "rb") as f:
+        if f.read(20).startswith(b"version https://git"):
+            raise BadFile(f"{path}: a git-lfs pointer of {os.path.getsize(path)} bytes, not the weights: run `git lfs "
+                          "pull`")
+
+def read_safetensors(path):
+    """What to open and read a safetensors file in."""
+    return reading(path, "not a complete safetensors file", ": copy or download it again")
 
 def read_pickle(path, device):
-    try:
+    with reading(path, "cannot be read as a file of tensors", ". It is truncated, no PyTorch file, or holds Python "
+                 "objects, which are never executed here: copy it again or convert it to .safetensors"):
         mmap = zipfile.is_zipfile(path) or None  # paged in tensor by tensor; older files are no zip archives
         state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-    except Exception as e:  # truncated zip, foreign pickle, text file: torch raises half a dozen kinds
-        size = f"{os.path.getsize(path):,} bytes on disk"
-        raise ValueError(f"{path}: cannot be read as a file of tensors ({reason_of(e)}; {size}). It is truncated, no "
-                         "PyTorch file, or holds Python objects, which are never executed here: copy it again or "
-                         "convert it to .safetensors") from None
     for wrapper in ("model", "state_dict"):  # training checkpoints keep the weights beside optimizer state and counters
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {type(state).__name__}, expected a dict of tensors, maybe under the key "
-                         "'model' or 'state_dict'")
+        raise BadFile(f"{path}: holds a {type(state).__name__}, expected a dict of tensors, maybe under the key "
+                      "'model' or 'state_dict'")
     for name, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(f"{path}: entry {name!r} is a {type(value).__name__}, expected a tensor: save the "
-                             "model's plain state dict")
+        if not isinstance(value, torch.Tensor) or not isinstance(name, str):
+            raise BadFile(f"{path}: entry {name!r} is a {type(value).__name__}, expected a tensor under a name: save "
+                          "the model's plain state dict")
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            raise BadFile(f"{path}: {name} is a sparse, quantized or empty (meta) tensor, expected a plain one")
     return state
 
 def weight_files(folder):
-    """The weight files of a folder: with an index all its shards, otherwise model.safetensors, pytorch_model.bin or
-    the only one there."""
-    names = sorted(n for n in os.listdir(folder) if n.endswith(WEIGHT_FILES))
+    """The weight files of a folder, {path: names that must be in it}: with an index all its shards, otherwise
+    model.safetensors, pytorch_model.bin or the only one there."""
+    names = sorted(n for n in os.listdir(folder) if n.endswith(WEIGHT_FILES) and not os.path.isdir(f"{folder}/{n}"))
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if os.path.exists(os.path.join(folder, index)):
-            shards = sorted(set(read_json(os.path.join(folder, index))["weight_map"].values()))
-            missing = [s for s in shards if s not in names]
+        path = os.path.join(folder, index)
+        if os.path.exists(path):
+            shards, file = {}, read_json(path)
+            table = file.get("weight_map") if isinstance(file, dict) else None
+            if not isinstance(table, dict) or not table:
+                raise BadFile(f"{path}: has no table 'weight_map' of tensors and their files: fetch it again")
+            for name, shard in table.items():
+                if not isinstance(shard, str) or shard != os.path.basename(shard):  # "../x" leads out of the folder
+                    raise BadFile(f"{path}: {name} is said to be in {str(shard)[:80]!r}, expected a file's plain name")
+                shards.setdefault(shard, []).append(name)
+            missing = sorted(set(shards) - set(names))
             if missing:
                 raise FileNotFoundError(f"{folder}: {len(missing)} of {len(shards)} shards in {index} are missing, "
                                         f"first {missing[0]}")
-            return [os.path.join(folder, shard) for shard in shards]
+            return {os.path.join(folder, shard): shards[shard] for shard in sorted(shards)}
     for name in ("model.safetensors", "pytorch_model.bin"):
         if name in names:
             names = [name]
     if len(names) != 1:
         raise FileNotFoundError(f"{folder}: a folder with {len(names)} weight files {names}: name the one to read")
-    return [os.path.join(folder, names[0])]
+    return {os.path.join(folder, names[0]): []}
 
 def read_weights(path, device="cpu"):
     """Reads a checkpoint into {name: tensor} on `device`: a .safetensors file, a .pth/.pt/.bin/.ckpt pickle of
     tensors (read without executing anything; {"model": ...} and {"state_dict": ...} are unwrapped), or a folder (see
     weight_files). Raises FileNotFoundError or ValueError: one line that names the path."""
-    path = os.fspath(path)
-    if os.path.isdir(path):
-        return {k: v for file in weight_files(path) for k, v in read_weights(file, device).items()}
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such weight file or folder")
-    if not path.endswith(WEIGHT_FILES):
-        raise ValueError(f"{path}: unknown kind of weight file, expected a name ending in {', '.join(WEIGHT_FILES)}, "
-                         "or a folder")
-    with open(path, "rb") as f:
-        if f.read(20).startswith(b"version https://git"):
-            raise ValueError(f"{path}: a git-lfs pointer of {os.path.getsize(path)} bytes, not the weights: run `git "
-                             "lfs pull`")
-    if not path.endswith(".safetensors"):
-        return read_pickle(path, device)
-    with open_safetensors(path, device) as f:
-        return {name: f.get_tensor(name) for name in f.keys()}
+    path, weights = os.fspath(path), {}
+    for file, promised in (weight_files(path) if os.path.isdir(path) else {path: []}).items():
+        check_weight_file(file)
+        if file.endswith(".safetensors"):
+            with read_safetensors(file), safe_open(file, framework="pt", device=str(device)) as f:
+                state = {name: f.get_tensor(name) for name in f.keys()}
+        else:
+            state = read_pickle(file, device)
+        lost = [name for name in promised if name not in state]
+        if lost:
+            raise BadFile(f"{file}: lacks {len(lost)} tensors that the folder's index says it holds, first {lost[0]}")
+        weights.update(state)
+    return weights
+
+def kind(t):
+    return "float" if t.is_floating_point() else "complex" if t.is_complex() else "whole number"
 
 def check_keys(own, state, what):
-    """Compares {name: tensor} `state` with the expected `own` (on any device, meta included). Raises ValueError with
-    a table of the missing, unexpected and wrongly shaped keys."""
-    missing = [k for k in own if k not in state]
-    unexpected = [k for k in state if k not in own]
-    wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
-    if not missing and not unexpected and not wrong:
+    """Compares {name: tensor} `state` with the expected `own` (both on any device, meta included). Raises ValueError
+    with a table of the keys that are missing, unexpected, or of another shape or kind of number."""
+    found = {
+        "missing": [k for k in own if k not in state],
+        "unexpected": [k for k in state if k not in own],
+        "shape": [k for k in own if k in state and own[k].shape != state[k].shape],
+        "type": [k for k in own if k in state and kind(own[k]) != kind(state[k])]}
+    if not any(found.values()):
         return
-    lines = [f"{what}: the weights do not fit ({len(own)} keys expected, {len(state)} found; {len(missing)} missing, "
-             f"{len(unexpected)} unexpected, {len(wrong)} of another shape): is it the right file and size?"]
-    for kind, keys in (("missing", missing), ("unexpected", unexpected), ("shape", wrong)):
+    counts = [len(keys) for keys in found.values()]
+    lines = [f"{what}: the weights do not fit ({len(own)} keys expected, {len(state)} found; {counts[0]} missing, "
+             f"{counts[1]} unexpected, {counts[2]} of another shape{f', {counts[3]} of another type' * (counts[3] > 0)}"
+             "): is it the right file and size?"]
+    for word, keys in found.items():
         for k in keys[:20]:
-            found = [f"found {tuple(state[k].shape)}"] if k in state else []
-            expected = [f"expected {tuple(own[k].shape)}"] if k in own else []
-            lines.append(f"  {kind:10s} {k}  {', '.join(found + expected)}")
+            sides = [f"{side} {kind(t[k]) if word == 'type' else tuple(t[k].shape)}"
+                     for side, t in (("found", state), ("expected", own)) if k in t]
+            lines.append(f"  {word:10s} {k}  {', '.join(sides)}")
         if len(keys) > 20:
-            lines.append(f"  {kind:10s} ... and {len(keys) - 20} more")
-    raise ValueError("\n".join(lines))
+            lines.append(f"  {word:10s} ... and {len(keys) - 20} more")
+    raise BadFile("\n".join(lines))
+
+def check_numbers(name, t, what):
+    """-> t. Raises ValueError if there is a nan or an infinity in it: one pass, since these make the sum one, too."""
+    if t.is_floating_point() and not t.sum().isfinite() and not t.isfinite().all():
+        raise BadFile(f"{what}: {name} holds {int((~t.isfinite()).sum()):,} nan or infinite numbers among {t.numel():,}"
+                      f", read as {t.dtype}: the run that wrote it diverged, or the file is damaged")
+    return t
 
 def load_strict(module, state, what="model"):
     """Loads `state` into `module`; every key must match in name and shape. Tensors take the dtype (and, unless the
@@ -268,12 +291,10 @@ def load_strict(module, state, what="model"):
     loaded then."""
     own = module.state_dict(keep_vars=True)
     check_keys(own, state, what)
-    if not any(t.is_meta for t in own.values()):
-        module.load_state_dict(state, strict=True)
-        return
-    # nothing to copy into: the tensors of the file become the parameters
-    state = {k: state[k].to(device=None if t.is_meta else t.device, dtype=t.dtype) for k, t in own.items()}
-    module.load_state_dict(state, strict=True, assign=True)
+    # on the meta device there is nothing to copy into: the tensors of the file become the parameters
+    state = {k: check_numbers(k, state[k].to(device=None if t.is_meta else t.device, dtype=t.dtype), what)
+             for k, t in own.items()}
+    module.load_state_dict(state, strict=True, assign=any(t.is_meta for t in own.values()))
     left = [k for k, b in module.named_buffers() if b.is_meta]
     if left:
         raise ValueError(f"{what}: buffers {left[:5]} are in no checkpoint: compute them after loading")
@@ -282,12 +303,17 @@ def stream(module, path, names, device, dtype):
     """Fills a module on the meta device from a .safetensors file, tensor by tensor, so that no second copy is ever
     held. names: the keys that it must have. Raises FileNotFoundError, and ValueError as check_keys does."""
     own = module.state_dict()
-    with open_safetensors(path, device) as f:
-        found = {k: torch.empty(f.get_slice(k).get_shape(), device="meta") for k in f.keys()}
+    path = os.fspath(path)
+    check_weight_file(path)
+    kinds = {"F": torch.float32, "C": torch.complex64}  # BF16, F8_E4M3 and so on are floats
+    with read_safetensors(path), safe_open(path, framework="pt", device=str(device)) as f:
+        slices = {k: f.get_slice(k) for k in f.keys()}
+        found = {k: torch.empty(s.get_shape(), dtype=kinds.get(s.get_dtype().removeprefix("B")[0], torch.int64),
+                                device="meta") for k, s in slices.items()}
         check_keys({k: own[k] for k in names}, found, path)
         for name in names:
             owner, _, last = name.rpartition(".")
-            owner, value = module.get_submodule(owner), f.get_tensor(name).to(dtype)
+            owner, value = module.get_submodule(owner), check_numbers(name, f.get_tensor(name).to(dtype), path)
             if last in owner._parameters:
                 value = torch.nn.Parameter(value, owner._parameters[last].requires_grad)
             setattr(owner, last, value)
@@ -303,6 +329,43 @@ def write_safetensors(path, state, metadata=None):
         seen.add(storage.data_ptr())
         tensors[name] = t
     atomic(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})}))
+
+def write_checksum(file, path):
+    """Adds the SHA-256 of `file` to path.sha256, where `file` is about to be renamed to `path`. A run may be killed
+    between the two, and then the line before is the valid one: the last 8 are kept."""
+    sums, last = f"{path}.sha256", []
+    if os.path.isfile(sums):
+        with open(sums, encoding="utf-8", errors="replace") as f:
+            last = f.read().splitlines()[-7:]
+    with open(file, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    write_text(sums, "\n".join([*last, f"{digest}  {os.path.basename(path)}"]) + "\n")
+
+def verify_checksum(path):
+    """-> "", or one line to say where there is no checksum. Raises ValueError where none of the noted ones fits."""
+    path, sums = os.fspath(path), f"{os.fspath(path)}.sha256"
+    if not os.path.isfile(sums):
+        return f"{path}: no {os.path.basename(sums)} beside it, so damage to it would not be noticed"
+    with open(sums, encoding="utf-8", errors="replace") as noted, open(path, "rb") as f:
+        if hashlib.file_digest(f, "sha256").hexdigest() not in noted.read().split():
+            raise BadFile(f"{path}: its SHA-256 is not in {os.path.basename(sums)}: the file was damaged or replaced; "
+                          "take a copy of it, or delete the .sha256 to read it all the same")
+    return ""
+
+def check_state(state, path):
+    """Raises ValueError where checkpoint.pt does not hold what save_state writes."""
+    def dicts(value, *keys):
+        return isinstance(value, list) and all(isinstance(v, dict) and set(keys) <= set(v) for v in value)
+
+    def tensors(value):
+        return isinstance(value, dict) and all(isinstance(v, torch.Tensor) for v in value.values())
+    get = state.get if isinstance(state, dict) else {}.get
+    fits = {"step": type(get("step")) is int and get("step") >= 0, "args": isinstance(get("args"), dict),
+            "model": tensors(get("model")), "optimizers": dicts(get("optimizers"), "state", "param_groups"),
+            "ema": get("ema") is None or tensors(get("ema")), "history": dicts(get("history"), "step")}
+    if not all(fits.values()):
+        wrong = ", ".join(name for name in fits if not fits[name])
+        raise BadFile(f"{path}: {wrong} missing or not of the kind that train.py writes: not a checkpoint of its runs")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # models
@@ -328,19 +391,69 @@ def model_file(arch):
 def default_weights(arch, stage="reca"):
     return os.path.join(HERE, "weights", f"{arch}-{stage}")
 
-def from_dict(cls, values):
-    """A dataclass from a JSON dict, nested ones too, lists back to tuples. Unknown fields raise ValueError."""
-    defaults, out = cls(), {}
-    unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
-    if unknown:
-        raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}: config.json was written by "
-                         "another version of this code")
+# Numbers of a config.json go from 1 (fractions: above 0) to a million, or, by the end of their names, from 0 or not so
+# far: places and widths make tables before the weights are looked at.
+FROM_ZERO = ("groups", "skip_last", "dropout", "grad", "ratio_min", "weight", "interval", "shift", "mean")
+HIGHEST = {"bits": 18, "positions": 256, "latent_size": 256, "grid": 256, "hidden_size": 32768, "width": 32768,
+           "image_size": 8192, "layers": 512, "depth": 512, "blocks": 64, "ratio": 64, "theta": 1e9}
+PER_LEVEL = ("mult", "blocks", "resolutions")  # lists that may have any length
+
+def checked(field, value, default):
+    """A value of a config.json, lists as tuples, if it is of default's type and in its range. Raises ValueError."""
+    low, high = 0, next((n for end, n in HIGHEST.items() if field.endswith(end)), 10 ** 6)
+    if isinstance(default, tuple):
+        length = len(value) if type(value) is list and field.endswith(PER_LEVEL) else len(default)
+        if type(value) is list and len(value) == length <= 64:
+            return tuple(checked(field, part, default[0] if default else 1) for part in value)
+        expected = f"a list of {length} numbers"
+    elif isinstance(default, (bool, str)):
+        if type(value) is type(default):
+            return value
+        expected = "true or false" if isinstance(default, bool) else "a text"
+    else:
+        whole = isinstance(default, int)
+        if not field.endswith(FROM_ZERO):
+            low = 1 if whole else 1e-12
+        if type(value) in (int, int if whole else float) and low <= value <= high:  # false for nan, too
+            return value
+        expected = f"a {'whole ' * whole}number from {low} to {high:,}"
+    raise BadFile(f"{field} is {json.dumps(value)[:60]}, expected {expected}")
+
+def from_dict(cls, values, path="config.json"):
+    """A dataclass from a JSON dict, nested ones too, lists back to tuples. Raises ValueError where a field is unknown,
+    missing, of another type or out of its range."""
+    if not isinstance(values, dict):
+        raise BadFile(f"{path}: {cls.__name__} is {json.dumps(values)[:60]}, expected an object with its fields")
+    defaults, out, fields = cls(), {}, {f.name for f in dataclasses.fields(cls)}
+    for names, how in ((set(values) - fields, "has no"), (fields - set(values), "lacks the")):
+        if names:
+            raise BadFile(f"{path}: {cls.__name__} {how} field {', '.join(sorted(names))[:200]}: it was written by "
+                          "another version of this code")
     for name, value in values.items():
         default = getattr(defaults, name)
         if dataclasses.is_dataclass(default):
-            value = from_dict(type(default), value)
-        out[name] = tuple(value) if isinstance(value, list) else value
+            out[name] = from_dict(type(default), value, path)
+        else:
+            out[name] = checked(f"{path}: {cls.__name__}.{name}", value, default)
+    for name in [name for name in out if name.endswith("heads")]:
+        width = out.get(name.replace("heads", "dim"), out.get("width", out.get("hidden_size", 0)))
+        if width % out[name]:
+            raise BadFile(f"{path}: {cls.__name__}.{name} is {out[name]}, which does not divide the width {width}")
     return cls(**out)
+
+def check_vocabulary(config, tokenizer, what):
+    """Raises ValueError where a text tokenizer cannot be the one that a model of this config was trained with."""
+    size = getattr(config, "text_vocab", None) or config.vocab_size
+    if not size // 2 <= tokenizer.vocab_size <= size:  # tables are padded, by some hundred rows
+        raise BadFile(f"{what}: the text tokenizer has {tokenizer.vocab_size:,} ids, the model's vocabulary {size:,}: "
+                      "give --text-tokenizer the one that it was trained with")
+
+def whole_numbers(value):
+    """All whole numbers in nested dicts and tuples, in order."""
+    if isinstance(value, (dict, tuple)):
+        parts = value.values() if isinstance(value, dict) else value
+        return [n for part in parts for n in whole_numbers(part)]
+    return [value] if isinstance(value, int) else []
 
 def save_model(model, folder, arch, **extra):
     """Writes folder/model.safetensors and folder/config.json. extra: what else config.json is to hold."""
@@ -356,8 +469,10 @@ def read_config(folder):
                                 "(model.safetensors + config.json), or give --config for a published checkpoint")
     meta = read_json(path)
     if not isinstance(meta, dict) or "config" not in meta or "arch" not in meta:
-        raise ValueError(f"{path}: lacks 'arch' or 'config': not a config.json of this project (transformers-style "
-                         "exports load with --config NAME)")
+        raise BadFile(f"{path}: lacks 'arch' or 'config': not a config.json of this project (transformers-style "
+                      "exports load with --config NAME)")
+    for name in ("arch", "text_tokenizer"):
+        checked(f"{path}: {name}", meta.get(name, ""), "")
     return meta
 
 def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer=None, device="cpu", dtype=None,
@@ -371,17 +486,25 @@ def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer
         fields = {f.name for f in dataclasses.fields(module.CONFIGS["tiny"])}
         if meta["arch"] != arch and not set(meta["config"]) <= fields:  # a copied model file may load the original's
             raise ValueError(f"{ckpt} holds a model of --arch {meta['arch']}, but --arch {arch} was asked for")
-        settings = from_dict(type(module.CONFIGS["tiny"]), meta["config"])
-        model = module.Model(settings, load_tokenizer(text_tokenizer or meta.get("text_tokenizer", "tiny")))
-        load_strict(model, read_weights(ckpt), ckpt)
+        tiny, tokenizer = module.CONFIGS["tiny"], load_tokenizer(text_tokenizer or meta.get("text_tokenizer", "tiny"))
+        settings, state = from_dict(type(tiny), meta["config"], os.path.join(ckpt, "config.json")), read_weights(ckpt)
+        check_vocabulary(settings, tokenizer, ckpt)
+        with reading(ckpt, "no model can be built from its config.json"):
+            if whole_numbers(dataclasses.asdict(settings)) != whole_numbers(dataclasses.asdict(tiny)):
+                with torch.device("meta"):  # another size: nothing is allocated before it fits the weights
+                    check_keys(module.Model(settings, tokenizer).state_dict(), state, ckpt)
+            model = module.Model(settings, tokenizer)
+        load_strict(model, state, ckpt)
         return model.to(device=device, dtype=dtype).eval()
     if config not in module.CONFIGS:
         raise ValueError(f"--config {config}: --arch {arch} knows {', '.join(module.CONFIGS)}")
     if not text_tokenizer:
         raise ValueError(f"--config {config} needs --text-tokenizer: the folder or file of the published text "
                          "tokenizer (vocab.json + merges.txt, tokenizer.json or qwen.tiktoken)")
+    tokenizer = load_tokenizer(text_tokenizer)
+    check_vocabulary(module.CONFIGS[config], tokenizer, text_tokenizer)
     return module.Model.load_published(ckpt, config=config, tokenizer_path=tokenizer_ckpt, vision_path=vision_ckpt,
-                                       tokenizer=load_tokenizer(text_tokenizer), device=device, dtype=dtype)
+                                       tokenizer=tokenizer, device=device, dtype=dtype)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # run state

@@ -4,6 +4,7 @@ Three kinds are known: ours (weights/tokenizer.tiktoken), Qwen2/2.5's and GPT-2/
 that a text is cut into before BPE and in their special strings. Ours and Qwen2's normalize Unicode (NFC).
 """
 import base64
+import contextlib
 import json
 import os
 import re
@@ -23,19 +24,50 @@ QWEN_SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|o
 <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>""".split()
 # phi-1.5 adds runs of 31..2 spaces, then of 9..2 tabs, after GPT-2's 50,257 ids.
 PHI_WHITESPACE = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]
+LONGEST = 100_000  # characters that tiktoken gets at once: a million spaces overflow its stack and it panics
+
+def origin(e):
+    """What a message for the user is raised from: nothing, or with NANORECA_TRACEBACK=1 the error that it rewords."""
+    return e if os.environ.get("NANORECA_TRACEBACK") else None
+
+class BadFile(ValueError):
+    """A file that cannot be used, said in one line with its path."""
+
+@contextlib.contextmanager
+def reading(path, what, hint=""):
+    """Around what other people's code does with a file: whatever it raises becomes a BadFile (an OSError where the
+    system refused) of one line, "path: what (reason; size)hint". What names its file already passes as it is, as does a
+    lack of memory."""
+    try:
+        yield
+    except (MemoryError, KeyboardInterrupt, SystemExit, BadFile, FileNotFoundError):
+        raise
+    except BaseException as e:  # not Exception alone: Rust's panics (tiktoken, safetensors) are none
+        if getattr(e, "filename", None) or type(e).__name__ == "OutOfMemoryError":
+            raise
+        kind = OSError if isinstance(e, OSError) else BadFile
+        text = (str(e).strip().splitlines() or [""])[0][:160]
+        reason = text if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: {text}"
+        size = f"; {os.path.getsize(path):,} bytes on disk" if os.path.isfile(path) else ""
+        raise kind(f"{path}: {what} ({reason}{size}){hint}") from origin(e)
+
+def check_file(path, what="file"):
+    """Raises FileNotFoundError where nothing is, BadFile for a folder, a pipe or a device (which never ends)."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such {what}")
+    if not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "a pipe or a device"
+        raise BadFile(f"{path}: {kind}, expected a {what}, an ordinary file")
 
 def read_json(path):
-    """What a JSON file holds. Raises FileNotFoundError, or ValueError where it is no JSON."""
-    try:
-        with open(path, encoding="utf-8") as f:
+    """What a JSON file holds. Raises FileNotFoundError, or BadFile where it is no JSON."""
+    check_file(path)
+    with reading(path, "not valid JSON", "; the file may be incomplete, fetch it again"):
+        with open(path, encoding="utf-8-sig") as f:  # a byte order mark, as Windows' editors write it, is no content
             return json.load(f)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except ValueError as e:
-        raise ValueError(f"{path}: not valid JSON ({e}); the file may be incomplete, fetch it again") from None
 
 def _wrong(path, why):
-    return ValueError(f"{path}: {why}; expected whole, unchanged files of one Qwen2/2.5 or phi-1.5 tokenizer")
+    return BadFile(f"{path}: {why}; expected whole, unchanged files of one Qwen2/2.5 or phi-1.5 tokenizer")
 
 def _any_of(strings):
     ordered = sorted(strings, key=len, reverse=True)
@@ -61,8 +93,10 @@ class Tokenizer:
         for i, piece in enumerate(cut.split(text) if cut else [text]):
             if i % 2:  # odd pieces are the strings that were cut out
                 ids.append(self.fixed[piece])
-            elif piece:
-                ids.extend(self.bpe.encode_ordinary(unicodedata.normalize("NFC", piece) if self.nfc else piece))
+                continue
+            piece = unicodedata.normalize("NFC", piece) if self.nfc else piece
+            for start in range(0, len(piece), LONGEST):
+                ids.extend(self.bpe.encode_ordinary(piece[start:start + LONGEST]))
         return ids
 
     def encode(self, text):
@@ -80,6 +114,16 @@ class Tokenizer:
         parts = [self.bpe.decode_single_token_bytes(i) if i in self.known else b"\xef\xbf\xbd" for i in kept]
         return b"".join(parts).decode("utf-8", "replace")
 
+def _check_ids(path, ranks, fixed):
+    """tiktoken panics where ids are no numbers or not unique, and later where a byte is unknown."""
+    if lost := [b for b in range(256) if bytes([b]) not in ranks]:
+        raise _wrong(path, f"{len(lost)} of 256 bytes have no token, first {bytes(lost[:1])!r}")
+    ids = [*ranks.values(), *fixed.values()]
+    if odd := [i for i in ids if type(i) is not int or not 0 <= i < len(ids)]:
+        raise _wrong(path, f"{len(ids)} tokens, one with id {str(odd[0])[:40]!r}: ids go from 0 to {len(ids) - 1}")
+    if len(set(ids)) != len(ids) or max(ranks.values()) != len(ranks) - 1:
+        raise _wrong(path, f"{len(ids)} tokens have {len(set(ids))} different ids, or special ones do not come last")
+
 def _read_ranks(path):
     """tiktoken's file format, one `base64-of-the-bytes rank` per line -> {bytes: rank}. Raises ValueError."""
     ranks = {}
@@ -88,8 +132,8 @@ def _read_ranks(path):
             try:
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
-            except ValueError:
-                raise _wrong(path, f"line {n} is {line[:40]!r}, not a base64 token and its rank") from None
+            except ValueError as e:
+                raise _wrong(path, f"line {n} is {line[:40]!r}, not a base64 token and its rank") from origin(e)
     if len(ranks) < 256 or sorted(ranks.values()) != list(range(len(ranks))):
         raise _wrong(path, f"{len(ranks)} tokens, ranks are not 0..{len(ranks) - 1} (256 at least)")
     return ranks
@@ -101,11 +145,18 @@ def _vocab_to_ranks(path, vocab, merges, skip):
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = sorted(set(range(256)) - set(printable))
     byte_of = {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(rest)}}
-    try:
-        ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token not in skip}
-        order = [ranks[bytes(byte_of[c] for c in left + right)] for left, right in merges]
-    except (KeyError, ValueError) as e:
-        raise _wrong(path, f"{e} is in no byte-level BPE") from None
+
+    def rank(token):
+        raw = bytes(byte_of.get(c, 0) for c in token)
+        if not token or raw not in ranks or any(c not in byte_of for c in token):
+            raise _wrong(path, f"the merges name {token[:40]!r}, which is no token of the vocabulary")
+        return ranks[raw]
+    if unknown := [t for t in vocab if t not in skip and (not t or any(c not in byte_of for c in t))]:
+        raise _wrong(path, f"{unknown[0][:40]!r} is in no byte-level BPE")
+    ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token not in skip}
+    if odd := [m for m in merges if len(m) != 2]:
+        raise _wrong(path, f"merge {str(odd[0])[:60]!r} is not of two tokens")
+    order = [(rank(left + right), rank(left), rank(right))[0] for left, right in merges]
     if order != sorted(order) or len(ranks) != len(set(order)) + 256:
         raise _wrong(path, f"{len(ranks)} tokens against 256 bytes + {len(order)} merges, or ids that do not rise with "
                            "the merges")
@@ -118,7 +169,7 @@ def _read_vocab(path):
         merges_path = os.path.join(folder, "merges.txt" if name == "vocab.json" else "vocab.bpe")
         if not os.path.isfile(merges_path):
             raise FileNotFoundError(f"{merges_path}: missing; {name} needs it beside it")
-        with open(merges_path, encoding="utf-8") as f:
+        with reading(merges_path, "not a list of merges"), open(merges_path, encoding="utf-8") as f:
             lines = f.read().split("\n")
         merges = [line.split(" ") for line in lines[lines[0].startswith("#version"):] if line.strip()]
         added = {s: i for s, i in file.items() if s == "<|endoftext|>"}  # Qwen2 keeps its special strings elsewhere
@@ -126,6 +177,8 @@ def _read_vocab(path):
     if not isinstance(file, dict) or not {"vocab", "merges"} <= set(file.get("model") or ()):
         raise _wrong(path, "no BPE model with vocab and merges in it")
     added = {token["content"]: token["id"] for token in file.get("added_tokens") or ()}
+    if not all(isinstance(s, str) and s for s in added):
+        raise _wrong(path, "one of the added tokens has no text")
     merges = [m.split(" ") if isinstance(m, str) else m for m in file["model"]["merges"]]
     split = json.dumps(file.get("pre_tokenizer"))
     gpt2 = '"ByteLevel"' in split and "Regex" not in split
@@ -145,14 +198,11 @@ def load_tokenizer(name_or_path="tiny"):
         if not found:
             raise FileNotFoundError(f"{path}: no text tokenizer in this folder; looked for {', '.join(names)}")
         path = found[0]
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f'{path}: no such text tokenizer; give "tiny", or those of Qwen2/2.5 or phi-1.5')
-    if path.endswith(".tiktoken"):
-        ranks, added, gpt2 = _read_ranks(path), {}, False
-    elif path.endswith(".json"):
-        ranks, added, gpt2 = _read_vocab(path)
-    else:
+    check_file(path, 'text tokenizer ("tiny", or a file or folder of Qwen2/2.5 or phi-1.5)')
+    if not path.endswith((".tiktoken", ".json")):
         raise _wrong(path, "unknown kind of text tokenizer, not .json or .tiktoken")
+    with reading(path, "not laid out as the files of a text tokenizer are"):
+        ranks, added, gpt2 = _read_vocab(path) if path.endswith(".json") else (_read_ranks(path), {}, False)
     n = len(ranks)
     if gpt2:
         special = {s: i for s, i in added.items() if s.strip()}
@@ -163,4 +213,5 @@ def load_tokenizer(name_or_path="tiny"):
         special, runs = added or {s: n + i for i, s in enumerate(names)}, {}
     if missing := [s for s in TINY_SPECIAL[:1 if gpt2 else 3] if s not in special]:
         raise _wrong(path, f"special tokens {missing} are missing")
+    _check_ids(path, ranks, {**special, **runs})
     return Tokenizer(ranks, GPT2_SPLIT if gpt2 else QWEN_SPLIT, special, runs, nfc=not gpt2)
