@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch.distributed as dist
-from PIL import Image, ImageOps, PngImagePlugin, features
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 from tqdm import tqdm
 
 from checkpoint import reason_of
@@ -54,7 +54,8 @@ def read_part(file, offset, size):
 
 def upright(image):
     try:
-        return ImageOps.exif_transpose(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
     except Exception:  # EXIF that nobody can read says nothing about rotation
         return image
 
@@ -82,6 +83,8 @@ def open_image(source, exif=True):
             return image
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such image") from None
+    except UnidentifiedImageError:  # its message names an address in memory
+        raise ValueError(f"{name}: cannot be read as a picture (of no kind that Pillow here knows)") from None
     except Exception as e:  # a broken file can raise anything in a decoder
         raise ValueError(f"{name}: cannot be read as a picture ({reason_of(e)})") from None
 
@@ -169,8 +172,8 @@ class Images:
             self._add(os.fspath(path))
         self.total = len(self.samples) + len(self.problems)
         if not self.total:
-            raise ValueError(f"{paths}: no pictures found ({', '.join(IMAGE_TYPES)}, in folders, tars, LLaVA JSON)"
-                             f"{self._left_out()}")
+            raise ValueError(f"{shown(str(paths))}: no pictures found ({', '.join(IMAGE_TYPES)}, in folders, tars, "
+                             f"LLaVA JSON){self._left_out()}")
         self._check()
 
     def _add(self, path):
@@ -269,15 +272,16 @@ class Images:
         self._add_files(files, label)
 
     def _add_files(self, files, label=""):
-        """files {name: (file, offset, size)}: those of one folder or tar. A picture's caption has its stem or, as in
-        webdataset, its key: the base name up to the first dot."""
+        """files {name: (file, offset, size)}: those of one folder, or of one tar with its label. A picture's caption
+        has its stem or its key, the base name up to the first dot; in tars also another name of that key, which is
+        webdataset's rule, but that of no other picture."""
         split = {name: (stem, kind.lower()) for name in files for stem, kind in [os.path.splitext(name)]}
         stems = {stem for stem, kind in split.values() if kind in IMAGE_TYPES}
-        own, keyed = {}, {}  # texts by their stem; by their key, those of no picture's own stem
+        own, keyed = {}, {}  # texts by their stem, by their key
         for name, (stem, kind) in split.items() if self.captions else ():
             if kind in TEXT_TYPES:
                 own.setdefault(stem, {})[kind] = files[name]
-                if stem not in stems:
+                if label and stem not in stems:
                     keyed.setdefault(key_of(name), {}).setdefault(kind, []).append(files[name])
         for name, where in files.items():
             (stem, kind), key = split[name], key_of(name)
@@ -330,7 +334,7 @@ class Images:
                 self.problems[f"{shown(path)}:{i}"] = f"no such image: {missing[-1]}"
         if len(missing) > self.max_broken * len(rows):
             raise FileNotFoundError(f"{missing[0]}: no such image, nor those of {len(missing) - 1} other rows of "
-                                    f"{len(rows)} in {path}; set --image-root to their folder")
+                                    f"{len(rows)} in {shown(path)}; set --image-root to their folder")
 
     def _check(self):
         if len(self.problems) > self.max_broken * self.total:
