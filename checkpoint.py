@@ -291,7 +291,8 @@ def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer
     module, ckpt = model_file(arch), ckpt or default_weights(arch)
     if config is None or config == "tiny":
         meta = read_config(ckpt)
-        if meta["arch"] != arch:
+        fields = {f.name for f in dataclasses.fields(module.CONFIGS["tiny"])}
+        if meta["arch"] != arch and not set(meta["config"]) <= fields:  # a copied model file may load the original's
             raise ValueError(f"{ckpt} holds a model of --arch {meta['arch']}, but --arch {arch} was asked for")
         settings = from_dict(type(module.CONFIGS["tiny"]), meta["config"])
         model = module.Model(settings, load_tokenizer(text_tokenizer or meta.get("text_tokenizer", "tiny")))

@@ -4,7 +4,6 @@
 """
 import argparse
 import hashlib
-import math
 import os
 import random
 import sys
@@ -29,12 +28,14 @@ from photos import open_image as open_image  # sample.py reads its pictures as t
 # Template requests: what stands beside the image in a RecA prompt (arXiv 2509.07295). There are many, so that the
 # model learns to read the image and not one sentence, and they are short, because at tiny scale every text token
 # costs as much as an image token.
+
 with open(os.path.join(HERE, "weights", "templates.txt"), encoding="utf-8") as lines:
     RECA_TEMPLATES = lines.read().splitlines()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Order and randomness: functions of (seed, step, index), so that nothing depends on the number of ranks or workers
 # and resuming is free.
+
 def _mix(*parts):
     """64 well-mixed bits: neighboring seeds and steps must give unrelated streams, and torch uses the low 32 alone."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
@@ -111,17 +112,18 @@ VIEWS = {"full": None, "scrambled": scrambled, "shuffled": shuffled}
 PARTS = ("recon", "t2i", "i2t", "edit", "text", "uncond", "align", "words", "images")  # what a step may be made of
 
 def read_mix(mix):
-    """["recon=1", ...], or the dictionary itself -> {part: share of --batch}."""
+    """["recon=1", ...], or the dictionary itself -> {part: share of --batch}. Raises ValueError."""
     if isinstance(mix, dict):
         return mix
+    items, text = [item.partition("=") for item in mix], f"--mix {' '.join(mix)}"
     try:
-        out = {part: float(share) for part, share in (item.split("=") for item in mix)}
+        out = {part: float(share) for part, _, share in items}
     except ValueError:
-        raise ValueError(f"--mix {' '.join(mix)}: expected PART=SHARE ..., e.g. t2i=1 i2t=0.5") from None
-    if not set(out) <= set(PARTS) or len(out) < len(mix):
-        raise ValueError(f"--mix {' '.join(mix)}: the parts are {', '.join(PARTS)}, each at most once")
-    if not all(0 <= share < math.inf for share in out.values()):
-        raise ValueError(f"--mix {' '.join(mix)}: a share of --batch is a number from 0 up")
+        raise ValueError(f"{text}: expected PART=SHARE ..., e.g. t2i=1 i2t=0.5") from None
+    if not set(out) <= set(PARTS) or len(out) < len(items):
+        raise ValueError(f"{text}: the parts, each at most once, are {', '.join(PARTS)}")
+    if not all(0 < share <= 1000 for share in out.values()):
+        raise ValueError(f"{text}: shares must be above 0 and at most 1000")
     return out
 
 class Batches:
@@ -405,6 +407,7 @@ def prefetch(make, steps, depth=2):
         pool.shutdown(wait=True, cancel_futures=True)
 
 # ---------------------------------------------------------------------------------------------------------------------
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", nargs="+", required=True, metavar="PATH", help="folders, tars, pictures, LLaVA JSON")

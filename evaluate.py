@@ -35,6 +35,7 @@ BATCH = 256  # rows in one call of a sampler; the noise of a picture depends on 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Helpers of all scores
+
 def wilson(hits, n, z=1.96):
     """(low, high): the 95 % interval of the proportion hits / n; not a number for n = 0."""
     if n == 0:
@@ -62,6 +63,7 @@ def draw(model, method, *inputs, seed, **sampler):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The four scores
+
 @torch.no_grad()
 def score_generation(model, per_task=50, seed=0, split="test", **sampler):
     """Draws one picture for each of 6 * per_task prompts and judges it. Returns a dict: score (mean of the six tasks),
@@ -189,6 +191,7 @@ def report_change(before, after):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # GenEval, and the command line
+
 def export_geneval(model, prompts_file, out, n=4, seed=0, **sampler):
     """n pictures for each prompt in the folder layout of GenEval's own scorer (00000/metadata.jsonl,
     00000/samples/0000.png), with the recipe beside them in recipe.json. prompts_file: GenEval's

@@ -32,6 +32,7 @@ IGNORE = -100  # label of a position that is not trained
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configurations and recipes
+
 @dataclass
 class ShowOConfig:
     hidden_size: int = 2048
@@ -110,6 +111,7 @@ RECIPES = {
 
 # ---------------------------------------------------------------------------------------------------------------------
 # blocks
+
 def rotate(x, rope):
     """x (B, T, heads, d), rope = cos, sin (B or 1, T, 1, r/2): turns the pairs (i, i + r/2) of the first r channels."""
     cos, sin = rope
@@ -175,7 +177,8 @@ class Backbone(nn.Module):
         return self.final_layernorm(x)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# prompts (lists of text ids -> lists of ids) and layouts
+# prompts and layouts: lists of text ids -> lists of ids
+
 def with_bos(text, c):
     return list(text) if text[:1] == [c.eos] else [c.eos, *text]
 
@@ -265,10 +268,11 @@ def mask_codes(codes, u, r, c):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the model
+
 class ShowO(nn.Module):
     """config: ShowOConfig; tokenizer: a text tokenizer (encode_ordinary, decode, eos, vocab_size), needed where text is
     a string. A context is a pair (embeddings, layout) of rows whose target picture is still to be put in front."""
-    image_tokenizer = "vq"
+    image_tokenizer = "vq"  # the frozen tokenizer: this submodule, and its config in ShowOConfig
     device = property(lambda self: self.showo.lm_head.weight.device)
 
     def __init__(self, config, tokenizer=None):
@@ -299,6 +303,7 @@ class ShowO(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.num_layers) if out else 0.02)
 
     # ---- losses
+
     def reca_loss(self, codes, ids, lengths, u, r, context_grad=None, count=None, **seen):
         """Reconstruction alignment: understand a picture, then reproduce it. The picture's own understanding features
         stand where a very dense caption would; the target is the same picture as codes, some of them masked. The row is
@@ -394,6 +399,7 @@ class ShowO(nn.Module):
         return {part: losses[part](**tensors) for part, tensors in batch.items()}
 
     # ---- samplers
+
     @torch.no_grad()
     def sample(self, context, layout, image, guidance, steps, temperature=1.0, generator=None, exponential=None,
                gumbel_u=None, trace=None):
@@ -550,6 +556,7 @@ class ShowO(nn.Module):
         return self.decode_codes(torch.cat([new, codes] if backwards else [codes, new], dim))
 
     # ---- what train.py needs
+
     def trainable_parameters(self, stage):
         """stage base | sft | reca -> [(name, parameter)] to train, and sets requires_grad: all but the image tokenizer
         and CLIP. A CLIP that did not come pre-trained (config.train_clip) learns in the base stage."""
@@ -672,6 +679,7 @@ class ShowO(nn.Module):
         return 0 if part in ("align", "words") else total
 
     # ---- published weights
+
     @classmethod
     def load_published(cls, path, config="show-o-clip-512", tokenizer_path=None, vision_path=None, tokenizer=None,
                        device="cpu", dtype=None):
@@ -691,6 +699,7 @@ class ShowO(nn.Module):
         return model.to(device).eval()
 
     # ---- base training from nothing
+
     def align_loss(self, words, features=None, pixels=None, kind="contrast", **_):
         """For a CLIP that did not come pre-trained: see word_alignment. words (B, V): 1 where the caption has the id.
         "contrast" is the part align, "presence" the part words, whose captions say all there is to say."""

@@ -24,16 +24,16 @@ import math
 import os
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import vision_encoder
+import vision_encoder as vision
 from checkpoint import stream
 from custom_kernels import attention, attention_plan, flow_loss_rows, linear_cross_entropy, rms_norm
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig
-from vision_encoder import VISION_ENCODERS, PositionTable, SigLIPConfig, SigLIPNaViT, grid_ids, patchify
 
 IGNORE = -100  # label of a position that is not trained
 UND, GEN = EXPERTS = ("", "_moe_gen")  # endings of the two experts' published names
@@ -54,8 +54,7 @@ class BagelConfig:
     rms_norm_eps: float = 1e-6
     # <|im_start|> <|im_end|> <|vision_start|> <|vision_end|>; where a text tokenizer is given, its ids replace these
     special: tuple = (151644, 151645, 151652, 151653)
-    # images
-    vit: SigLIPConfig = field(default_factory=lambda: VISION_ENCODERS["siglip-so400m-14-980"])
+    vit: vision.SigLIPConfig = field(default_factory=lambda: vision.VISION_ENCODERS["siglip-so400m-14-980"])
     vae: AutoencoderConfig = field(default_factory=lambda: TOKENIZERS["flux"])
     latent_patch_size: int = 2
     max_latent_size: int = 64  # rows and columns of the table of latent places
@@ -63,14 +62,12 @@ class BagelConfig:
     vae_resize: tuple = (1024, 512)  # largest long, smallest short side of a picture that is edited or reconstructed,
     vit_resize: tuple = (980, 224)  # ... of what SigLIP sees of it to answer or to edit,
     reca_resize: tuple = (224, 224)  # ... and as RecA's prompt: the smallest it knows, so there are no pixels to copy
-    # training
-    timestep_shift: float = 1.0
+    timestep_shift: float = 1.0  # in training: more than 1 favors times near noise
     max_prompt: int = 128  # text tokens, markers included, of a caption,
     max_request: int = 64  # ... of RecA's request or an instruction to edit,
     max_dialogue: int = 1024  # ... of a question and its answer
-    # sampler
     flow_steps: int = 49  # passes through the model
-    shift: float = 3.0
+    shift: float = 3.0  # in sampling: more than 1 spends more steps near noise
     cfg: float = 4.0
     cfg_image: float = 2.0  # editing only
     interval: tuple = (0.4, 1.0)  # (low, high] of the times that are guided, after the shift
@@ -78,7 +75,7 @@ class BagelConfig:
 CONFIGS = {
     "tiny": BagelConfig(vocab_size=1024, hidden_size=128, intermediate_size=224, num_layers=4, num_heads=4,
                         num_kv_heads=4, rope_theta=1e4, special=(1019, 1020, 1021, 1022),
-                        vit=VISION_ENCODERS["tiny-siglip"], vae=TOKENIZERS["tiny-kl"], latent_patch_size=1,
+                        vit=vision.VISION_ENCODERS["tiny-siglip"], vae=TOKENIZERS["tiny-kl"], latent_patch_size=1,
                         max_latent_size=6, image_size=48, vae_resize=(48, 48), vit_resize=(48, 48),
                         reca_resize=(48, 48), max_prompt=32, max_request=16, max_dialogue=64, flow_steps=24,
                         interval=(0.0, 1.0)),
@@ -88,12 +85,11 @@ CONFIGS = {
 # Keys are train.py's flags; a missing key has the flag's default. After the base stage the understanding expert is
 # frozen, so image-to-text data would teach nothing: i2t_weight 0. The release's own command stops at step 1000, inside
 # the warm-up, whose first step has rate 0. It fixes no number of GPUs: the batch is ours.
-RELEASE = dict(lr=4e-5, eps=1e-15, weight_decay=0.0, warmup=1000, warmup_from=0, schedule="constant", steps=1000,
-               batch=48, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=0.0, t2i_weight=0.0)
+PUBLISHED = dict(lr=4e-5, eps=1e-15, weight_decay=0.0, warmup=1000, warmup_from=0, schedule="constant", steps=1000,
+                 batch=48, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=0.0, t2i_weight=0.0)
 # After the base stage of the tiny model. The captions are poor, as the web's are: RecA has most to give there.
 TINY = dict(lr=2e-4, muon_lr=0.005, steps=400, batch=96, i2t_weight=0.0, sparse_captions=0.6, wrong_captions=0.4)
 RECIPES = {
-    "bagel-7b-mot": {"reca": RELEASE, "sft": dict(RELEASE, mix={"t2i": 1.0, "i2t": 1.0}, t2i_weight=1.0)},
     "tiny": {
         # With little muon_decay (no singular value grows beyond 1 / muon_decay) picture tokens become so much larger
         # than words that no block can add to them. `uncond` trains the empty prompt, so no caption has to be dropped.
@@ -105,12 +101,13 @@ RECIPES = {
         "reca": dict(TINY, mix={"recon": 0.5, "t2i": 0.5, "edit": 0.25}, understanding="shuffled"),
         "sft": dict(TINY, mix={"t2i": 1.0, "edit": 0.25}),  # the control: the same without RecA
         # RecA on a user's own images, which have no captions
-        "plain": dict(lr=2e-4, steps=300, batch=96, mix=RELEASE["mix"], i2t_weight=0.0, t2i_weight=0.0),
+        "plain": dict(lr=2e-4, steps=300, batch=96, mix=PUBLISHED["mix"], i2t_weight=0.0, t2i_weight=0.0),
     },
+    "bagel-7b-mot": {"reca": PUBLISHED, "sft": dict(PUBLISHED, mix={"t2i": 1.0, "i2t": 1.0}, t2i_weight=1.0)},
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# blocks: the mixture of transformers, and what turns time, places and features into its tokens
+# blocks
 
 def rope_tables(positions, dim, theta):
     """positions (B, T) -> cos, sin (B, T, 1, dim/2) float32."""
@@ -129,9 +126,7 @@ def pick(x, index):
     return F.embedding(index + first, x.flatten(0, 1))
 
 class RMSNorm(nn.RMSNorm):
-    """With float32 statistics, whatever the dtype of x and of the weight."""
-
-    def forward(self, x):
+    def forward(self, x):  # in float32, whatever the dtype of x and of the weight
         return rms_norm(x.float(), self.weight.float(), self.eps).to(x.dtype)
 
 @dataclass
@@ -216,8 +211,6 @@ class MoT(nn.Module):
         return out, cache
 
 class TimeEmbedder(nn.Module):
-    """Flow time t in [0, 1], not in 0..1000: t (...) -> (..., W)."""
-
     def __init__(self, width):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -226,8 +219,26 @@ class TimeEmbedder(nn.Module):
         angle = t.float()[..., None] * torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device))
         return torch.cat([angle.cos(), angle.sin()], -1)  # cosines first
 
-    def forward(self, t):
+    def forward(self, t):  # flow times (...) in [0, 1], not in 0..1000 -> (..., W)
         return self.mlp(self.features(t).to(self.mlp[0].weight.dtype))
+
+def guide(v, v_text, v_image=None, cfg=1.0, cfg_image=1.0, renorm="global", renorm_min=0.0):
+    """Classifier-free guidance of velocities (B, n, P) with the full context, without the last text, without images:
+    g = v_text + cfg (v - v_text), then g = v_image + cfg_image (g - v_image). This makes velocities longer, so they are
+    shrunk by |v| / |g|, between renorm_min and 1: of each picture ("global"; the published sampler takes the norm over
+    a batch), of each token ("channel"), or of each token before images guide ("text_channel")."""
+    if renorm not in ("global", "channel", "text_channel"):
+        raise ValueError(f"renorm {renorm!r}: expected global, channel or text_channel")
+
+    def shrink(g):
+        dims = (1, 2) if renorm == "global" else -1
+        long, short = (torch.linalg.vector_norm(x, dim=dims, keepdim=True) for x in (g, v))
+        return g * (short / (long + 1e-8)).clamp(renorm_min, 1.0)
+
+    g = v_text + cfg * (v - v_text)
+    g = shrink(g) if renorm == "text_channel" else g
+    g = g if v_image is None else v_image + cfg_image * (g - v_image)
+    return g if renorm == "text_channel" else shrink(g)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # prompts and layouts
@@ -262,7 +273,7 @@ def layout(c, samples, pad_to=0):
                 tokens += [(0, ids[i], rope + i, 0, at + i + 1, targets[i], 0) for i in range(len(ids))]
                 rope += len(ids)
                 continue
-            grid = grid_ids(*content, c.vit.positions if kind == "vit" else c.max_latent_size).tolist()
+            grid = vision.grid_ids(*content, c.vit.positions if kind == "vit" else c.max_latent_size).tolist()
             end = at + 2 + len(grid)
             # both markers come first: inside a bidirectional block the order in memory is free
             tokens += [(0, marker, rope, 0, end, IGNORE, 0) for marker in markers]
@@ -294,31 +305,11 @@ def layout(c, samples, pad_to=0):
     wanted = {"gen": G, "vit": V, "labels": (out["labels"] != IGNORE).any(), "order": (out["order"].diff() != 1).any()}
     return {name: x.contiguous() for name, x in out.items() if wanted.get(name.split("_")[0], True)}
 
-# Contexts that have been read, one per row, padded on the left. kv: per layer keys (normalized and rotated) and values,
-# each (B, kv_heads, n, dim); start (B,): first key that is no padding; rope (B,): next rotary position
+# Contexts that have been read. kv: per layer keys and values, each (B, kv_heads, n, dim); start, rope: see layout
 Cache = namedtuple("Cache", "kv start rope")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the model
-
-def guide(v, v_text, v_image=None, cfg=1.0, cfg_image=1.0, renorm="global", renorm_min=0.0):
-    """Classifier-free guidance of velocities (B, n, P) with the full context, without the last text, without images:
-    g = v_text + cfg (v - v_text), then g = v_image + cfg_image (g - v_image). This makes velocities longer, so they are
-    shrunk by |v| / |g|, between renorm_min and 1: of each picture ("global"; the published sampler takes the norm over
-    a batch, the same for one picture), of each token ("channel"), or of each token before images guide
-    ("text_channel"). Raises ValueError for any other renorm."""
-    if renorm not in ("global", "channel", "text_channel"):
-        raise ValueError(f"renorm {renorm!r}: expected global, channel or text_channel")
-
-    def shrink(g):
-        dims = (1, 2) if renorm == "global" else -1
-        long, short = (torch.linalg.vector_norm(x, dim=dims, keepdim=True) for x in (g, v))
-        return g * (short / (long + 1e-8)).clamp(renorm_min, 1.0)
-
-    g = v_text + cfg * (v - v_text)
-    g = shrink(g) if renorm == "text_channel" else g
-    g = g if v_image is None else v_image + cfg_image * (g - v_image)
-    return g if renorm == "text_channel" else shrink(g)
 
 class Bagel(nn.Module):
     image_tokenizer = "vae"  # the frozen autoencoder's name, here and in the configuration
@@ -334,11 +325,11 @@ class Bagel(nn.Module):
         self.language_model = MoT(c)
         self.vae2llm, self.llm2vae = nn.Linear(P, W), nn.Linear(W, P)
         self.time_embedder = TimeEmbedder(W)
-        self.latent_pos_embed = PositionTable(c.max_latent_size, W)
-        self.vit_model = SigLIPNaViT(c.vit)
+        self.latent_pos_embed = vision.PositionTable(c.max_latent_size, W)
+        self.vit_model = vision.SigLIPNaViT(c.vit)
         self.connector = nn.Sequential(OrderedDict(fc1=nn.Linear(c.vit.width, W), gelu=nn.GELU(approximate="tanh"),
                                                    fc2=nn.Linear(W, W)))
-        self.vit_pos_embed = PositionTable(c.vit.positions, W)
+        self.vit_pos_embed = vision.PositionTable(c.vit.positions, W)
         self.stride = self.vae.stride * c.latent_patch_size  # pixels per latent token and side
         self.text_limit = {"t2i": c.max_prompt, "uncond": c.max_prompt, "recon": c.max_request, "edit": c.max_request,
                            "i2t": c.max_dialogue, "text": c.max_dialogue}  # text tokens of a row, markers included
@@ -351,7 +342,7 @@ class Bagel(nn.Module):
     def init_weights(self):
         """From scratch: N(0, 0.02) in the transformer, whose generation expert starts as a copy of the other; velocity
         0. What is added to the position tables (amplitude 1) keeps PyTorch's own, larger values, and biases take away
-        what the tables have in common at all places of a picture: it would drown what was seen."""
+        the tables' mean over a picture, which would drown what was seen."""
         own = dict(self.language_model.named_parameters())
         for name, p in own.items():
             if p.ndim == 2:
@@ -361,8 +352,8 @@ class Bagel(nn.Module):
             p.copy_(own[name.replace(GEN, UND)])
         nn.init.zeros_(self.llm2vae.weight)
         vit, side = self.vit_side, self.config.image_size // self.stride
-        self.connector.fc2.bias.sub_(self.vit_pos_embed(grid_ids(vit, vit, self.vit_pos_embed.side)).mean(0))
-        self.vae2llm.bias.sub_(self.latent_pos_embed(grid_ids(side, side, self.latent_pos_embed.side)).mean(0))
+        self.connector.fc2.bias.sub_(self.vit_pos_embed(vision.grid_ids(vit, vit, self.vit_pos_embed.side)).mean(0))
+        self.vae2llm.bias.sub_(self.latent_pos_embed(vision.grid_ids(side, side, self.latent_pos_embed.side)).mean(0))
 
     # ---- losses
 
@@ -439,11 +430,9 @@ class Bagel(nn.Module):
 
     def forward(self, batch):
         """{part: tensors of precompute, collate} -> {part: loss}. `source_` encodings are of a picture to be edited."""
-        own, losses = {"recon": self.reca_loss, "i2t": self.i2t_loss, "text": self.i2t_loss}, {}
+        own, losses = {"recon": self.reca_loss, "i2t": self.i2t_loss, "text": self.i2t_loss, "align": self.align_loss,
+                       "words": partial(self.align_loss, kind="presence")}, {}
         for part, row in batch.items():
-            if part in ("align", "words"):
-                losses[part] = self.align_loss(part, row["words"], row["patches"])
-                continue
             row, source = dict(row), "source_" * ("source_moments" in row)
             row["features"] = row.get(source + "features")
             if "vit_grid" in row and source + "patches" in row:  # SigLIP trains along
@@ -459,14 +448,14 @@ class Bagel(nn.Module):
     @torch.no_grad()
     def sample(self, cache, noise, grid, cfg=1.0, cfg_image=1.0, steps=None, shift=None, interval=None, **how):
         """Integrates the flow from noise (B, h*w, P) to latents of a grid (h, w). cache: B full contexts; for guidance
-        then B without the last text, and B without images. steps: passes through the model, all branches together;
-        shift > 1 spends more of them near noise; interval (low, high]: times that are guided; how: see `guide`."""
+        then B without the last text, and B without images. steps, shift, interval: see BagelConfig; how: `guide`."""
         c, (B, n, _), R, device = self.config, noise.shape, len(cache.rope), cache.rope.device
         steps, shift, (low, high) = steps or c.flow_steps, shift or c.shift, interval or c.interval
         past = cache.kv[0][0].shape[2]
         bounds = {"pos": cache.rope, "lo": cache.start, "hi": torch.full_like(cache.rope, past + 2 + n)}
         row = {name + k: v[:, None].expand(R, m) for name, m in (("und_", 2), ("gen_", n)) for k, v in bounds.items()}
-        row |= dict(gen_grid=grid_ids(*grid, c.max_latent_size, device).expand(R, n), gen_image=row["gen_pos"] * 0)
+        row["gen_grid"] = vision.grid_ids(*grid, c.max_latent_size, device).expand(R, n)
+        row["gen_image"] = row["gen_pos"] * 0
         markers = self.embed(torch.tensor([c.special[2:]], device=device).expand(R, 2))
         branches = []
         for m in (B, R):  # without and with guidance
@@ -482,24 +471,20 @@ class Bagel(nn.Module):
             x = x - v * (t - after)
         return x
 
-    @torch.no_grad()
     def generate(self, prompts, cfg=None, steps=None, temperature=1.0, generator=None, size=None, **how):
-        """Captions -> images. size: pixels, one number or (H, W), None: the config's, as for cfg, steps. temperature:
-        factor on the first noise; how: see `paint`. Guidance leads away from an empty context, not an empty text."""
+        """Captions -> images. size: pixels, int or (H, W). Guidance compares with no context, not an empty text."""
         size = size or self.config.image_size
         size = (size, size) if isinstance(size, int) else size
         return self.paint([], prompts, size, cfg, steps, temperature, generator, **how)
 
-    @torch.no_grad()
     def reconstruct(self, images, prompt="Describe the image in detail.", cfg=None, steps=None, temperature=1.0,
                     generator=None, **how):
-        """images -> what the model paints when SigLIP shows it them at reca_resize, with a request (or one each)."""
+        """images -> what the model paints when SigLIP shows it them at reca_resize, with a request."""
         features, grid = self.see(images, self.config.reca_resize)
-        prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
+        prompts = [prompt] * len(images)
         how = {"features": features, "interval": (0.0, 1.0), **how}
         return self.paint([("vit", grid)], prompts, images.shape[2:], cfg, steps, temperature, generator, **how)
 
-    @torch.no_grad()
     def edit(self, images, instructions, cfg=None, steps=None, temperature=1.0, generator=None, cfg_image=None, **how):
         """images and one instruction for each -> edited images in the size of vae_resize. Context: clean latents, what
         SigLIP sees, text; guidance leads away from pictures alone (cfg) and from text alone (cfg_image)."""
@@ -512,7 +497,6 @@ class Bagel(nn.Module):
         pictures = [("clean", grid), ("vit", vit)]
         return self.paint(pictures, instructions, images.shape[2:], cfg, steps, temperature, generator, **how)
 
-    @torch.no_grad()
     def answer(self, images, questions, max_new_tokens=32, temperature=0.0, generator=None, think=False):
         """images, or None, and a question for each -> answers; think: after reasoning aloud."""
         before, features = [("text", self.encode(THINK_ANSWER))] * think, None
@@ -535,7 +519,7 @@ class Bagel(nn.Module):
     def paint(self, pictures, texts, size, cfg, steps, temperature, generator, features=None, latents=None,
               think=False, cfg_image=1.0, **how):
         """An image of `size` (H, W) for each text, after `pictures`: segments that features and latents fill. think:
-        writes a plan first, and reads it. how: see `sample`, `guide`. Raises ValueError for a size off the stride."""
+        writes a plan first, and reads it. temperature: factor on the first noise. how: see `sample`, `guide`."""
         if any(side % self.stride for side in size):
             raise ValueError(f"size {tuple(size)}: both sides must be multiples of {self.stride} pixels")
         cfg, grid = self.config.cfg if cfg is None else cfg, tuple(side // self.stride for side in size)
@@ -555,8 +539,7 @@ class Bagel(nn.Module):
 
     @torch.no_grad()
     def generate_tokens(self, cache, max_new_tokens, temperature=0.0, generator=None):
-        """Continues contexts with an answer, greedily at temperature 0 -> ids (B, at most max_new_tokens); rows that
-        have had <|im_end|> run on until all have."""
+        """Continues contexts, greedily at temperature 0, until each row has had <|im_end|> -> ids (B, new)."""
         kv, (bos, eos, *_), written = cache.kv, self.config.special, []
         token = torch.full_like(cache.rope, bos)[:, None]  # (B, 1)
         done = torch.zeros_like(token, dtype=torch.bool)
@@ -566,11 +549,10 @@ class Bagel(nn.Module):
                    "und_hi": torch.full_like(token, past + 1)}
             hidden, kv = self.language_model([self.embed(token)], self.view(row, past), kv, keep=True)
             logits = self.language_model.lm_head(hidden[0][:, -1]).float()  # (B, vocabulary)
+            token = logits.argmax(-1, keepdim=True)  # (B, 1)
             if temperature > 0:
                 p = torch.softmax(logits / temperature, -1).to(logits.device if generator is None else generator.device)
                 token = torch.multinomial(p, 1, generator=generator).to(logits.device)
-            else:
-                token = logits.argmax(-1, keepdim=True)
             written.append(token)
             done = done | (token == eos)
         return torch.cat(written, 1)
@@ -588,40 +570,39 @@ class Bagel(nn.Module):
 
     def resized(self, images, limits, stride):
         """images (B, 3, H, W) in the size of bagel_size (bicubic; PIL would round to whole gray levels)."""
-        w, h = vision_encoder.bagel_size(images.shape[3], images.shape[2], *limits, stride)
+        w, h = vision.bagel_size(images.shape[3], images.shape[2], *limits, stride)
         if (h, w) == tuple(images.shape[2:]):
             return images
         return F.interpolate(images, (h, w), mode="bicubic", antialias=True).clamp(-1, 1)
 
+    @torch.no_grad()
     def see(self, images, limits):
         """images (B, 3, H, W) -> SigLIP features (B, h*w, width) of the resized images, and (h, w)."""
         images = self.resized(images, limits, self.config.vit.patch)
         grid = tuple(side // self.config.vit.patch for side in images.shape[2:])
-        patches = patchify(images, self.config.vit.patch).to(self.connector.fc1.weight.dtype)
-        return self.vit_model(patches, grid_ids(*grid, self.config.vit.positions, images.device)), grid
+        patches = vision.patchify(images, self.config.vit.patch).to(self.connector.fc1.weight.dtype)
+        return self.vit_model(patches, vision.grid_ids(*grid, self.config.vit.positions, images.device)), grid
 
     def moments(self, images):
         """images (B, 3, H, W) -> mean and log variance of each latent token's numbers (B, G, 2*P)."""
         parts = self.vae.moments(images.to(self.vae.encoder.conv_in.weight.dtype)).chunk(2, 1)
-        return torch.cat([patchify(part, self.config.latent_patch_size) for part in parts], -1)
+        return torch.cat([vision.patchify(part, self.config.latent_patch_size) for part in parts], -1)
 
     def decode_latents(self, tokens, grid):
         """tokens (B, h*w, P) of a grid (h, w) -> images (B, 3, H, W), not clamped."""
         p = self.config.latent_patch_size
-        x = tokens.unflatten(1, grid).unflatten(-1, (p, p, -1))  # (B, h, w, p, p, C)
-        x = x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # (B, C, h*p, w*p)
-        return self.vae.decode(x.to(self.vae.decoder.conv_in.weight.dtype)).float()
+        x = tokens.unflatten(-1, (p * p, -1)).permute(0, 3, 2, 1).flatten(1, 2).unflatten(-1, grid)  # (B, C*p*p, h, w)
+        return self.vae.decode(F.pixel_shuffle(x, p).to(self.vae.decoder.conv_in.weight.dtype)).float()
 
     # ---- what train.py needs
 
     def trainable_parameters(self, stage):
-        """stage base | sft | reca -> [(name, parameter)] to train, and sets requires_grad. base: all but the
-        autoencoder. sft, reca: generation expert, latent projections, time embedder; the rest has no gradient."""
+        """-> [(name, parameter)]: base all but the autoencoder, else what generates. Sets stage and requires_grad."""
         if stage not in ("base", "sft", "reca"):
             raise ValueError(f"stage {stage!r}: expected base, sft or reca")
         c, self.stage, self.context_grad = self.config, stage, float(stage == "base")
         self.vit_limits = c.vit_resize if stage == "base" else c.reca_resize  # of training pictures; their SigLIP rows:
-        side, _ = vision_encoder.bagel_size(c.image_size, c.image_size, *self.vit_limits, c.vit.patch)
+        side, _ = vision.bagel_size(c.image_size, c.image_size, *self.vit_limits, c.vit.patch)
         self.vit_side = side // c.vit.patch
         for name, p in self.named_parameters():
             generation = GEN in name or name.startswith(("vae2llm.", "llm2vae.", "time_embedder."))
@@ -637,14 +618,13 @@ class Bagel(nn.Module):
         return [*self.language_model.model["layers"], *self.vit_model.vision_model["encoder"]["layers"]]
 
     def preprocess(self, image, purpose):
-        """PIL image -> (3, H, W) in [-1, 1]. "answer": SigLIP's size; "edit", "reconstruct": the autoencoder's; both
-        keep proportions. "recon", "t2i", "i2t": the center, image_size squared, so that training pictures stack."""
+        """PIL image -> (3, H, W) in [-1, 1], in its proportions as published; for training its center, as a square."""
         c = self.config
         if purpose == "answer":
-            return vision_encoder.to_pixels(vision_encoder.bagel_resize(image, *c.vit_resize, c.vit.patch))
+            return vision.to_pixels(vision.bagel_resize(image, *c.vit_resize, c.vit.patch))
         if purpose in ("edit", "reconstruct"):
-            return vision_encoder.to_pixels(vision_encoder.bagel_resize(image, *c.vae_resize, self.stride))
-        return vision_encoder.magvit_pixels(image, c.image_size)
+            return vision.to_pixels(vision.bagel_resize(image, *c.vae_resize, self.stride))
+        return vision.magvit_pixels(image, c.image_size)
 
     @torch.no_grad()
     def precompute(self, images):
@@ -652,19 +632,32 @@ class Bagel(nn.Module):
         if self.stage != "base":
             return {"moments": self.moments(images), "features": self.see(images, self.vit_limits)[0]}
         patch = self.config.vit.patch
-        patches = patchify(self.resized(images, self.vit_limits, patch), patch)
+        patches = vision.patchify(self.resized(images, self.vit_limits, patch), patch)
         return {"moments": self.moments(images), "patches": ((patches + 1) * 127.5).round().clamp(0, 255).byte()}
 
     def encode(self, text):
         """Text -> ids without markers. It may come from anywhere, so special strings in it are spelled out."""
         return self.tokenizer.encode_ordinary(text)
 
+    def segments(self, part, sample, limit):
+        """The texts of a sample as segments of `layout`, at most `limit` tokens."""
+        if part not in ("i2t", "text"):
+            text = sample[{"recon": "prompt", "edit": "instruction"}.get(part, "caption")]
+            return [] if sample.get("drop") else [("text", self.encode(text)[:max(0, limit - 2)])]
+        segments, room = [], limit - 4  # the next question and answer have two markers each
+        for question, answer in sample.get("turns") or [(sample["question"], sample["answer"])]:
+            question = self.encode(question)[:max(0, room)]
+            answer = self.encode(answer)[:max(0, room - len(question))]
+            segments, room = [*segments, ("text", question), ("answer", answer)], room - len(question) - len(answer) - 4
+            if room < 12:  # what is left would not hold another turn
+                break
+        return segments
+
     def collate(self, part, samples, generators, shared, pad_to=None):
-        """Samples (dicts) -> tensors of `layout`, and count (0-dim) of the tokens whose loss is taken. Texts get room
-        for `pad_to` tokens (None: the config's maximum, 0: that of the longest), what is longer is cut; "drop": True
-        leaves a text out. generators, one per sample, draw u, noise and posterior (B, G, P), see sample_latents."""
+        """Samples (dicts) -> tensors of `layout`, count of the targets; u, noise, posterior (B, G, P), row b drawn from
+        generators[b]. Texts are cut to `pad_to` tokens (None: the config's maximum, 0: room for the longest)."""
         if part in ("align", "words"):
-            return {"words": vision_encoder.caption_words(self.tokenizer, [sample["caption"] for sample in samples])}
+            return {"words": vision.caption_words(self.tokenizer, [sample["caption"] for sample in samples])}
         limit = min(pad_to or self.text_limit[part], self.text_limit[part])
         vit, side = self.vit_side, self.config.image_size // self.stride
         see, clean = ("vit", (vit, vit)), ("clean", (side, side))
@@ -683,20 +676,6 @@ class Bagel(nn.Module):
             posterior = torch.cat([*source, posterior], 1)
         return {**out, "u": u, "noise": noise, "posterior": posterior, "count": out["gen_noisy"].sum().float()}
 
-    def segments(self, part, sample, limit):
-        """The texts of a sample as segments of `layout`, at most `limit` tokens."""
-        if part not in ("i2t", "text"):
-            text = sample[{"recon": "prompt", "edit": "instruction"}.get(part, "caption")]
-            return [] if sample.get("drop") else [("text", self.encode(text)[:max(0, limit - 2)])]
-        segments, room = [], limit - 4  # the next question and answer have two markers each
-        for question, answer in sample.get("turns") or [(sample["question"], sample["answer"])]:
-            question = self.encode(question)[:max(0, room)]
-            answer = self.encode(answer)[:max(0, room - len(question))]
-            segments, room = [*segments, ("text", question), ("answer", answer)], room - len(question) - len(answer) - 4
-            if room < 12:  # what is left would not hold another turn
-                break
-        return segments
-
     def flops_per_sample(self, part):
         """Estimate with the longest text: 2 operations per weight and token, 4 more backward where there is a graph."""
         if part in ("align", "words"):
@@ -711,11 +690,11 @@ class Bagel(nn.Module):
     # ---- published weights
 
     @classmethod
-    def load_published(cls, path, config=None, tokenizer_path=None, vision_path=None, tokenizer=None, device="cpu",
-                       dtype=None):
+    def load_published(cls, path, config="bagel-7b-mot", tokenizer_path=None, vision_path=None, tokenizer=None,
+                       device="cpu", dtype=None):
         """path: ema.safetensors (BAGEL-7B-MoT), model_bf16.safetensors (BAGEL-RecA) or the folder of one of them;
-        tokenizer_path: ae.safetensors (None: the one beside it). Tensors go from the file straight to device and dtype
-        (None: float32, as the autoencoder always). Raises FileNotFoundError; ValueError with a table of wrong keys."""
+        tokenizer_path: ae.safetensors (None: the one beside it) -> model in eval mode, in `dtype` (None: float32; the
+        autoencoder always). Raises FileNotFoundError, and ValueError with the keys that do not fit."""
         if vision_path:
             raise ValueError(f"--vision-ckpt {vision_path}: BAGEL's own file holds its vision encoder, leave this out")
         if os.path.isdir(path):
@@ -724,7 +703,7 @@ class Bagel(nn.Module):
                 raise FileNotFoundError(f"{path}: {len(files)} of ema.safetensors, model_bf16.safetensors: name one")
             path = os.path.join(path, *files)
         with torch.device("meta"):
-            model = cls(config if isinstance(config, BagelConfig) else CONFIGS[config or "bagel-7b-mot"], tokenizer)
+            model = cls(CONFIGS[config] if isinstance(config, str) else config, tokenizer)
         tables = model.latent_pos_embed.pos_embed, model.vit_pos_embed.pos_embed  # exact; the file has them rounded
         names = [name for name in model.state_dict() if not name.startswith("vae.")]
         stream(model, path, names, device, dtype or torch.float32)
@@ -735,13 +714,13 @@ class Bagel(nn.Module):
 
     # ---- base training from nothing
 
-    def align_loss(self, part, words, patches):
-        """For a SigLIP without pre-training: see word_alignment. part: "align", or "words": captions say everything."""
+    def align_loss(self, words, patches, kind="contrast", **_):
+        """For a SigLIP that did not come pre-trained, see word_alignment. kind "presence": captions say everything."""
         side = math.isqrt(patches.shape[1])
-        grid = grid_ids(side, side, self.vit_pos_embed.side, patches.device)
+        grid = vision.grid_ids(side, side, self.vit_pos_embed.side, patches.device)
         seen = self.connector(self.vit_model(patches / 127.5 - 1, grid))
         seen = seen + self.vit_pos_embed(grid).mean(0)  # without places: the connector's bias starts at minus this mean
         embeddings = self.language_model.model.embed_tokens.weight[:words.shape[1]]
-        return vision_encoder.word_alignment(seen, words, embeddings, "presence" if part == "words" else "contrast")
+        return vision.word_alignment(seen, words, embeddings, kind)
 
 Model = Bagel

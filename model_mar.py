@@ -99,32 +99,32 @@ CONFIGS = {
 
 # What is missing takes train.py's default. RecA is as published, but for the batch, which the release does not fix. The
 # backbone is shared, so image-to-text loss keeps understanding alive; captions would come with --t2i-weight.
-PUBLISHED = {
-    "reca": dict(lr=1e-5, warmup=125, warmup_from=0, steps=5000, batch=384,
-                 mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, t2i_weight=0.0),
-    "sft": dict(lr=1e-5, warmup=125, warmup_from=0, steps=5000, batch=384, mix={"t2i": 1.0, "i2t": 1.0}),
+PUBLISHED = dict(lr=1e-5, warmup=125, warmup_from=0, steps=5000, batch=384)
+TINY = dict(lr=2e-4, steps=300, batch=96)
+RECIPES = {
+    # A drawing loss is about 0.05 where a cross entropy is about 0.5: weights of 8 to 1 share the backbone's gradient.
+    # Captions are poor, since there RecA has most to give.
+    "tiny": {
+        # Muon needs fewer samples; its decay keeps picture tokens from growing so large that blocks cannot add to
+        # them. Four questions a row, and `words`, teach the encoder what is where.
+        "base": dict(lr=2e-3, muon_lr=0.005, muon_decay=0.1, warmup=100, steps=6000, batch=48, t2i_weight=8.0,
+                     mix={"t2i": 1.0, "i2t": 0.75, "edit": 0.5, "text": 0.25, "words": 0.5}, questions=4,
+                     wrong_captions=0.4, sparse_captions=0.6, pool=40000),
+        # Half of the pictures are understood with their cells in random order: copying place by place teaches drawing
+        # little. Captions stand beside RecA, because prompts name no places.
+        "reca": dict(TINY, mix={"recon": 0.5, "t2i": 0.5, "i2t": 1.0}, i2t_weight=0.125, understanding="scrambled",
+                     altered_share=0.5, wrong_captions=0.4, sparse_captions=0.6),
+        "sft": dict(TINY, mix={"t2i": 1.0, "i2t": 1.0}, t2i_weight=8.0, wrong_captions=0.4, sparse_captions=0.6),
+        # RecA on a user's own pictures, which have no captions
+        "plain": dict(TINY, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=0.125, t2i_weight=0.0),
+    },
+    **dict.fromkeys(("harmon-0.5b", "harmon-1.5b"), {
+        "reca": dict(PUBLISHED, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, t2i_weight=0.0),
+        "sft": dict(PUBLISHED, mix={"t2i": 1.0, "i2t": 1.0})}),
 }
-# A drawing loss is about 0.05 where a cross entropy is about 0.5: weights of 8 to 1 share the backbone's gradient.
-# Captions are poor, since there RecA has most to give.
-TINY = {
-    # Muon needs fewer samples; its decay keeps picture tokens from growing so large that blocks cannot add to them.
-    # Four questions a row, and `words`, teach the encoder what is where.
-    "base": dict(lr=2e-3, muon_lr=0.005, muon_decay=0.1, warmup=100, steps=6000, batch=48, t2i_weight=8.0,
-                 mix={"t2i": 1.0, "i2t": 0.75, "edit": 0.5, "text": 0.25, "words": 0.5}, questions=4,
-                 wrong_captions=0.4, sparse_captions=0.6, pool=40000),
-    # Half of the pictures are understood with their cells in random order: copying place by place teaches drawing
-    # little. Captions stand beside RecA, because prompts name no places.
-    "reca": dict(lr=2e-4, steps=300, batch=96, mix={"recon": 0.5, "t2i": 0.5, "i2t": 1.0}, i2t_weight=0.125,
-                 understanding="scrambled", altered_share=0.5, wrong_captions=0.4, sparse_captions=0.6),
-    "sft": dict(lr=2e-4, steps=300, batch=96, mix={"t2i": 1.0, "i2t": 1.0}, t2i_weight=8.0, wrong_captions=0.4,
-                sparse_captions=0.6),
-    "plain": dict(lr=2e-4, steps=300, batch=96, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=0.125,
-                  t2i_weight=0.0),  # RecA on a user's own pictures
-}
-RECIPES = {"tiny": TINY, "harmon-0.5b": PUBLISHED, "harmon-1.5b": PUBLISHED}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# blocks: the language model, Qwen2.5
+# blocks
 
 def rope_tables(positions, dim, theta):
     """positions (B, T) -> cos, sin (B, 1, T, dim/2) float32."""
@@ -183,8 +183,7 @@ class Qwen2(nn.Module):
         self.lm_head.weight = self.model.embed_tokens.weight  # tied; both names are in the published files
 
     def forward(self, x, pads, past=None, keep=None):
-        """x (B, T, h), pads (B,) -> hidden states after the final norm, of the last `keep` positions (None: all), and
-        per layer the keys and values of everything so far. past: that list from the call which x continues. Causal."""
+        """x (B, T, h) -> final hidden states, of the last `keep` positions (None: all), and the next call's `past`."""
         c, past = self.config, past or [None] * self.config.num_layers
         start = past[0][0].shape[2] if past[0] else 0
         total = start + x.shape[1]
@@ -200,9 +199,6 @@ class Qwen2(nn.Module):
             x, kv = layer(x, cos, sin, plan, past[i], last)
             cache.append(kv)
         return self.model.norm(x), cache
-
-# ---------------------------------------------------------------------------------------------------------------------
-# blocks: MAR, two ViTs
 
 class Block(nn.Module):
     def __init__(self, dim, heads, c):
@@ -236,11 +232,11 @@ class MAR(nn.Module):
         self.fake_latent = nn.Parameter(torch.zeros(1, D))  # what every buffer holds before its position is added
         self.z_proj, self.z_proj_ln = nn.Linear(latent_channels(c), D), nn.LayerNorm(D, eps=1e-6)
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, c.buffer_size + cells, D))
-        self.encoder_blocks = nn.ModuleList([Block(D, c.encoder_heads, c) for _ in range(c.encoder_depth)])
+        self.encoder_blocks = nn.Sequential(*[Block(D, c.encoder_heads, c) for _ in range(c.encoder_depth)])
         self.encoder_norm = nn.LayerNorm(D, eps=1e-6)
         self.decoder_embed, self.mask_token = nn.Linear(D, E), nn.Parameter(torch.zeros(1, 1, E))
         self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, c.buffer_size + cells, E))
-        self.decoder_blocks = nn.ModuleList([Block(E, c.decoder_heads, c) for _ in range(c.decoder_depth)])
+        self.decoder_blocks = nn.Sequential(*[Block(E, c.decoder_heads, c) for _ in range(c.decoder_depth)])
         self.decoder_norm = nn.LayerNorm(E, eps=1e-6)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, cells, E))
         self.diffloss = DiffLoss(c)
@@ -258,33 +254,23 @@ class MAR(nn.Module):
         """latents (B, m, n, C) -> (B, S + V, D). visible (B, V): positions in raster order, or None for all of them."""
         buffer_pos, image_pos = self.positions(self.encoder_pos_embed_learned, latents.shape[1:3])
         tokens = latents.flatten(1, 2).to(self.z_proj.weight.dtype)  # (B, L, C)
-        if visible is None:
-            x = self.z_proj(tokens) + image_pos
-        else:
-            x = self.z_proj(pick(tokens, visible)) + F.embedding(visible, image_pos)
-        buffers = (self.fake_latent + buffer_pos).expand(len(x), -1, -1)
-        x = self.z_proj_ln(torch.cat([buffers, x], 1))
-        for block in self.encoder_blocks:
-            x = block(x)
-        return self.encoder_norm(x)
+        if visible is not None:
+            tokens, image_pos = pick(tokens, visible), F.embedding(visible, image_pos)
+        buffers = (self.fake_latent + buffer_pos).expand(len(tokens), -1, -1)
+        x = self.z_proj_ln(torch.cat([buffers, self.z_proj(tokens) + image_pos], 1))
+        return self.encoder_norm(self.encoder_blocks(x))
 
     def decode(self, x, visible, masked, grid):
-        """x (B, S + V, D), positions visible (B, V) and masked (B, k) -> conditions of DiffLoss (B, V + k, E), in the
-        order [visible, masked]: attention is blind to order, and each token brings its own position."""
+        """x (B, S + V, D) -> conditions of DiffLoss (B, V + k, E), visible before masked: attention needs no order."""
         order = torch.cat([visible, masked], 1)
         buffer_pos, image_pos = self.positions(self.decoder_pos_embed_learned, grid)
         pos = torch.cat([buffer_pos.expand(len(x), -1, -1), F.embedding(order, image_pos)], 1)
         x = torch.cat([self.decoder_embed(x), self.mask_token.expand(len(x), masked.shape[1], -1)], 1) + pos
-        for block in self.decoder_blocks:
-            x = block(x)
-        x = self.decoder_norm(x)[:, self.config.buffer_size:]
+        x = self.decoder_norm(self.decoder_blocks(x))[:, self.config.buffer_size:]
         return x + F.embedding(order, self.positions(self.diffusion_pos_embed_learned, grid)[1])
 
 def latent_channels(c):
     return c.vae.z_channels * c.patch_size ** 2
-
-# ---------------------------------------------------------------------------------------------------------------------
-# blocks: DiffLoss, one latent token by diffusion
 
 def modulate(normed, shift, scale):
     """Adaptive LayerNorm: normed * (1 + scale) + shift."""
@@ -337,8 +323,7 @@ class DiffLoss(nn.Module):
         self.net, self.spacing = Denoiser(c), c.num_sampling_steps
 
     def loss_rows(self, z, x0, t, noise):
-        """Conditions z (B, k, E), latents x0 (B, k, C), t (B, M, k), noise (B, M, k, C) -> mse, vb, each (B*M*k,)
-        float32: epsilon's error, and the variational bound in bits, from which only the variance learns."""
+        """Conditions z (B, k, E), latents x0 (B, k, C) -> mse of epsilon, variational bound, (B*M*k,) float32 each."""
         tables = tables_on("", str(z.device))[0]
         x0, noise, t_rows = x0[:, None].expand_as(noise).flatten(0, 2).float(), noise.flatten(0, 2), t.flatten()
         x_t = add_noise(x0, noise, t_rows, tables).view(*t.shape, -1)
@@ -365,7 +350,7 @@ class DiffLoss(nn.Module):
         return x
 
 # ---------------------------------------------------------------------------------------------------------------------
-# prompts and layouts: Qwen's chat template without a system turn
+# prompts and layouts
 
 def insert_image(tokenizer, ids):
     """Puts the image slot behind the first token that ends a line; for Qwen a "\\n\\n" is one token."""
@@ -490,9 +475,8 @@ class Harmon(nn.Module):
     def sample(self, context, pads, grid, cfg, steps=None, temperature=1.0, schedule="constant", orders=None,
                noise=None, generator=None):
         """Masked autoregression after context (R, W, h) -> latents (R, m, n, C), or, with cfg != 1, (R/2, m, n, C): the
-        second half of the rows are then the unconditional partners of the first. steps: passes through the model.
-        schedule of guidance: "constant", or "linear", from 1 to cfg as tokens are made. From the generator where
-        absent: orders (R, L), equal for partners, and noise, per step what DiffLoss.sample takes."""
+        second half of the rows are then the unconditional partners of the first. schedule of guidance: "constant", or
+        "linear", from 1 to cfg. orders (R, L), equal for partners; noise: per step what DiffLoss.sample takes."""
         if schedule not in ("constant", "linear"):
             raise ValueError(f"schedule {schedule!r}: expected constant or linear")
         steps, generator = steps or self.config.mask_steps, generator or torch.default_generator
@@ -526,19 +510,19 @@ class Harmon(nn.Module):
         if any(side % self.stride for side in size):
             raise ValueError(f"size {size}: both sides must be multiples of {self.stride} pixels")
         rows = [self.prompt_ids("t2i", {"caption": prompt})[0] for prompt in prompts]
-        return self.draw(rows, None, size, cfg, steps, temperature, schedule, generator=generator).clamp(-1, 1)
+        return self.paint(rows, None, size, cfg, steps, temperature, schedule, generator=generator).clamp(-1, 1)
 
     def reconstruct(self, images, prompt="Describe the image in detail.", cfg=None, steps=None, temperature=1.0,
                     generator=None):
         """images (B, 3, H, W) in [-1, 1] -> what the model draws when it is shown them. As in the published sampler,
         the image follows "user\\n" at once, without the blank line of RecA's training."""
         rows = [insert_image(self.tokenizer, self.turn(self.encode("user\n" + prompt)))] * len(images)
-        return self.draw(rows, images, images.shape[2:], cfg, steps, temperature, generator=generator).clamp(-1, 1)
+        return self.paint(rows, images, images.shape[2:], cfg, steps, temperature, generator=generator).clamp(-1, 1)
 
     def edit(self, images, instructions, cfg=None, steps=None, temperature=1.0, generator=None):
         """images (B, 3, H, W) in [-1, 1], an instruction for each -> edited images. Rows are those of the edit loss."""
         rows = [self.prompt_ids("edit", {"instruction": text})[0] for text in instructions]
-        return self.draw(rows, images, images.shape[2:], cfg, steps, temperature, generator=generator).clamp(-1, 1)
+        return self.paint(rows, images, images.shape[2:], cfg, steps, temperature, generator=generator).clamp(-1, 1)
 
     @torch.no_grad()
     def answer(self, images, questions, max_new_tokens=32, temperature=0.0, generator=None):
@@ -557,7 +541,7 @@ class Harmon(nn.Module):
         return self.embed(ids, images), pads
 
     @torch.no_grad()
-    def draw(self, rows, images, size, cfg, *options, unconditional=None, **more):
+    def paint(self, rows, images, size, cfg, *options, unconditional=None, **more):
         """What `context` takes, (H, W), and options of `sample` -> images (R, 3, H, W), not clamped. unconditional: ids
         of the row that guidance leads away from (None: "Generate an image."); it never has an image."""
         cfg = self.config.cfg if cfg is None else cfg
@@ -630,13 +614,12 @@ class Harmon(nn.Module):
         return self.tokenizer.encode_ordinary(text)
 
     def turn(self, body):
-        """Ids from "user\\n" on -> ids of the user's turn, up to where the answer begins."""
+        """Ids from "user\\n" on -> ids of the user's turn in Qwen's template, up to where the answer begins."""
         start, end = self.tokenizer.special["<|im_start|>"], self.tokenizer.special["<|im_end|>"]
         return [start, *body, end, *self.encode("\n"), start, *self.encode("assistant\n")]
 
     def prompt_ids(self, part, sample):
-        """One sample -> ids and labels of its row (IGNORE but for answers with their <|im_end|>), or ids and None.
-        Several turns come as sample["turns"] = [(question, answer), ...]. ValueError for an unknown part."""
+        """One sample -> ids and labels of its row (IGNORE but for answers and <|im_end|>), or ids and None."""
         drop = sample.get("drop")
         if part in ("recon", "edit"):  # the image stays when the request is dropped
             request = UNCONDITIONAL if drop else "\n" + sample["prompt" if part == "recon" else "instruction"]
@@ -658,9 +641,8 @@ class Harmon(nn.Module):
         return ids, labels
 
     def collate(self, part, samples, generators, shared, pad_to=None):
-        """Samples (dicts), a torch.Generator for each and a shared one -> what the part's loss takes beside encodings:
-        ids (B, W), pads (B,), labels (B, A) of the last A positions or `randomness`, and the count of targets. W is
-        pad_to, or the longest row, rounded up to pad_multiple, at most the config's maximum; rows lose their end."""
+        """Samples (dicts) -> ids (B, W), pads (B,), labels (B, A) of the last A positions or `randomness`, count of the
+        targets. W: pad_to, or the longest row rounded up to pad_multiple, at most the config's maximum."""
         if part in ("align", "words"):
             return {"words": caption_words(self.tokenizer, [sample["caption"] for sample in samples])}
         c, dialogue = self.config, part in ("i2t", "text")
@@ -677,8 +659,7 @@ class Harmon(nn.Module):
         return {"ids": ids, "pads": pads, "labels": labels, "count": (labels != IGNORE).sum().float()}
 
     def randomness(self, generators, shared):
-        """-> masked (B, k), visible (B, V), t (B, M, k), noise (B, M, k, C), row b from generators[b]. The mask rate,
-        from `shared`, is a truncated normal on [mask_ratio_min, 1] with mode 1 and scale 0.25, one for the batch."""
+        """Row b from generators[b], the mask rate of all from `shared`: N(1, 0.25^2), cut to [mask_ratio_min, 1]."""
         c, L, M = self.config, (self.config.image_size // self.stride) ** 2, self.config.diffusion_batch_mul
         normal, u = NormalDist(1.0, 0.25), torch.rand((), generator=shared, dtype=torch.float64).item()
         low = normal.cdf(c.mask_ratio_min)
@@ -711,11 +692,10 @@ class Harmon(nn.Module):
     # ---- published weights
 
     @classmethod
-    def load_published(cls, path, config=None, tokenizer_path=None, vision_path=None, tokenizer=None, device="cpu",
-                       dtype=None):
+    def load_published(cls, path, config="harmon-0.5b", tokenizer_path=None, vision_path=None, tokenizer=None,
+                       device="cpu", dtype=None):
         """path: harmon_*.pth, with tokenizer_path: kl16.ckpt; or a checkpoint that has the VAE under `vae.` -> model in
-        eval mode, in `dtype` (None: float32; the VAE always). config: a name or a HarmonConfig. Strict, but one of the
-        tied embedding's names may be absent. FileNotFoundError, or ValueError with a table of keys that do not fit."""
+        eval mode, in `dtype` (None: float32; the VAE always). FileNotFoundError, or ValueError if keys do not fit."""
         if vision_path:
             raise ValueError(f"{vision_path}: Harmon understands with its MAR encoder and takes no vision file")
         state = read_weights(path, device)
@@ -727,7 +707,6 @@ class Harmon(nn.Module):
                 raise ValueError(f"{path}: no {prefix}* among its {len(state)} keys: {hint}")
         embed, head = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
         state |= {new: state[old] for new, old in ((embed, head), (head, embed)) if old in state and new not in state}
-        config = config or "harmon-0.5b"
         with torch.device("meta"):
             model = cls(CONFIGS[config] if isinstance(config, str) else config, tokenizer).to(dtype or torch.float32)
         model.vae.float()

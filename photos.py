@@ -20,6 +20,9 @@ from tqdm import tqdm
 from checkpoint import reason_of
 from vision_encoder import on_white
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Kinds of files, and their names
+
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGE_TYPES += (".avif",) * bool(features.check("avif"))
 TEXT_TYPES = (".txt", ".json")
@@ -46,6 +49,31 @@ class Sample(NamedTuple):
 def shown(name):
     """A name of a file as part of one line for any terminal: what cannot be printed is escaped."""
     return name if name.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+def key_of(name):
+    """webdataset's key: a path up to the first dot of its base name."""
+    folder, base = os.path.split(name)
+    return os.path.join(folder, base.partition(".")[0])
+
+def is_hidden(name):
+    return (name.startswith(".") and name != "..") or name in SYSTEM_FOLDERS
+
+def kind_of(entry):
+    """"folder" or "file", links followed, or why an entry of a folder is left out."""
+    try:
+        if is_hidden(entry.name):
+            return HIDDEN
+        if entry.is_dir():
+            return "folder"
+        return "file" if entry.is_file() else NO_FILE
+    except OSError:  # a link to itself
+        return NO_FILE
+
+def why_unread(name):
+    return next((why for kinds, why in UNREAD.items() if name.lower().endswith(kinds)), "files of other kinds")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One picture, and what is written beside it
 
 def read_part(file, offset, size):
     with open(file, "rb") as f:
@@ -155,6 +183,17 @@ def llava_row(row):
     if len(turns) * 2 != len(said) or not turns:
         raise ValueError("turns are not human, gpt, human, gpt ... with an answer each")
     return image[0] if isinstance(image, list) else image, turns
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many pictures
+
+def after_zeros(f, at):
+    """Where the first block of 512 bytes that is not zero begins, from `at` on; None: nowhere."""
+    f.seek(at)
+    while chunk := f.read(1 << 20):
+        if zeros := chunk.lstrip(b"\0"):
+            return at + (len(chunk) - len(zeros)) // 512 * 512
+        at += len(chunk)
 
 class Images:
     """Pictures at random access: in folders (recursive, links followed), tar shards, LLaVA JSON, single files;
@@ -408,37 +447,9 @@ class Images:
         return ValueError(f"none of {self.total} pictures can be used: {len(self.problems)} broken, "
                           f"{len(self.rejected)} rejected; python data.py --check PATH lists them")
 
-def key_of(name):
-    """webdataset's key: a path up to the first dot of its base name."""
-    folder, base = os.path.split(name)
-    return os.path.join(folder, base.partition(".")[0])
-
-def is_hidden(name):
-    return (name.startswith(".") and name != "..") or name in SYSTEM_FOLDERS
-
-def kind_of(entry):
-    """"folder" or "file", links followed, or why an entry of a folder is left out."""
-    try:
-        if is_hidden(entry.name):
-            return HIDDEN
-        if entry.is_dir():
-            return "folder"
-        return "file" if entry.is_file() else NO_FILE
-    except OSError:  # a link to itself
-        return NO_FILE
-
-def why_unread(name):
-    return next((why for kinds, why in UNREAD.items() if name.lower().endswith(kinds)), "files of other kinds")
-
-def after_zeros(f, at):
-    """Where the first block of 512 bytes that is not zero begins, from `at` on; None: nowhere."""
-    f.seek(at)
-    while chunk := f.read(1 << 20):
-        if zeros := chunk.lstrip(b"\0"):
-            return at + (len(chunk) - len(zeros)) // 512 * 512
-        at += len(chunk)
-
 # ---------------------------------------------------------------------------------------------------------------------
+# python data.py --check
+
 def check(paths, captions=False, image_root=None):
     """Read everything once and print what is there; True if it can be trained on."""
     images = Images(paths, captions, image_root, max_broken=1)

@@ -34,6 +34,7 @@ GRAY, PALE = (90, 90, 90), (225, 225, 225)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
+
 def grid(pictures, captions=None, columns=8, scale=3):
     """uint8 pictures (n, h, w, 3) -> one PIL image, each with an optional caption (two lines of what fits) above it."""
     n, h, w = len(pictures), pictures.shape[1] * scale, pictures.shape[2] * scale
@@ -124,6 +125,7 @@ def save_png(image, path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
+
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     checkpoint.add_flags(p)

@@ -44,6 +44,7 @@ CAPTION_BIAS = dict(drop_object=0.25, drop_color=0.25, rare_colors=("purple", "o
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scenes and pictures
+
 Object = namedtuple("Object", "shape color size cell shade")  # indices of SHAPES ... PLACES; a brightness from 0 to 15
 
 def _sprites():
@@ -155,6 +156,7 @@ def relation(cell, other):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Captions
+
 def a(words):
     return ("an " if words[0] in "aeiou" else "a ") + words
 
@@ -215,6 +217,7 @@ def dense_caption(scene, rng):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Questions and edits
+
 QUESTION_KINDS = ("color", "shape", "count", "position", "size", "ground", "exists", "relation")
 
 def question(scene, rng, kind=None):
@@ -298,6 +301,7 @@ def clean_edit(scene, rng):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts for judged pictures
+
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 def task_prompts(per_task, seed, split="test"):
@@ -336,6 +340,7 @@ def task_prompts(per_task, seed, split="test"):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The judge
+
 def judge(images):
     """What is in each picture: images uint8 (n, 48, 48, 3) -> for each picture a list of (shape, color, size, cell).
     Shape or color is -1 where something is there but fits no sprite or no color of the palette. Every cell is fitted
@@ -386,6 +391,7 @@ def same_objects(found, scene):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The flags of train.py that belong to this world
+
 SHARES = ("wrong_captions", "sparse_captions", "altered_share")  # the flags from 0 to 1
 
 def add_flags(parser):

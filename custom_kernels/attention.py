@@ -25,10 +25,8 @@ The backward pass (recomputation)
     owns keys, walks over queries (of all heads that share a key head) and sums dK and dV. Each output element has one
     owner: no atomic additions, so the same input gives the same bits.
 
-An empty interval has l = 0: its output is 0 and lse +inf, so that exp(s - lse) and every gradient through it is 0. The
-sides of a kernel's matrices are powers of two: a head of 80 (or 72) is worked on as 64 + 16 columns, not padded to 128.
-When decoding, one query against a long cache would be too few programs to fill a GPU: the keys are cut into pieces,
-each gives its own output and lse, and these are joined as the forward pass would."""
+An empty interval has l = 0: its output is 0 and lse +inf, so that exp(s - lse) and every gradient through it is 0.
+The sides of a kernel's matrices are powers of two, as are the models' heads; others are padded with columns of 0."""
 import functools
 from dataclasses import dataclass, field
 
@@ -178,61 +176,26 @@ def tiles(D, dtype):
     compiler fits into an A100's and an H100's registers with hardly a spill (tests/test_kernels_compile.py)."""
     if dtype.itemsize > 2:
         return dict(forward=(64, 32, 4, 2), dq=(64, 32, 4, 1), dkdv=(32, 32, 4, 1))
-    return dict(forward=(128, 64, 4 if D <= 64 else 8, 3), dq=(128, 64 if D <= 96 else 32, 8, 2), dkdv=(32, 128, 8, 2))
+    return dict(forward=(128, 64, 4 if D <= 64 else 8, 3), dq=(128, 64 if D <= 64 else 32, 8, 2),
+                dkdv=(32, 64 if D % 16 else 128, 8, 2))  # rows like 72 numbers are loaded in small pieces
 
 @jit
-def load_part(ptr, stride, rows, limit, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CHECK: tl.constexpr):
+def load_tile(ptr, stride, rows, limit, D: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr):
+    """-> (rows, WIDTH); rows >= limit (where CHECK) and columns >= D give 0."""
     cols = tl.arange(0, WIDTH)
     ptrs = ptr + rows[:, None] * stride + cols[None, :]
     if CHECK:
-        return tl.load(ptrs, mask=(rows < limit)[:, None] & (cols < COLUMNS)[None, :], other=0.0)
-    elif WIDTH > COLUMNS:
-        return tl.load(ptrs, mask=(cols < COLUMNS)[None, :], other=0.0)
+        return tl.load(ptrs, mask=(rows < limit)[:, None] & (cols < D)[None, :], other=0.0)
+    elif WIDTH > D:
+        return tl.load(ptrs, mask=(cols < D)[None, :], other=0.0)
     else:
         return tl.load(ptrs)
 
 @jit
-def load_tile(ptr, stride, rows, limit, D0: tl.constexpr, D1: tl.constexpr, D: tl.constexpr, CHECK: tl.constexpr):
-    """-> (rows, D0) and (rows, D1); rows >= limit (where CHECK) and columns >= D give 0. Here and below, a tile is this
-    pair, and where D1 is 0 its second part stands for nothing."""
-    first = load_part(ptr, stride, rows, limit, D0, D, CHECK)
-    second = first
-    if D1 > 0:
-        second = load_part(ptr + D0, stride, rows, limit, D1, D - D0, CHECK)
-    return first, second
-
-@jit
-def store_tile(ptr, stride, rows, limit, tile, D0: tl.constexpr, D1: tl.constexpr, D: tl.constexpr):
-    cols = tl.arange(0, D0)
-    ptrs = ptr + rows[:, None] * stride
-    tl.store(ptrs + cols[None, :], tile[0], mask=(rows < limit)[:, None] & (cols < D)[None, :])
-    if D1 > 0:
-        cols = D0 + tl.arange(0, D1)
-        tl.store(ptrs + cols[None, :], tile[1], mask=(rows < limit)[:, None] & (cols < D)[None, :])
-
-@jit
-def times(tile, factor, D1: tl.constexpr):
-    """A tile whose rows are multiplied by `factor`, a number or one for each row (rows, 1)."""
-    second = tile[1]
-    if D1 > 0:
-        second = tile[1] * factor
-    return tile[0] * factor, second
-
-@jit
-def dot_t(a, b, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """a b^T, summed over both parts of the head dimension."""
-    s = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION, out_dtype=ACC)
-    if D1 > 0:
-        s = tl.dot(a[1], tl.trans(b[1]), s, input_precision=PRECISION, out_dtype=ACC)
-    return s
-
-@jit
-def add_dot(acc, a, b, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """The tile acc + a b; a is a matrix of scores."""
-    second = acc[1]
-    if D1 > 0:
-        second = tl.dot(a, b[1], acc[1], input_precision=PRECISION, out_dtype=ACC)
-    return tl.dot(a, b[0], acc[0], input_precision=PRECISION, out_dtype=ACC), second
+def store_tile(ptr, stride, rows, limit, tile, D: tl.constexpr, WIDTH: tl.constexpr):
+    cols = tl.arange(0, WIDTH)
+    mask = (rows < limit)[:, None] & (cols < D)[None, :]
+    tl.store(ptr + rows[:, None] * stride + cols[None, :], tile, mask=mask)
 
 @jit
 def tile_range(Bounds, own, own_limit, limit, OWN: tl.constexpr, WALK: tl.constexpr, GRAIN: tl.constexpr):
@@ -259,12 +222,12 @@ def edge_tile(i, start, full, end_full, WALK: tl.constexpr):
     return tl.where(i < left, start + i * WALK, end_full + (i - left) * WALK)
 
 @jit
-def forward_step(acc, m, l, q, K, V, k_t, v_t, n, lo, hi, Tk, scale2, D: tl.constexpr, D0: tl.constexpr,
-                 D1: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
+def forward_step(acc, m, l, q, K, V, k_t, v_t, n, lo, hi, Tk, scale2, D: tl.constexpr, WIDTH: tl.constexpr,
+                 BN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
     ACC: tl.constexpr = m.dtype
     keys = n + tl.arange(0, BN)
-    k = load_tile(K, k_t, keys, Tk, D0, D1, D, EDGE)
-    s = dot_t(q, k, D1, ACC, PRECISION) * scale2  # (BM, BN)
+    k = load_tile(K, k_t, keys, Tk, D, WIDTH, EDGE)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale2  # (BM, BN)
     if EDGE:
         s = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), s, float("-inf"))
     new_m = tl.maximum(m, tl.max(s, 1))
@@ -273,14 +236,14 @@ def forward_step(acc, m, l, q, K, V, k_t, v_t, n, lo, hi, Tk, scale2, D: tl.cons
         base = tl.where(new_m == float("-inf"), 0.0, new_m)
     p = tl.exp2(s - base[:, None])
     shrink = tl.exp2(m - base)
-    v = load_tile(V, v_t, keys, Tk, D0, D1, D, EDGE)
-    acc = add_dot(times(acc, shrink[:, None], D1), p.to(v[0].dtype), v, D1, ACC, PRECISION)
+    v = load_tile(V, v_t, keys, Tk, D, WIDTH, EDGE)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION, out_dtype=ACC)
     return acc, new_m, l * shrink + tl.sum(p, 1)
 
 @jit
 def attention_forward_kernel(Q, K, V, Out, Lse, Lo, Hi, QBounds, scale2, Tq, Tk,
                              q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, lo_b, bounds_b,
-                             GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+                             GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
                              BM: tl.constexpr, BN: tl.constexpr, GRAIN: tl.constexpr, PRECISION: tl.constexpr):
     ACC: tl.constexpr = tl.float64 if Q.dtype.element_ty == tl.float64 else tl.float32
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # causal rows get longer downwards: the longest first
@@ -290,40 +253,40 @@ def attention_forward_kernel(Q, K, V, Out, Lse, Lo, Hi, QBounds, scale2, Tq, Tk,
     V += b * v_b + h // GROUP * v_h
     lo = tl.load(Lo + b * lo_b + rows, mask=rows < Tq, other=0)
     hi = tl.load(Hi + b * lo_b + rows, mask=rows < Tq, other=0)
-    q = load_tile(Q + b * q_b + h * q_h, q_t, rows, Tq, D0, D1, D, True)
-    acc = tl.zeros([BM, D0], ACC), tl.zeros([BM, D1 or 16], ACC)
+    q = load_tile(Q + b * q_b + h * q_h, q_t, rows, Tq, D, WIDTH, True)
+    acc = tl.zeros([BM, WIDTH], ACC)
     m = tl.full([BM], float("-inf"), ACC)
     l = tl.zeros([BM], ACC)
     start, full, end_full, end = tile_range(QBounds + b * bounds_b, tile * BM, Tq, Tk, BM, BN, GRAIN)
     for n in range(full, end_full, BN):
-        acc, m, l = forward_step(acc, m, l, q, K, V, k_t, v_t, n, lo, hi, Tk, scale2, D, D0, D1, BN, False, PRECISION)
+        acc, m, l = forward_step(acc, m, l, q, K, V, k_t, v_t, n, lo, hi, Tk, scale2, D, WIDTH, BN, False, PRECISION)
     for i in range(0, (full - start + end - end_full) // BN):
         n = edge_tile(i, start, full, end_full, BN)
-        acc, m, l = forward_step(acc, m, l, q, K, V, k_t, v_t, n, lo, hi, Tk, scale2, D, D0, D1, BN, True, PRECISION)
+        acc, m, l = forward_step(acc, m, l, q, K, V, k_t, v_t, n, lo, hi, Tk, scale2, D, WIDTH, BN, True, PRECISION)
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
-    store_tile(Out + b * o_b + h * o_h, o_t, rows, Tq, times(acc, 1 / l[:, None], D1), D0, D1, D)
+    store_tile(Out + b * o_b + h * o_h, o_t, rows, Tq, acc * (1 / l[:, None]), D, WIDTH)
     lse = tl.where(empty, float("inf"), m + tl.log2(l))
     tl.store(Lse + (b * tl.num_programs(1) + h) * Tq + rows, lse, mask=rows < Tq)
 
 @jit
-def dq_step(dq, q, do, lse, delta, K, V, k_t, v_t, n, lo, hi, Tk, scale2, D: tl.constexpr, D0: tl.constexpr,
-            D1: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
+def dq_step(dq, q, do, lse, delta, K, V, k_t, v_t, n, lo, hi, Tk, scale2, D: tl.constexpr, WIDTH: tl.constexpr,
+            BN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
     ACC: tl.constexpr = lse.dtype
     keys = n + tl.arange(0, BN)
-    k = load_tile(K, k_t, keys, Tk, D0, D1, D, EDGE)
-    v = load_tile(V, v_t, keys, Tk, D0, D1, D, EDGE)
-    s = dot_t(q, k, D1, ACC, PRECISION) * scale2
-    dp = dot_t(do, v, D1, ACC, PRECISION)
+    k = load_tile(K, k_t, keys, Tk, D, WIDTH, EDGE)
+    v = load_tile(V, v_t, keys, Tk, D, WIDTH, EDGE)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale2
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
     if EDGE:
         s = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), s, float("-inf"))
     ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
-    return add_dot(dq, ds.to(k[0].dtype), k, D1, ACC, PRECISION)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
 
 @jit
 def attention_dq_kernel(Q, K, V, Out, DOut, Lse, Delta, DQ, Lo, Hi, QBounds, scale, scale2, Tq, Tk,
                         q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, do_b, do_h, do_t, dq_b, dq_h, dq_t,
-                        lo_b, bounds_b, GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+                        lo_b, bounds_b, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
                         BM: tl.constexpr, BN: tl.constexpr, GRAIN: tl.constexpr, PRECISION: tl.constexpr):
     ACC: tl.constexpr = tl.float64 if Q.dtype.element_ty == tl.float64 else tl.float32
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -335,57 +298,55 @@ def attention_dq_kernel(Q, K, V, Out, DOut, Lse, Delta, DQ, Lo, Hi, QBounds, sca
     lo = tl.load(Lo + b * lo_b + rows, mask=rows < Tq, other=0)
     hi = tl.load(Hi + b * lo_b + rows, mask=rows < Tq, other=0)
     lse = tl.load(Lse + stat, mask=rows < Tq, other=float("inf"))
-    q = load_tile(Q + b * q_b + h * q_h, q_t, rows, Tq, D0, D1, D, True)
-    do = load_tile(DOut + b * do_b + h * do_h, do_t, rows, Tq, D0, D1, D, True)
-    out = load_tile(Out + b * o_b + h * o_h, o_t, rows, Tq, D0, D1, D, True)
-    delta = tl.sum(do[0].to(ACC) * out[0].to(ACC), 1)
-    if D1 > 0:
-        delta += tl.sum(do[1].to(ACC) * out[1].to(ACC), 1)
+    q = load_tile(Q + b * q_b + h * q_h, q_t, rows, Tq, D, WIDTH, True)
+    do = load_tile(DOut + b * do_b + h * do_h, do_t, rows, Tq, D, WIDTH, True)
+    out = load_tile(Out + b * o_b + h * o_h, o_t, rows, Tq, D, WIDTH, True)
+    delta = tl.sum(do.to(ACC) * out.to(ACC), 1)
     tl.store(Delta + stat, delta, mask=rows < Tq)  # the dk/dv kernel reads it
-    dq = tl.zeros([BM, D0], ACC), tl.zeros([BM, D1 or 16], ACC)
+    dq = tl.zeros([BM, WIDTH], ACC)
     start, full, end_full, end = tile_range(QBounds + b * bounds_b, tile * BM, Tq, Tk, BM, BN, GRAIN)
     for n in range(full, end_full, BN):
-        dq = dq_step(dq, q, do, lse, delta, K, V, k_t, v_t, n, lo, hi, Tk, scale2, D, D0, D1, BN, False, PRECISION)
+        dq = dq_step(dq, q, do, lse, delta, K, V, k_t, v_t, n, lo, hi, Tk, scale2, D, WIDTH, BN, False, PRECISION)
     for i in range(0, (full - start + end - end_full) // BN):
         n = edge_tile(i, start, full, end_full, BN)
-        dq = dq_step(dq, q, do, lse, delta, K, V, k_t, v_t, n, lo, hi, Tk, scale2, D, D0, D1, BN, True, PRECISION)
-    store_tile(DQ + b * dq_b + h * dq_h, dq_t, rows, Tq, times(dq, scale, D1), D0, D1, D)
+        dq = dq_step(dq, q, do, lse, delta, K, V, k_t, v_t, n, lo, hi, Tk, scale2, D, WIDTH, BN, True, PRECISION)
+    store_tile(DQ + b * dq_b + h * dq_h, dq_t, rows, Tq, dq * scale, D, WIDTH)
 
 @jit
 def dkdv_step(dk, dv, k, v, Q, DOut, Lse, Delta, Lo, Hi, q_t, do_t, i, keys, Tq, scale2, D: tl.constexpr,
-              D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
-    ACC: tl.constexpr = dk[0].dtype
+              WIDTH: tl.constexpr, BM: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
+    ACC: tl.constexpr = dk.dtype
     rows = i + tl.arange(0, BM)
-    q = load_tile(Q, q_t, rows, Tq, D0, D1, D, EDGE)
-    do = load_tile(DOut, do_t, rows, Tq, D0, D1, D, EDGE)
+    q = load_tile(Q, q_t, rows, Tq, D, WIDTH, EDGE)
+    do = load_tile(DOut, do_t, rows, Tq, D, WIDTH, EDGE)
     lse = tl.load(Lse + rows, mask=rows < Tq, other=float("inf"))
     delta = tl.load(Delta + rows, mask=rows < Tq, other=0.0)
-    st = dot_t(k, q, D1, ACC, PRECISION) * scale2  # (BN, BM): keys first, so that P^T and dS^T need no transposing
-    dpt = dot_t(v, do, D1, ACC, PRECISION)
+    # (BN, BM): keys first, so that P^T and dS^T need no transposing
+    st = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale2
+    dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=ACC)
     if EDGE:
         lo = tl.load(Lo + rows, mask=rows < Tq, other=0)
         hi = tl.load(Hi + rows, mask=rows < Tq, other=0)
         st = tl.where((keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :]), st, float("-inf"))
     pt = tl.exp2(st - lse[None, :])
-    dst = (pt * (dpt - delta[None, :])).to(q[0].dtype)
-    dv = add_dot(dv, pt.to(do[0].dtype), do, D1, ACC, PRECISION)
-    return add_dot(dk, dst, q, D1, ACC, PRECISION), dv
+    dst = (pt * (dpt - delta[None, :])).to(q.dtype)
+    dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=PRECISION, out_dtype=ACC)
+    return tl.dot(dst, q, dk, input_precision=PRECISION, out_dtype=ACC), dv
 
 @jit
 def attention_dkdv_kernel(Q, K, V, DOut, Lse, Delta, DK, DV, Lo, Hi, KBounds, scale, scale2, Tq, Tk,
                           q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, dk_b, dk_h, dk_t,
-                          dv_b, dv_h, dv_t, lo_b, bounds_b, GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
-                          D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GRAIN: tl.constexpr,
-                          PRECISION: tl.constexpr):
+                          dv_b, dv_h, dv_t, lo_b, bounds_b, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+                          BM: tl.constexpr, BN: tl.constexpr, GRAIN: tl.constexpr, PRECISION: tl.constexpr):
     ACC: tl.constexpr = tl.float64 if Q.dtype.element_ty == tl.float64 else tl.float32
     tile, hk, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     keys = tile * BN + tl.arange(0, BN)
     Lo += b * lo_b
     Hi += b * lo_b
-    k = load_tile(K + b * k_b + hk * k_h, k_t, keys, Tk, D0, D1, D, True)
-    v = load_tile(V + b * v_b + hk * v_h, v_t, keys, Tk, D0, D1, D, True)
-    dk = tl.zeros([BN, D0], ACC), tl.zeros([BN, D1 or 16], ACC)
-    dv = tl.zeros([BN, D0], ACC), tl.zeros([BN, D1 or 16], ACC)
+    k = load_tile(K + b * k_b + hk * k_h, k_t, keys, Tk, D, WIDTH, True)
+    v = load_tile(V + b * v_b + hk * v_h, v_t, keys, Tk, D, WIDTH, True)
+    dk = tl.zeros([BN, WIDTH], ACC)
+    dv = tl.zeros([BN, WIDTH], ACC)
     start, full, end_full, end = tile_range(KBounds + b * bounds_b, tile * BN, Tk, Tq, BN, BM, GRAIN)
     for g in range(0, GROUP):  # the query heads that share this key head
         h = hk * GROUP + g
@@ -394,13 +355,13 @@ def attention_dkdv_kernel(Q, K, V, DOut, Lse, Delta, DK, DV, Lo, Hi, KBounds, sc
         stat = (b * tl.num_programs(1) * GROUP + h) * Tq
         for i in range(full, end_full, BM):
             dk, dv = dkdv_step(dk, dv, k, v, Qh, DOh, Lse + stat, Delta + stat, Lo, Hi, q_t, do_t, i, keys, Tq,
-                               scale2, D, D0, D1, BM, False, PRECISION)
+                               scale2, D, WIDTH, BM, False, PRECISION)
         for j in range(0, (full - start + end - end_full) // BM):
             i = edge_tile(j, start, full, end_full, BM)
             dk, dv = dkdv_step(dk, dv, k, v, Qh, DOh, Lse + stat, Delta + stat, Lo, Hi, q_t, do_t, i, keys, Tq,
-                               scale2, D, D0, D1, BM, True, PRECISION)
-    store_tile(DK + b * dk_b + hk * dk_h, dk_t, keys, Tk, times(dk, scale, D1), D0, D1, D)
-    store_tile(DV + b * dv_b + hk * dv_h, dv_t, keys, Tk, dv, D0, D1, D)
+                               scale2, D, WIDTH, BM, True, PRECISION)
+    store_tile(DK + b * dk_b + hk * dk_h, dk_t, keys, Tk, dk * scale, D, WIDTH)
+    store_tile(DV + b * dv_b + hk * dv_h, dv_t, keys, Tk, dv, D, WIDTH)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the kernels as differentiable operators that torch.compile leaves in its graph
@@ -416,25 +377,24 @@ def dense_rows(x):
 def strides(*tensors):
     return [n for t in tensors for n in t.stride()[:3]]
 
-def row_stride(t):  # a plan of one row serves every sample
-    return t.stride(0) if t.shape[0] > 1 else 0
-
-def constants(q, k):
+def options(kernel, q, k, lo, bounds):
+    """The arguments that a kernel takes by name; a plan of one row serves every sample."""
     D = q.shape[3]
-    D0 = max(16, 1 << (D.bit_length() - 1))  # columns worked on as a power of two, and a rest of at least 16 or none
-    D1 = max(16, triton.next_power_of_2(D - D0)) if D > D0 else 0
-    return dict(GROUP=q.shape[1] // k.shape[1], D=D, D0=D0, D1=D1, PRECISION=dot_precision(q.dtype))
+    BM, BN, warps, stages = tiles(D, q.dtype)[kernel]
+    lo_b, bounds_b = (t.stride(0) if t.shape[0] > 1 else 0 for t in (lo, bounds))
+    return dict(lo_b=lo_b, bounds_b=bounds_b, GROUP=q.shape[1] // k.shape[1], D=D,
+                WIDTH=max(16, triton.next_power_of_2(D)), BM=BM, BN=BN, GRAIN=GRAIN, PRECISION=dot_precision(q.dtype),
+                num_warps=warps, num_stages=stages)
 
 @torch.library.custom_op("nanoreca::interval_attention", mutates_args=())
 def interval_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor,
                        q_bounds: torch.Tensor, k_bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     B, Hq, Tq, D = q.shape
-    BM, BN, warps, stages = tiles(D, q.dtype)["forward"]
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=exact(q))
-    attention_forward_kernel[(triton.cdiv(Tq, BM), Hq, B)](
-        q, k, v, out, lse, lo, hi, q_bounds, D ** -0.5 * LOG2E, Tq, k.shape[2], *strides(q, k, v, out), row_stride(lo),
-        row_stride(q_bounds), BM=BM, BN=BN, GRAIN=GRAIN, **constants(q, k), num_warps=warps, num_stages=stages)
+    named = options("forward", q, k, lo, q_bounds)
+    attention_forward_kernel[(triton.cdiv(Tq, named["BM"]), Hq, B)](
+        q, k, v, out, lse, lo, hi, q_bounds, D ** -0.5 * LOG2E, Tq, k.shape[2], *strides(q, k, v, out), **named)
     return out, lse
 
 @interval_attention.register_fake
@@ -451,15 +411,12 @@ def interval_attention_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Te
     Hkv, Tk = k.shape[1:3]
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
     numbers = D ** -0.5, D ** -0.5 * LOG2E, Tq, Tk
-    BM, BN, warps, stages = tiles(D, q.dtype)["dq"]
-    attention_dq_kernel[(triton.cdiv(Tq, BM), Hq, B)](
-        q, k, v, out, grad, lse, delta, dq, lo, hi, q_bounds, *numbers, *strides(q, k, v, out, grad, dq),
-        row_stride(lo), row_stride(q_bounds), BM=BM, BN=BN, GRAIN=GRAIN, **constants(q, k), num_warps=warps,
-        num_stages=stages)
-    BM, BN, warps, stages = tiles(D, q.dtype)["dkdv"]
-    attention_dkdv_kernel[(triton.cdiv(Tk, BN), Hkv, B)](
-        q, k, v, grad, lse, delta, dk, dv, lo, hi, k_bounds, *numbers, *strides(q, k, v, grad, dk, dv), row_stride(lo),
-        row_stride(k_bounds), BM=BM, BN=BN, GRAIN=GRAIN, **constants(q, k), num_warps=warps, num_stages=stages)
+    named = options("dq", q, k, lo, q_bounds)
+    attention_dq_kernel[(triton.cdiv(Tq, named["BM"]), Hq, B)](
+        q, k, v, out, grad, lse, delta, dq, lo, hi, q_bounds, *numbers, *strides(q, k, v, out, grad, dq), **named)
+    named = options("dkdv", q, k, lo, k_bounds)
+    attention_dkdv_kernel[(triton.cdiv(Tk, named["BN"]), Hkv, B)](
+        q, k, v, grad, lse, delta, dk, dv, lo, hi, k_bounds, *numbers, *strides(q, k, v, grad, dk, dv), **named)
     return dq, dk, dv
 
 @interval_attention_backward.register_fake

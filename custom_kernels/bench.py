@@ -15,7 +15,7 @@ import timeit
 import torch
 import torch.nn.functional as F
 
-from . import diffusion_loss, pick
+from . import diffusion_loss, diffusion_tables, pick
 from .attention import attention_flex, attention_plan, attention_reference, attention_triton
 from .linear_cross_entropy import linear_cross_entropy_fused, linear_cross_entropy_reference
 
@@ -24,23 +24,20 @@ from .linear_cross_entropy import linear_cross_entropy_fused, linear_cross_entro
 # before the next one is made: title, key in pick.py's table, what it should say where ours is not the fastest, inputs,
 # {way: function of the inputs}, operations or bytes forward and backward, unit.
 
-def layout(cut, samples, *blocks):
-    """Intervals of one row of `samples`, each made of blocks (length, bidirectional or causal)."""
+def layout(cut, *blocks):
+    """Intervals lo, hi (1, T) of a sample made of blocks (length, bidirectional or causal)."""
     hi = []
     for length, bidirectional in blocks:
         block = range(len(hi) + 1, len(hi) + length // cut + 1)
         hi += [block[-1]] * len(block) if bidirectional else block
-    start = torch.arange(max(1, samples // cut))[:, None] * len(hi)
-    return start.expand(-1, len(hi)).reshape(1, -1), (start + torch.tensor(hi)).reshape(1, -1)
+    hi = torch.tensor([hi])
+    return torch.zeros_like(hi), hi
 
 def attention_cases(like, cut):
     shapes = [  # name, batch, query heads, key heads, head dimension, (lo, hi)
-        ("Harmon-1.5B LLM", 8, 12, 2, 128, layout(cut, 1, (1320, False))),
-        ("MAR-H, clean image", 8, 16, 16, 80, layout(cut, 1, (1088, True))),
-        ("MAR-H, masked image", 32, 16, 16, 80, layout(cut, 1, (200, True))),
-        ("SigLIP, packed", 1, 16, 16, 72, layout(cut, 8, (256, True))),
-        ("Show-o 512 RecA", 4, 32, 32, 64, layout(cut, 1, (576, True), (130, False), (1026, True))),
-        ("BAGEL RecA, packed", 1, 28, 4, 128, layout(cut, 8, (258, True), (66, False), (4098, True))),
+        ("Harmon-1.5B LLM", 8, 12, 2, 128, layout(cut, (1320, False))),
+        ("Show-o 512 RecA", 4, 32, 32, 64, layout(cut, (576, True), (130, False), (1026, True))),
+        ("BAGEL RecA", 8, 28, 4, 128, layout(cut, (258, True), (66, False), (4098, True))),
         ("random, some empty", 2, 4, 1, 80, torch.randint(0, 1230 // cut, (2, 2, 1030 // cut)).sort(0).values)]
     for name, B, Hq, Hkv, D, (lo, hi) in shapes:
         Tq, Tk, B = lo.shape[1], int(hi.max()), max(len(lo), B // cut)
@@ -79,7 +76,7 @@ def diffusion_cases(like, cut):
         rows, rest = like.new_empty(N, C).normal_(), (x0, noise)
         if name == "diffusion_loss_rows":
             t = torch.randint(-200, 1000, (N,), device=like.device).clamp(min=0)
-            rest += t, diffusion_loss.diffusion_tables(torch.linspace(1e-4, 0.02, 1000)).to(like.device)
+            rest += t, diffusion_tables(torch.linspace(1e-4, 0.02, 1000)).to(like.device)
             near *= torch.where(t == 0, 0.02, 1.0)[:, None]
             rows = torch.cat([(noise + near).to(like.dtype), rows], 1)
         kernel, reference = (getattr(diffusion_loss, name + end) for end in ("_triton", "_reference"))

@@ -9,21 +9,27 @@ import torch
 
 from .pick import choose, exact, jit, tl, triton
 
-def diffusion_tables(betas):
-    """Noise schedule betas (T,) -> (T, 5) float32, computed in float64. Columns, with a_t the cumulative product of
-    1 - beta: 0 sqrt(a_t) and 1 sqrt(1 - a_t), so that x_t = [0] x0 + [1] noise; 2 what an error of 1 in epsilon does to
-    the posterior mean, beta_t sqrt(a_{t-1}) / (1 - a_t) sqrt(1/a_t - 1); 3 log beta_t, the upper end of the learned log
-    variance; 4 log of the posterior variance (entry 0 copies entry 1), its lower end."""
+def posteriors(betas):
+    """Noise schedule betas (steps,) -> float64 tables of the distribution of x_{t-1} given x_t and x0."""
     betas = betas.double()
     acp = torch.cumprod(1 - betas, 0)
     prev = torch.cat([acp.new_ones(1), acp[:-1]])
     variance = betas * (1 - prev) / (1 - acp)
-    log_variance = torch.cat([variance[1:2], variance[1:]]).log()
-    mean_error = betas * prev.sqrt() / (1 - acp) * (1 / acp - 1).sqrt()
-    return torch.stack([acp.sqrt(), (1 - acp).sqrt(), mean_error, betas.log(), log_variance], 1).float()
+    return {"betas": betas, "alphas_cumprod": acp,
+            "posterior_log_variance_clipped": torch.cat([variance[1:2], variance[1:]]).log(),  # entry 0 would be log 0
+            "posterior_mean_coef1": betas * prev.sqrt() / (1 - acp),
+            "posterior_mean_coef2": (1 - prev) * (1 - betas).sqrt() / (1 - acp)}
+
+def diffusion_tables(betas):
+    """-> (steps, 5) float32. Columns, with a_t the cumulative product of 1 - beta: 0 sqrt(a_t) and 1 sqrt(1 - a_t), so
+    that x_t = [0] x0 + [1] noise; 2 what an error of 1 in epsilon does to the posterior mean; 3 log beta_t, the upper
+    end of the learned log variance; 4 the log of the posterior variance, its lower end."""
+    betas, acp, log_variance, coef1, _ = posteriors(betas).values()
+    return torch.stack([acp.sqrt(), (1 - acp).sqrt(), coef1 * (1 / acp - 1).sqrt(), betas.log(), log_variance],
+                       1).float()
 
 def add_noise(x0, noise, t, tables):
-    """x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise; x0, noise (N, C), t (N,) int64."""
+    """x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise; x0, noise (N, C), t (N,) int64, tables those of the loss."""
     row = tables[t]  # (N, 5)
     return row[:, 0:1] * x0 + row[:, 1:2] * noise
 

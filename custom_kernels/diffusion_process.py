@@ -1,12 +1,12 @@
 """Harmon's noise process: DDPM on the cosine schedule, all of its steps to train and some of them to sample."""
 import math
-from functools import lru_cache
 
 import torch
 
-from .diffusion_loss import diffusion_tables
+from .diffusion_loss import diffusion_tables, posteriors
 
 T = 1000  # steps of the trained process
+TABLES = {}  # what tables_on has computed
 
 def kept_steps(spacing):
     """Which of the 1000 steps a sampler keeps: "" all; "100" that many, evenly from 0 to 999; "a,b,c" so many in each
@@ -24,35 +24,25 @@ def kept_steps(spacing):
     return steps
 
 def noise_process(spacing):
-    """The cosine schedule (Nichol & Dhariwal), respaced to kept_steps(spacing): float64 tables, one entry per step."""
+    """The cosine schedule (Nichol & Dhariwal), respaced to kept_steps(spacing) -> its `posteriors` and timestep_map."""
     def level(u):
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     betas = torch.tensor([min(1 - level((i + 1) / T) / level(i / T), 0.999) for i in range(T)], dtype=torch.float64)
     kept = torch.tensor(kept_steps(spacing))
     acp = torch.cumprod(1 - betas, 0)[kept]
-    betas = 1 - acp / torch.cat([acp.new_ones(1), acp[:-1]])
-    acp = torch.cumprod(1 - betas, 0)
-    prev = torch.cat([acp.new_ones(1), acp[:-1]])
-    variance = betas * (1 - prev) / (1 - acp)
-    return {"timestep_map": kept, "betas": betas, "alphas_cumprod": acp,
-            "posterior_log_variance_clipped": torch.cat([variance[1:2], variance[1:]]).log(),  # entry 0 would be log 0
-            "posterior_mean_coef1": betas * prev.sqrt() / (1 - acp),
-            "posterior_mean_coef2": (1 - prev) * (1 - betas).sqrt() / (1 - acp)}
-
-@lru_cache(maxsize=None)
-def _tables_on(spacing, device):
-    with torch.inference_mode(False):
-        p = noise_process(spacing)
-        acp = p["alphas_cumprod"]
-        sampling = torch.stack([p["betas"].log(), p["posterior_log_variance_clipped"], (1 / acp).sqrt(),
-                                (1 / acp - 1).sqrt(), p["posterior_mean_coef1"], p["posterior_mean_coef2"]], 1)
-        return diffusion_tables(p["betas"]).to(device), sampling.float().to(device), p["timestep_map"].tolist()
+    return {"timestep_map": kept, **posteriors(1 - acp / torch.cat([acp.new_ones(1), acp[:-1]]))}
 
 @torch.compiler.assume_constant_result  # a compiled model would trace through the cache and break its graph there
 def tables_on(spacing, device):
     """-> float32 tables on the device, for the loss (steps, 5) and for sampling (steps, 6), and each step's original
     index (list). Not buffers of a module: no checkpoint holds them, and the meta device would lose them."""
-    return _tables_on(spacing, device)
+    if (spacing, device) not in TABLES:
+        with torch.inference_mode(False):
+            kept, betas, acp, log_variance, coef1, coef2 = noise_process(spacing).values()
+            sampling = [betas.log(), log_variance, (1 / acp).sqrt(), (1 / acp - 1).sqrt(), coef1, coef2]
+            sampling = torch.stack(sampling, 1).float().to(device)
+            TABLES[spacing, device] = diffusion_tables(betas).to(device), sampling, kept.tolist()
+    return TABLES[spacing, device]
 
 def diffusion_step(out, x, i, noise, temperature, spacing):
     """One ancestral step x_i -> x_{i-1}: net output (N, 2C) = [epsilon | v], x (N, C), i an index or (N,) indices into

@@ -79,8 +79,7 @@ def ce_logits_kernel(H, W, Bias, Labels, Kept, Logits, Max, Sum, Picked, first, 
                      PRECISION: tl.constexpr):
     """One tile of a chunk's logits, its rows' maxima and sums of exponentials, and the labels' logits that are here."""
     ACC: tl.constexpr = tl.float64 if H.dtype.element_ty == tl.float64 else tl.float32
-    tiles_m = (chunk + BM - 1) // BM
-    m, n = tl.program_id(0) % tiles_m, tl.program_id(0) // tiles_m  # neighbors share a tile of the large weight
+    m, n = tl.program_id(0), tl.program_id(1)  # neighbors share a tile of the large weight
     kept = tl.load(Kept)
     local = m * BM + tl.arange(0, BM)
     if first + m * BM >= kept:
@@ -139,8 +138,7 @@ def ce_dhidden_kernel(P, W, Kept, Inv, DH, first, V, stride_l, chunk, D: tl.cons
                       BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
     """A chunk's gradient of hidden: P (chunk, V) W (V, D)."""
     ACC: tl.constexpr = tl.float64 if W.dtype.element_ty == tl.float64 else tl.float32
-    tiles_m = (chunk + BM - 1) // BM
-    m, n = tl.program_id(0) % tiles_m, tl.program_id(0) // tiles_m
+    m, n = tl.program_id(0), tl.program_id(1)
     kept = tl.load(Kept)
     if first + m * BM >= kept:
         return
@@ -161,8 +159,7 @@ def ce_dweight_kernel(P, H, Kept, Inv, DW, DB, first, V, stride_l, chunk, D: tl.
                       BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
     """A chunk's term of the gradient of weight, P^T (V, chunk) H (chunk, D), added to what earlier chunks left."""
     ACC: tl.constexpr = tl.float64 if H.dtype.element_ty == tl.float64 else tl.float32
-    tiles_n = (D + BN - 1) // BN
-    n, m = tl.program_id(0) % tiles_n, tl.program_id(0) // tiles_n
+    n, m = tl.program_id(0), tl.program_id(1)
     rows_here = tl.minimum(tl.load(Kept) - first, chunk)
     if rows_here <= 0:
         return
@@ -205,13 +202,13 @@ def by_kernels(hidden, weight, bias, labels, inv_count, ignore_index, gradients)
     dweight, dbias = loss.new_zeros((V, D) if gradients else 0), loss.new_zeros(V if gradients and has_bias else 0)
     for first in range(0, N, chunk):
         place = first, V, stride_l, chunk
-        ce_logits_kernel[(tiles_m * tiles_n,)](hidden, weight, bias, labels, kept, logits, top, total, picked, *place,
+        ce_logits_kernel[(tiles_m, tiles_n)](hidden, weight, bias, labels, kept, logits, top, total, picked, *place,
                                                HAS_BIAS=has_bias, STORE=gradients, **launch)
         ce_softmax_kernel[(min(chunk, N - first),)](labels, kept, logits, top, total, picked, loss, *place, tiles_n,
                                                     SWEEP=gradients, BLOCK=1024, num_warps=4)
         if gradients:
-            ce_dhidden_kernel[(tiles_m * tiles_d,)](logits, weight, kept, inv_count, dhidden, *place, **launch)
-            ce_dweight_kernel[(triton.cdiv(V, BM) * tiles_d,)](logits, hidden, kept, inv_count, dweight, dbias, *place,
+            ce_dhidden_kernel[(tiles_m, tiles_d)](logits, weight, kept, inv_count, dhidden, *place, **launch)
+            ce_dweight_kernel[(tiles_d, triton.cdiv(V, BM))](logits, hidden, kept, inv_count, dweight, dbias, *place,
                                                                HAS_BIAS=has_bias, **launch)
     if gradients:
         dhidden = torch.empty_like(dhidden).index_copy_(0, order, dhidden)

@@ -441,8 +441,8 @@ def test_reconstruction_sampler(monkeypatch):
     def run(orders, noise):
         unconditional = given["uncond_ids"].tolist()
         size = given["image"].shape[2:]
-        return model.draw(rows, given["image"], size, unconditional=unconditional, orders=orders, noise=noise,
-                          **options)
+        return model.paint(rows, given["image"], size, unconditional=unconditional, orders=orders, noise=noise,
+                           **options)
 
     check_sampler("recon_sample", model, given, out, run, monkeypatch)
 

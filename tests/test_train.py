@@ -217,7 +217,7 @@ def test_accumulation_changes_nothing(arch, parts, tmp_path):
         losses_n, gradients_n, norm_n = gradients(arch, accum, *more)
         assert losses_n == pytest.approx(losses_1, rel=2e-6) and norm_n == pytest.approx(norm, rel=2e-6)
         for name, g in gradients_1.items():
-            assert (gradients_n[name] - g).norm() <= 1e-6 * norm, name
+            assert (gradients_n[name] - g).norm() <= 5e-6 * norm, name  # fp32 rounds in another order
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("arch", ARCHS)
