@@ -1,31 +1,28 @@
-"""Data: pictures from folders, tar shards and LLaVA JSON, the order of samples, and what a step trains on.
+"""Data: the order of samples, and what a step trains on: people's pictures (photos.py) or those of the shape world.
 
     python data.py --check PATH...     what is in these folders, tar shards or JSON files, and what is wrong with it
 """
 import argparse
 import hashlib
-import io
-import json
 import os
 import random
-import tarfile
+import sys
 import time
-import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import islice
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 
 import shape_world
-from checkpoint import HERE, one_line_errors, read_json
-from vision_encoder import on_white
+from checkpoint import HERE, one_line_errors
+from photos import BLANK, Images, check
+from photos import open_image as open_image  # sample.py reads its pictures as training does
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Template requests: what stands beside the image in a RecA prompt (arXiv 2509.07295). There are many, so that the
@@ -34,197 +31,6 @@ from vision_encoder import on_white
 
 with open(os.path.join(HERE, "weights", "templates.txt"), encoding="utf-8") as lines:
     RECA_TEMPLATES = lines.read().splitlines()
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Real images: folders, tar shards, LLaVA JSON. One pass builds an index; pictures are then read at random, shards
-# stay packed.
-
-IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp")
-MAX_PIXELS = 89_478_485  # Pillow's own line: 256 MB of RGB. A larger file is a mistake or an attack.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses them: no warning on top
-
-class Sample(NamedTuple):
-    name: str  # for messages: the file, or shard.tar:member
-    file: str
-    offset: int = 0  # where the picture's bytes lie in `file`
-    size: int = -1  # how many; -1: to the end
-    caption: str = ""  # only where captions are asked for
-    turns: tuple = ()  # LLaVA JSON: ((question, answer), ...), "<image>" taken out
-
-def read_at(f, offset, size):
-    f.seek(offset)
-    return f.read(size)
-
-def open_image(source):
-    """Path or bytes of a picture -> RGB PIL image, transparency on white, 16-bit gray scaled to 8 bits, EXIF rotation
-    not applied, as in the published pipelines. FileNotFoundError, or ValueError with the reason."""
-    name = "picture" if isinstance(source, bytes) else source
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} is over {MAX_PIXELS / 1e6:.0f} megapixels")
-            image.load()
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            return on_white(image)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{name}: no such image") from None
-    except Exception as e:  # a broken file can raise anything in a decoder
-        raise ValueError(f"{name}: cannot be read as a picture ({e})") from None
-
-class Images:
-    """Pictures at random access: in folders (recursive), tar shards, LLaVA JSON, single files. `images[i]` -> (Sample,
-    RGB PIL image), the next good one where i is broken or rejected, so that order never depends on who reads.
-    captions=True reads the .txt or .json (key caption, text or prompt) beside each picture; without one it is broken.
-    `problems` (broken) and `rejected` (a side <= 8 pixels, an aspect ratio >= 10) map names to reasons. ValueError once
-    more than max_broken of all are broken (1: only counted), FileNotFoundError for a path that is not there."""
-
-    def __init__(self, paths, captions=False, image_root=None, max_broken=0.01):
-        self.samples, self.problems, self.rejected, self.text_only, self.stands_for = [], {}, {}, 0, {}
-        self.captions, self.image_root, self.max_broken = captions, image_root, max_broken
-        for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
-            path = os.fspath(path)
-            if os.path.isdir(path):
-                for folder, folders, files in os.walk(path):
-                    folders.sort()
-                    for name in sorted(f for f in files if not f.startswith(".")):
-                        if name.lower().endswith((*IMAGE_TYPES, ".tar")):
-                            self._add(os.path.join(folder, name))
-            elif os.path.isfile(path):
-                self._add(path)
-            else:
-                raise FileNotFoundError(f"{path}: no such folder, tar shard, picture or LLaVA JSON file")
-        if not self.samples and not self.problems:
-            raise ValueError(f"{paths}: no pictures found ({', '.join(IMAGE_TYPES)}, in folders, tars, LLaVA JSON)")
-        self.total = len(self.samples) + len(self.problems)
-        self._check()
-
-    def _add(self, path):
-        kind = os.path.splitext(path)[1].lower()
-        if kind == ".tar":
-            self._add_tar(path)
-        elif kind == ".json":
-            self._add_llava(path)
-        elif kind in IMAGE_TYPES:
-            texts = {t: path[:-len(kind)] + t for t in (".txt", ".json")} if self.captions else {}
-            self._add_one(Sample(path, path), {t: open(p, "rb").read() for t, p in texts.items() if os.path.isfile(p)})
-        else:
-            raise ValueError(f"{path}: unknown kind of data; expected folder, .tar, .json, {', '.join(IMAGE_TYPES)}")
-
-    def _add_one(self, sample, texts):
-        """texts: {".txt" or ".json": bytes} beside the picture."""
-        if self.captions:
-            try:
-                caption = texts[".txt"].decode("utf-8-sig") if ".txt" in texts else ""
-                if not caption.strip() and ".json" in texts:
-                    row = json.loads(texts[".json"])
-                    caption = next((row[k] for k in ("caption", "text", "prompt") if isinstance(row.get(k), str)), "")
-            except (ValueError, AttributeError) as e:
-                self.problems[sample.name] = f"unreadable caption ({e})"
-                return
-            if not caption.strip():
-                self.problems[sample.name] = "empty caption" if texts else "no caption (.txt or .json beside it)"
-                return
-            sample = sample._replace(caption=" ".join(caption.split()))
-        self.samples.append(sample)
-
-    def _add_tar(self, path):
-        """A sample is all members that share a key: the member's name up to the first dot of its base name."""
-        groups, error, size = {}, "", os.path.getsize(path)
-        with open(path, "rb") as f:
-            if f.read(2) == b"\x1f\x8b":
-                raise ValueError(f"{path}: compressed tar; random access needs a plain one: gunzip it first")
-            f.seek(0)
-            try:
-                with tarfile.open(fileobj=f, mode="r:") as tar:
-                    while (m := tar.next()) is not None:
-                        tar.members = []  # or it would keep every header
-                        folder, base = os.path.split(m.name)
-                        key, dot, kind = base.partition(".")
-                        if m.isreg() and key:
-                            group = groups.setdefault(os.path.join(folder, key), {})
-                            group["." + kind.lower()] = (m.name, m.offset_data, m.size)
-                    end = tar.offset
-            except tarfile.TarError as e:
-                error = f" ({e})"
-            # tarfile stops without a word at a damaged header or between members; only a block of zeros is an end
-            if error or read_at(f, end, 512) != bytes(512):
-                raise ValueError(f"{path}: truncated or damaged tar shard{error}: {size:,} bytes, {len(groups)} "
-                                 "samples before the damage; fetch or pack it again")
-            for parts in groups.values():
-                if kind := next((t for t in IMAGE_TYPES if t in parts), None):
-                    name, offset, n = parts[kind]
-                    beside = [t for t in (".txt", ".json") if self.captions and t in parts]
-                    texts = {t: read_at(f, *parts[t][1:]) for t in beside}
-                    self._add_one(Sample(f"{path}:{name}", path, offset, n), texts)
-
-    def _add_llava(self, path):
-        rows, root = read_json(path), self.image_root or os.path.dirname(path)
-        if not isinstance(rows, list):
-            raise ValueError(f"{path}: a {type(rows).__name__}, expected LLaVA JSON: a list of "
-                             "{image, conversations: [{from, value}]}")
-        first = len(self.samples)
-        for i, row in enumerate(rows):
-            try:
-                if not row.get("image"):
-                    self.text_only += 1
-                    continue
-                said = [(t["from"], t["value"].replace("<image>", "").strip()) for t in row["conversations"]]
-                pairs = list(zip(said[::2], said[1::2]))
-                turns = tuple((q, a) for (who, q), (by, a) in pairs if (who, by) == ("human", "gpt") and a)
-                if len(turns) * 2 != len(said) or not turns:
-                    raise ValueError("turns are not human, gpt, human, gpt ... with an answer each")
-                file = os.path.join(root, row["image"])
-                self.samples.append(Sample(file, file, turns=turns, caption=turns[0][1] if self.captions else ""))
-            except (KeyError, TypeError, AttributeError, ValueError) as e:
-                self.problems[f"{path}:{i}"] = f"not a LLaVA sample ({type(e).__name__}: {e})"
-        some = [s.file for s in self.samples[first:first + 20]]
-        if some and not any(map(os.path.isfile, some)):
-            raise FileNotFoundError(f"{some[0]}: no such image, nor the other {len(some) - 1} first ones in {path}; "
-                                    "set --image-root to their folder")
-
-    def _check(self):
-        if len(self.problems) > self.max_broken * self.total:
-            first = "; ".join(f"{n} ({why})" for n, why in list(self.problems.items())[:3])
-            raise ValueError(f"{len(self.problems)} of {self.total} samples are broken, more than "
-                             f"{self.max_broken:.0%}: {first}; repair or remove them (python data.py --check PATH "
-                             "lists all)")
-
-    def __len__(self):
-        return len(self.samples)
-
-    def read(self, i):
-        """Picture i as RGB PIL image, or None where it is broken or rejected (see `problems`, `rejected`)."""
-        s = self.samples[i]
-        if s.name in self.problems or s.name in self.rejected:
-            return None
-        try:
-            with open(s.file, "rb") as f:
-                image = open_image(read_at(f, s.offset, s.size))
-        except (ValueError, OSError) as e:
-            self.problems[s.name] = str(e).removeprefix("picture: ")
-            self._check()
-            return None
-        if min(image.size) <= 8 or max(image.size) >= 10 * min(image.size):
-            size = f"{image.width}x{image.height}"
-            self.rejected[s.name] = f"{size}: a side of 8 pixels or less, or an aspect ratio of 10 or more"
-            return None
-        return image
-
-    def __getitem__(self, i):
-        for k in range(len(self)):
-            j = (i + k) % len(self)
-            if (image := self.read(j)) is not None:
-                self.stands_for[i] = j
-                return self.samples[j], image
-        raise ValueError(f"none of {self.total} pictures can be used: {len(self.problems)} broken, "
-                         f"{len(self.rejected)} rejected; python data.py --check PATH lists them")
-
-    def row(self, i):
-        """The row whose picture images[i] is: its text, not row i's, belongs beside that picture."""
-        if i not in self.stands_for:
-            self[i]
-        return self.stands_for[i]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Order and randomness: functions of (seed, step, index), so that nothing depends on the number of ranks or workers
@@ -334,16 +140,22 @@ class Batches:
         self.view = (view or VIEWS[args.understanding]) if "recon" in self.parts else None
         sources, self.texts = self.sources()
         self.encodings, self.uncached, self.size = {}, {}, {"text": args.pool}
+        self.cut, self.answered = {}, False  # names of samples of which no answer is left; was there another one?
         start = time.time()
         for name in sorted(sources):
             self.size[name] = len(sources[name])
             self.keep_encodings(name, sources[name])
+            self.size[name] = len(sources[name])  # without what was found to be broken
         if rank == 0:
             counts = ", ".join(f"{name} {self.size[name]:,}" for name in sorted(sources))
             print(f"pools: {counts} images, frozen encodings computed in {time.time() - start:.1f} s", flush=True)
+            read = [f"{name}: {source.summary(len(source) if name in self.encodings else None)}"
+                    for name, source in self.listed.items()]
+            if read:
+                print("data: " + " | ".join(read), flush=True)
 
     def sources(self):
-        """-> {pool: Scenes, uint8 pictures or Images} and {pool: texts}; sets pool_of."""
+        """-> {pool: Scenes, uint8 pictures or Images} and {pool of the shape world: texts}; sets pool_of."""
         args, captioned = self.args, self.args.stage in ("sft", "base")
         self.pool_of = {"recon": "broad", "i2t": "broad", "words": "broad", "uncond": "broad", "t2i": "captioned",
                         "align": "captioned", "edit": "edits", "images": "crowded"}
@@ -365,12 +177,11 @@ class Batches:
                              "--data PATH (folders, tars), --i2t-data JSON if i2t is trained, and a --mix of parts "
                              f"that these have data for (here {', '.join(self.parts)}); the shape world is for tiny")
         sources, texts = self.shape_world(need - own)
+        exif = not getattr(args, "no_exif", False)
         for name in own:
-            sources[name] = Images(args.data, captions=captioned)
-            texts[name] = [s.caption for s in sources[name].samples]
+            sources[name] = Images(args.data, captions=captioned, exif=exif)
         if args.i2t_data:
-            sources["understanding"] = listed = Images(args.i2t_data, captions=True, image_root=args.image_root)
-            texts["understanding"] = [s.turns or ((RECA_TEMPLATES[0], s.caption),) for s in listed.samples]
+            sources["understanding"] = Images(args.i2t_data, captions=True, image_root=args.image_root, exif=exif)
         self.listed = {name: source for name, source in sources.items() if isinstance(source, Images)}
         self.scenes = {name: source for name, source in sources.items() if isinstance(source, shape_world.Scenes)}
         return {name: source for name, source in sources.items() if name in need | {"edit_sources"}}, texts
@@ -417,8 +228,11 @@ class Batches:
             return to_float(source[rows].render())
         if isinstance(source, np.ndarray):
             return to_float(source[rows])
+        return self.photo_pixels(name, [source.read(int(row)) or BLANK for row in rows])
+
+    def photo_pixels(self, name, pictures):
         purpose = {"understanding": "i2t", "captioned": "t2i"}.get(name, "recon")
-        return torch.stack([self.model.preprocess(source[int(row)][1], purpose) for row in rows])
+        return torch.stack([self.model.preprocess(picture, purpose) for picture in pictures])
 
     @torch.no_grad()
     def encode(self, name, source, rows, show=False):
@@ -446,25 +260,32 @@ class Batches:
         return out
 
     def encode_all(self, name, source):
-        """The whole pool: every process encodes its contiguous share, then all share the result."""
+        """The whole pool: every process encodes its contiguous share, then all share the result. Of people's pictures
+        those remain that can be used."""
         n = len(source)
         share = -(-n // self.world)
         # the last share is filled up, so that all are of one size
         rows = [min(i, n - 1) for i in range(self.rank * share, (self.rank + 1) * share)]
         out = self.encode(name, source, rows, self.rank == 0)
-        if self.world == 1:
-            return out
-        for k, v in out.items():
+        for k, v in out.items() if self.world > 1 else ():
             parts = [torch.empty_like(v, device=self.device) for _ in range(self.world)]
             dist.all_gather(parts, v.to(self.device).contiguous())
             out[k] = torch.cat(parts).cpu()[:n]
+        if isinstance(source, Images) and len(good := source.keep_good()) < n:
+            out = {k: v[good] for k, v in out.items()}
         return out
 
-    def fetch(self, name, index, prefix=""):
-        """{name: tensor} of some rows of a pool: encodings, or "pixels_in" for what is still to be encoded."""
+    def fetch(self, name, index, rngs=(), prefix=""):
+        """-> index, {name: tensor} of some rows of a pool: encodings, or "pixels_in" for what is still to be encoded.
+        Of people's pictures that are not encoded in advance, one that cannot be used gives way to one drawn by its
+        place's random.Random, on whatever process: index says which."""
         if name in self.encodings:
-            return {prefix + k: v[index] for k, v in self.encodings[name].items()}
-        return {prefix + "pixels_in": self.pixels(name, self.uncached[name], index)}
+            return index, {prefix + k: v[index] for k, v in self.encodings[name].items()}
+        source = self.uncached[name]
+        if not isinstance(source, Images):
+            return index, {prefix + "pixels_in": self.pixels(name, source, index)}
+        index, pictures = zip(*[source.read_or_draw(int(i), rng) for i, rng in zip(index, rngs)])
+        return index, {prefix + "pixels_in": self.photo_pixels(name, pictures)}
 
     @torch.no_grad()
     def to_device(self, batch, counts):
@@ -483,21 +304,20 @@ class Batches:
     def first_pictures(self, n):
         """uint8 (n, H, W, 3): the first of the user's own pictures, as RecA is shown them."""
         photos = self.listed["real"]
-        first = [self.model.preprocess(photos[i][1], "recon") for i in range(min(n, len(photos)))]
-        return to_uint8(torch.stack(first))
+        good = (image for i in range(len(photos)) if (image := photos.read(i)) is not None)
+        return to_uint8(self.photo_pixels("real", list(islice(good, n)) or [BLANK]))
 
     # ---- rows
 
     def row(self, part, i, rng):
         """The text of sample i of a part: a dict for model.collate."""
         args, pool = self.args, self.pool_of.get(part)
-        if pool in self.listed and part != "recon":
-            i = self.listed[pool].row(i)
+        sample = self.listed[pool].samples[i] if pool in self.listed else None
         if part == "recon":
             # where captions stand beside it, they alone teach the unconditional half of guidance
             return {"prompt": rng.choice(RECA_TEMPLATES), "drop": rng.random() < args.drop * ("t2i" not in self.parts)}
         if part == "t2i":
-            return {"caption": self.texts[pool][i], "drop": rng.random() < args.drop}
+            return {"caption": sample.caption if sample else self.texts[pool][i], "drop": rng.random() < args.drop}
         if part == "uncond":
             return {"caption": "", "drop": True}
         if part == "edit":
@@ -505,15 +325,14 @@ class Batches:
         if part == "words" and pool in self.scenes:  # all there is to say: what is not said is not in the picture
             return {"caption": shape_world.dense_caption(self.scenes[pool].scene(i), rng)}
         if part in ("align", "words"):
-            return {"caption": self.texts[pool][i]}
+            return {"caption": sample.caption if sample else self.texts[pool][i]}
         if part == "text":
             ground, objects = self.scenes["broad"].scene(i)
             # two objects: rows stay short, and short rows are what a CPU trains fast
             question, answer = shape_world.text_question((ground, objects[:2]), rng)
             return {"question": question, "answer": answer}
-        if part == "i2t" and pool == "understanding":
-            question, answer = rng.choice(self.texts[pool][i])
-            return {"question": question, "answer": answer}
+        if part == "i2t" and sample:  # all turns of a dialogue are one row: later ones refer to what was said before
+            return {"turns": list(sample.turns) or [(RECA_TEMPLATES[0], sample.caption)]}
         if part == "i2t":
             scene = self.scenes[pool].scene(i)
             if len(scene[1]) <= 2 and rng.random() < 0.4:  # the same holds for dense captions
@@ -524,7 +343,8 @@ class Batches:
     def sample_numbers(self, step):
         """{part: numbers of all samples in its pool} of a step, for messages."""
         sizes = {part: self.size[self.pool_of.get(part, "text")] for part in self.samples}
-        return {part: batch_indices(sizes[part], n, self.args.seed, step, part).tolist() for part, n in self.samples.items()}
+        numbers = {part: batch_indices(sizes[part], n, self.args.seed, step, part) for part, n in self.samples.items()}
+        return {part: index.tolist() for part, index in numbers.items()}
 
     def batch(self, step, micro=0):
         """Micro-batch `micro` of optimizer step `step`, for this process: a function of these and of --seed alone."""
@@ -534,17 +354,50 @@ class Batches:
             per = n // (self.world * self.args.accum)
             first = (micro * self.world + self.rank) * per
             places, name = range(first, first + per), self.pool_of.get(part)
-            index = batch_indices(self.size[name or "text"], n, seed, step, part)[first:first + per]
-            # before the texts: reading a listed picture tells whose text belongs to it
-            encodings = self.fetch(name, index) if name else {}
+            index, encodings = batch_indices(self.size[name or "text"], n, seed, step, part)[first:first + per], {}
+            if name:  # before the texts, which belong to the pictures that are really there
+                rngs = [text_rng(seed, step, part, place, "instead") for place in places]
+                index, encodings = self.fetch(name, index, rngs)
             if part == "edit":
-                encodings |= self.fetch("edit_sources", index, "source_")
+                encodings |= self.fetch("edit_sources", index, prefix="source_")[1]
             rows = [self.row(part, int(i), text_rng(seed, step, part, place)) for i, place in zip(index, places)]
             generators = [sample_generator(seed, step, place, part) for place in places]
             # what all parts, processes and micro-batches have in common
-            shared = sample_generator(seed, step, 0, "shared")
-            out[part] = self.model.collate(part, rows, generators, shared, pad_to) | encodings
+            shared = sample_generator(seed, step, 0, \"shared\")
+            tensors = self.model.collate(part, rows, generators, shared, pad_to)
+            if part == "i2t" and name in self.listed:
+                self.count_cut(self.listed[name], index, tensors["labels"])
+            out[part] = tensors | encodings
         return out
+
+    def count_cut(self, source, index, labels):
+        """Counts samples whose answers the model had to cut, all of them: such a row trains nothing. labels: a row
+        each, negative where nothing is predicted. ValueError where the first 32 samples are all of this kind."""
+        empty = [source.samples[int(i)].name for i, row in zip(index, labels) if (row < 0).all()]
+        if empty and not self.cut and self.rank == 0:
+            print(f"warning: {empty[0]}: no answer of it fits into the model's row, so it trains nothing; all such "
+                  "samples are counted at the end", flush=True)
+        self.cut |= dict.fromkeys(empty)
+        self.answered = self.answered or len(empty) < len(labels)
+        if not self.answered and len(self.cut) >= min(32, len(source)):
+            raise ValueError(f"none of the first {len(self.cut)} samples has an answer that fits into the model's row, "
+                             f"e.g. {next(iter(self.cut))}: shorten the questions, or take a larger --config")
+
+    def report(self):
+        """What the steps so far could not use: one line, or "". All processes ask together."""
+        found = [(self.cut, {n: (s.problems, s.rejected) for n, s in self.listed.items() if n in self.uncached})]
+        if self.world > 1:
+            found = found * self.world
+            dist.all_gather_object(found, found[self.rank])
+        lines, cut = [], list(dict.fromkeys(name for names, _ in found for name in names))
+        if cut:
+            lines.append(f"{len(cut)} samples whose answers did not fit into a row, e.g. {', '.join(cut[:3])}")
+        for pool in found[0][1]:
+            for what, k in (("broken", 0), ("rejected", 1)):
+                if bad := {name: why for _, pools in found for name, why in pools[pool][k].items()}:
+                    name, why = next(iter(bad.items()))
+                    lines.append(f"{pool}: {len(bad)} {what}, e.g. {name} ({why})")
+        return "not trained on: " + "; ".join(lines) if lines else ""
 
 def prefetch(make, steps, depth=2):
     """Yields make(step) for each step, made in a thread, `depth` ahead. Order and content depend on the step alone,
@@ -562,32 +415,13 @@ def prefetch(make, steps, depth=2):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def check(paths, captions=False, image_root=None):
-    """Read everything once and print what is there; True if it can be trained on."""
-    images = Images(paths, captions, image_root, max_broken=1)
-    rows = tqdm(range(len(images)), "reading", disable=None)
-    good = [(images.samples[i], image.size) for i in rows if (image := images.read(i)) is not None]
-    print(f"{images.total} samples: {len(good)} good, {len(images.problems)} broken, {len(images.rejected)} rejected, "
-          f"{images.text_only} without an image (left out)")
-    for what, v in (("width", [w for _, (w, _) in good]), ("height", [h for _, (_, h) in good])) if good else ():
-        print(f"  {what}: smallest {min(v)}, median {sorted(v)[len(v) // 2]}, largest {max(v)} pixels")
-    answers = [answer for s, _ in good for _, answer in s.turns]
-    for what, texts in (("captions", [s.caption for s, _ in good if s.caption]), ("turns", answers)):
-        if texts:
-            words = sorted(len(t.split()) for t in texts)
-            print(f"  {what}: {len(texts)}, {len(set(texts))} distinct, median {words[len(words) // 2]} words, "
-                  f"e.g. {texts[0][:80]!r}")
-    for title, found in (("broken", images.problems), ("rejected", images.rejected)):
-        for name, why in found.items():
-            print(f"  {title}: {name}: {why}")
-    return bool(good) and len(images.problems) <= 0.01 * images.total
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", nargs="+", required=True, metavar="PATH", help="folders, tars, pictures, LLaVA JSON")
     parser.add_argument("--captions", action="store_true", help="every picture must have a caption")
     parser.add_argument("--image-root", help="folder of the image paths inside LLaVA JSON")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # captions and names on terminals that are not UTF-8
     return 0 if check(args.check, args.captions, args.image_root) else 2
 
 if __name__ == "__main__":

@@ -131,6 +131,7 @@ def parse_args(argv=None):
     checkpoint.add_flags(p)
     p.add_argument("--prompt", action="append", help="what to draw; may be repeated, but not with --image")
     p.add_argument("--image", help="picture for one of the next five flags")
+    p.add_argument("--no-exif", action="store_true", help="without EXIF's rotation of the picture, as published")
     job = p.add_mutually_exclusive_group()
     job.add_argument("--question", help="answered in words")
     job.add_argument("--edit", metavar="INSTRUCTION")
@@ -167,7 +168,7 @@ def call(model, args, name, *inputs, **options):
 
 def use_image(model, args, pixels, **options):
     """Pictures for --image, uint8 (n, H, W, 3), and a caption for each; pixels as `main` has it."""
-    image = data.open_image(args.image)
+    image = data.open_image(args.image, exif=not args.no_exif)
     captions = (args.prompt or [args.edit or "reconstruction"]) * args.n
     purpose = "t2i" if args.prompt else "edit"  # published inpainting crops its pictures as those that captions draw
     source = pixels(image, "reconstruct" if args.reconstruct else purpose)
@@ -199,7 +200,7 @@ def main(argv=None):
 
     if args.question:
         options = {k: v for k, v in options.items() if k not in ("cfg", "steps")}
-        picture = pixels(data.open_image(args.image), "answer")[:1]
+        picture = pixels(data.open_image(args.image, exif=not args.no_exif), "answer")[:1]
         answers = call(model, args, "answer", picture, [args.question], max_new_tokens=args.max_new_tokens, **options)
         return print(answers[0])
     if args.image:

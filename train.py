@@ -62,6 +62,7 @@ def parser():
     add = p.add_argument_group("your data (default: the shape world)").add_argument
     add("--data", nargs="+", help="images: folders, tar shards, files; captions are read for --stage sft and base only")
     add("--i2t-data", nargs="+", help="what keeps understanding: LLaVA JSON, or captioned folders and tars")
+    add("--no-exif", action="store_true", help="pictures as they lie in the file, without EXIF's rotation, as published")
     add("--image-root", help="folder that the image paths of a LLaVA JSON are relative to")
     shape_world.add_flags(p)
     add = p.add_argument_group("losses and optimization (defaults: the recipe)").add_argument
@@ -449,6 +450,8 @@ def train(run, signals):
         if halt:
             break
     made.close()
+    if line := run.batches.report():
+        run.log.say(line)
     return done
 
 if __name__ == "__main__":

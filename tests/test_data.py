@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import data
+import photos
 import vision_encoder
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -50,19 +51,22 @@ def test_tar_shard(tmp_path, monkeypatch):
         ("b/0.webp", picture(1, kind="WEBP")), ("b/0.json", json.dumps({"caption": "zwölf"}).encode()),
         ("c.txt", b"no picture"), ("d.seg.png", picture(9)), ("d.txt", b"d"), ("d.JPG", picture(2, kind="JPEG"))])
     images = data.Images(shard, captions=True)
-    assert len(images) == 3 and [s.caption for s in images.samples] == ["one red fox", "zwölf", "d"]
-    for i in (2, 0, 1):                                                   # any order, nothing is unpacked
-        sample, image = images[i]
-        assert image.mode == "RGB" and same(image, i, kind=("PNG", "WEBP", "JPEG")[i])
-        assert sample.name.startswith(shard + ":")
+    assert [s.caption for s in images.samples] == ["one red fox", "zwölf", "d", "d"]  # all pictures of a key are read
+    for i in (3, 0, 2, 1):  # any order, nothing is unpacked
+        image = images.read(i)
+        assert image.mode == "RGB" and same(image, (0, 1, 9, 2)[i], kind=("PNG", "WEBP", "PNG", "JPEG")[i])
+        assert images.samples[i].name.startswith(shard + ":")
     # captions are not read where nobody needs them
-    assert [s.caption for s, _ in good_ones(shard)] == ["", "", ""] 
+    assert [s.caption for s, _ in good_ones(shard)] == ["", "", "", ""]
     assert [s.name for s, _ in good_ones(tmp_path)] == [s.name for s in images.samples]     # a folder of shards
-    monkeypatch.setattr(data, "open_image", lambda content: sizes.append(len(content)) or Image.new("RGB", (9, 9)))
     sizes = []
+
+    def opened(content, exif):
+        sizes.append(len(content))
+        return Image.new("RGB", (9, 9))
+    monkeypatch.setattr(photos, "open_image", opened)
     images.read(0)
-    # the member's bytes only, not the rest of the shard
-    assert sizes == [len(picture(0))]                                   
+    assert sizes == [len(picture(0))]  # the member's bytes only, not the rest of the shard
 
 def test_folder_and_modes(tmp_path):
     (tmp_path / "b" / "c").mkdir(parents=True), (tmp_path / "a").mkdir()
@@ -94,13 +98,10 @@ def write_folder(path, n, **broken):
         (path / f"{i:04d}.txt").write_text(f"picture {i}")
     return path
 
-def test_broken_images_are_counted_and_stepped_over(tmp_path):
+def test_broken_images_are_counted(tmp_path):
     good = picture(7)
     folder = write_folder(tmp_path / "few", 200, n7=good[:len(good) // 2], n150=b"not a picture")
-    images = data.Images(folder)
-    sample, image = images[7]                                             # the next good one stands in, whoever asks
-    assert sample.name.endswith("0008.png") and same(image, 8)
-    assert len(list(good_ones(folder))) == 198
+    assert data.Images(folder).read(7) is None and len(list(good_ones(folder))) == 198
     folder = write_folder(tmp_path / "many", 200, n3=b"", n100=good[:80], n101=b"GIF89a")
     with pytest.raises(ValueError) as e:
         list(good_ones(folder))
@@ -115,10 +116,20 @@ def test_odd_sizes_are_rejected_not_broken(tmp_path):
     images = data.Images(tmp_path)
     assert [os.path.basename(images.samples[i].file) for i in range(5) if images.read(i)] == ["b.png", "d.png"]
     assert len(images.rejected) == 3 and not images.problems
-    assert [images.row(i) for i in range(5)] == [1, 1, 3, 3, 1] and images[4][0] is images.samples[images.row(4)]
+    assert images.summary(2).startswith("5 samples: 2 good, 0 broken, 3 rejected, e.g. ")
+    assert images.keep_good() == [1, 3] and [os.path.basename(s.file) for s in images.samples] == ["b.png", "d.png"]
     (tmp_path / "b.png").unlink(), (tmp_path / "d.png").unlink()
     with pytest.raises(ValueError, match="none of 3 pictures can be used: 0 broken, 3 rejected"):
-        data.Images(tmp_path)[0]
+        data.Images(tmp_path).read_or_draw(0, data.text_rng(0))
+
+def test_what_stands_in_for_a_bad_picture_is_drawn_for_its_place(tmp_path):
+    folder = write_folder(tmp_path / "f", 40, n7=picture(0, (200, 10)))
+    images, again = data.Images(folder), data.Images(folder)
+    drawn = [images.read_or_draw(7, data.text_rng(0, step))[0] for step in range(60)]
+    assert 7 not in drawn and len(set(drawn)) > 20  # not its neighbor each time
+    assert drawn == [again.read_or_draw(7, data.text_rng(0, step))[0] for step in range(60)]  # whoever asks
+    row, image = images.read_or_draw(8, data.text_rng(0, 1))
+    assert row == 8 and same(image, 8)
 
 @pytest.mark.filterwarnings("ignore")
 def test_decompression_bomb(tmp_path):
@@ -176,11 +187,10 @@ def test_llava(tmp_path):
     rows.append({"id": "t", "conversations": talk("2 + 2?", "4")})
     path = llava(tmp_path / "l.json", rows)
     images = data.Images(path)
-    assert len(images) == 119 and images.text_only == 1
-    sample, image = images[5]
-    assert sample.turns == (("What is it?", "picture 5"), ("Sure?", "Yes.")) and same(image, 5)
+    assert len(images) == 119 and images.left_out == [(f"{path}:119", "rows without a picture")]
+    assert images.samples[5].turns == (("What is it?", "picture 5"), ("Sure?", "Yes.")) and same(images.read(5), 5)
     assert len(data.Images(path, image_root=str(tmp_path))) == 119
-    with pytest.raises(FileNotFoundError, match="other 19 first ones in .*l.json; set --image-root"):
+    with pytest.raises(FileNotFoundError, match="nor those of 118 other rows of 120 in .*l.json; set --image-root"):
         data.Images(path, image_root=str(tmp_path / "elsewhere"))
     rows[7] = {"image": "img/0007.png", "conversations": talk("a", "")}
     assert data.Images(llava(tmp_path / "l.json", rows)).problems == {

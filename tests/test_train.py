@@ -309,15 +309,26 @@ def test_caption_flags_change_the_captions():
         train.check_args(train.parse_args(["--sparse-captions", "1.5"])[0], 1)
 
 def test_captions_stay_with_their_own_pictures(tmp_path):
-    # a is no picture to train on: the next one stands in, with its own caption
-    for name, size in (("a", (200, 10)), ("b", (48, 48)), ("c", (48, 48))):
-        Image.new("RGB", size, (len(name), 9, 9)).save(tmp_path / f"{name}.png")
+    # a is no picture to train on: the order runs over the others
+    for name, size, gray in (("a", (200, 10), 0), ("b", (48, 48), 60), ("c", (48, 48), 180)):
+        Image.new("RGB", size, (gray,) * 3).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(f"caption of {name}")
     for gb in ("8", "0"):  # cached, and encoded step by step
-        batches = made("--arch", "mar", "--stage", "sft", *SMALL, "--i2t-weight", "0", "--data", str(tmp_path),
-                       "--cache-gb", gb)[2]
-        rows = [batches.row("t2i", i, random.Random(0))["caption"] for i in range(3)]
-        assert rows == ["caption of b", "caption of b", "caption of c"]
+        _, model, batches = made("--arch", "mar", "--stage", "sft", *SMALL, "--i2t-weight", "0", "--data",
+                                 str(tmp_path), "--cache-gb", gb)
+        with torch.no_grad():
+            b, c = (model.precompute(torch.full((1, 3, 48, 48), v / 127.5 - 1))["latents"] for v in (60, 180))
+        said, collate = [], model.collate
+
+        def listen(part, rows, *more):
+            said.extend(row["caption"] for row in rows)
+            return collate(part, rows, *more)
+        model.collate = listen
+        for step in range(3):
+            said.clear()
+            latents = batches.to_device(batches.batch(step), {})["t2i"]["latents"]
+            seen = ["caption of " + "bc"[int((x - b).abs().mean() > (x - c).abs().mean())] for x in latents]
+            assert seen == said and set(said) <= {"caption of b", "caption of c"}
 
 def test_shuffled_features_do_not_depend_on_the_process():
     args, model, batches = made("--arch", "ar", *SMALL, "--understanding", "shuffled")
