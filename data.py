@@ -363,7 +363,7 @@ class Batches:
             rows = [self.row(part, int(i), text_rng(seed, step, part, place)) for i, place in zip(index, places)]
             generators = [sample_generator(seed, step, place, part) for place in places]
             # what all parts, processes and micro-batches have in common
-            shared = sample_generator(seed, step, 0, \"shared\")
+            shared = sample_generator(seed, step, 0, "shared")
             tensors = self.model.collate(part, rows, generators, shared, pad_to)
             if part == "i2t" and name in self.listed:
                 self.count_cut(self.listed[name], index, tensors["labels"])

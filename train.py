@@ -62,7 +62,7 @@ def parser():
     add = p.add_argument_group("your data (default: the shape world)").add_argument
     add("--data", nargs="+", help="images: folders, tar shards, files; captions are read for --stage sft and base only")
     add("--i2t-data", nargs="+", help="what keeps understanding: LLaVA JSON, or captioned folders and tars")
-    add("--no-exif", action="store_true", help="pictures as they lie in the file, without EXIF's rotation, as published")
+    add("--no-exif", action="store_true", help="pictures as they lie in their files, not turned as EXIF says")
     add("--image-root", help="folder that the image paths of a LLaVA JSON are relative to")
     shape_world.add_flags(p)
     add = p.add_argument_group("losses and optimization (defaults: the recipe)").add_argument
@@ -135,7 +135,7 @@ def check_args(args, world):
     if args.image_root and not any(path.endswith(".json") for path in args.i2t_data or ()):
         raise ValueError(f"--image-root {args.image_root} is for the pictures of an --i2t-data JSON, and there is none")
     if ("images" in args.mix or args.stage == "tokenizer") and (args.stage, [*args.mix]) != ("tokenizer", ["images"]):
-        raise ValueError(f"--stage {args.stage} --mix {' '.join(args.mix)}: images is all that the tokenizer stage trains")
+        raise ValueError(f"--stage {args.stage} --mix {' '.join(args.mix)}: the tokenizer stage trains images alone")
     if not args.mix:
         raise ValueError("--mix and the weights of the losses leave nothing to train on")
     if "align" in args.mix and args.accum > 1:
