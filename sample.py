@@ -132,7 +132,6 @@ def parse_args(argv=None):
     p.add_argument("--prompt", action="append", help="what to draw; may be repeated, but not with --image")
     p.add_argument("--image", help="picture for one of the next five flags")
     p.add_argument("--no-exif", action="store_true", help="do not turn --image as its EXIF says, as published")
-    p.add_argument("--no-exif", action="store_true", help="without EXIF's rotation of the picture, as published")
     job = p.add_mutually_exclusive_group()
     job.add_argument("--question", help="answered in words")
     job.add_argument("--edit", metavar="INSTRUCTION")
