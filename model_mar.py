@@ -31,21 +31,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
+import vision_encoder as vision
 from checkpoint import load_strict, read_weights
 from custom_kernels import add_noise, attention, attention_plan, diffusion_loss_rows, linear_cross_entropy, rms_norm
 from custom_kernels.diffusion_process import T, diffusion_step, tables_on
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig
-from vision_encoder import (
-    caption_words,
-    draw_rows,
-    guidance,
-    next_token,
-    preprocess_pad,
-    preprocess_stretch,
-    row_generators,
-    to_pixels,
-    word_alignment,
-)
+from vision_encoder import caption_words, preprocess_pad, preprocess_stretch, to_pixels, word_alignment
 
 IMAGE = -200  # the id that marks where an image goes into a text row
 IGNORE = -100  # label of a position that is not trained
@@ -490,8 +481,8 @@ class Harmon(nn.Module):
             raise ValueError(f"schedule {schedule!r}: expected constant or linear")
         R, L, device, steps = len(context), grid[0] * grid[1], context.device, steps or self.config.mask_steps
         n, times = R // 2 if cfg != 1 else R, len(tables_on(self.mar.diffloss.spacing, str(device))[2])
-        generators = row_generators(generator, n)
-        orders = draw_rows(torch.randperm, generators, L) if orders is None else orders
+        generators = vision.row_generators(generator, n)
+        orders = vision.draw_rows(torch.randperm, generators, L) if orders is None else orders
         orders = orders.to(device).repeat(R // len(orders), 1)
         past = self.llm(context, pads, keep=1)[1]  # the context is read once; the image part is computed in every step
         C, masked_now = latent_channels(self.config), L
@@ -507,7 +498,7 @@ class Harmon(nn.Module):
             z = self.mar.decode(x, visible, torch.cat([orders[:, :left], predicted], 1), grid)[:, left - masked_now:]
             scale = cfg if schedule == "constant" else 1 + (cfg - 1) * (L - masked_next) / L
             if noise is None:
-                drawn = draw_rows(torch.randn, generators, 1 + times, predicted.shape[1], C)  # (n, 1 + times, k, C)
+                drawn = vision.draw_rows(torch.randn, generators, 1 + times, predicted.shape[1], C)  # (n, 1 + times, k, C)
                 drawn = drawn.transpose(0, 1).flatten(1, 2)
             step_noise = (drawn[0], drawn[1:]) if noise is None else noise[s]  # (n*k, C), (times, n*k, C)
             new = self.mar.diffloss.sample(z.flatten(0, 1), temperature, scale, step_noise)
@@ -557,7 +548,7 @@ class Harmon(nn.Module):
     def paint(self, rows, images, size, cfg, *options, unconditional=None, **more):
         """What `context` takes, (H, W), and options of `sample` -> images (R, 3, H, W), not clamped. unconditional: ids
         of the row that guidance leads away from (None: "Generate an image."); it never has an image."""
-        cfg = guidance(cfg, self.config.cfg)
+        cfg = vision.guidance(cfg, self.config.cfg)
         context, pads = self.context(rows, images)
         if cfg != 1:
             empty = unconditional or self.prompt_ids("uncond", {"drop": True})[0]
@@ -576,11 +567,11 @@ class Harmon(nn.Module):
     def generate_tokens(self, context, pads, max_new_tokens, temperature=0.0, generator=None, stop=-1):
         """Continues the rows (B, W, h), greedily at temperature 0, until each has had the id `stop` -> ids (B, new)."""
         x, past, out, done = context, None, [], torch.zeros_like(pads, dtype=torch.bool)
-        generators = row_generators(generator, len(context))
+        generators = vision.row_generators(generator, len(context))
         while len(out) < max_new_tokens and not bool(done.all()):
             hidden, past = self.llm(x, pads, past, keep=1)
             logits = self.llm.lm_head(hidden[:, -1]).float()  # (B, vocabulary)
-            token = next_token(logits, temperature, generators)  # (B, 1)
+            token = vision.next_token(logits, temperature, generators)  # (B, 1)
             out.append(token)
             done = done | (token[:, 0] == stop)
             x = self.llm.model.embed_tokens(token)
@@ -630,7 +621,7 @@ class Harmon(nn.Module):
 
     def prompt_ids(self, part, sample, limit=math.inf):
         """One sample -> ids and labels of its row (IGNORE but for answers and <|im_end|>), or ids and None. A dialogue
-        ends with the last turn that fits whole into `limit` ids. The first stays: what cuts it later cuts its end too."""
+        ends with the last turn that fits whole into `limit` ids. The first stays: what cuts it cuts its end, too."""
         drop = sample.get("drop")
         if part in ("recon", "edit"):  # the image stays when the request is dropped
             request = UNCONDITIONAL if drop else "\n" + sample["prompt" if part == "recon" else "instruction"]

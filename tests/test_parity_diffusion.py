@@ -728,9 +728,12 @@ def test_samplers_take_text():
     def g():
         return torch.Generator().manual_seed(3)
 
-    for draw in (lambda: model.generate(["a red star", "two circles and more"], generator=g()),
-                 lambda: model.reconstruct(images, generator=g()),
-                 lambda: model.edit(images, ["make it blue", "remove"], generator=g()),
+    def two():
+        return [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+
+    for draw in (lambda: model.generate(["a red star", "two circles and more"], generator=two()),
+                 lambda: model.reconstruct(images, generator=two()),
+                 lambda: model.edit(images, ["make it blue", "remove"], generator=two()),
                  lambda: model.generate(["a"], size=(32, 48), generator=g(), cfg=1.0)):
         out = draw()
         assert out.shape[1] == 3 and out.abs().max() <= 1 and torch.equal(out, draw())
