@@ -498,7 +498,7 @@ class Harmon(nn.Module):
             z = self.mar.decode(x, visible, torch.cat([orders[:, :left], predicted], 1), grid)[:, left - masked_now:]
             scale = cfg if schedule == "constant" else 1 + (cfg - 1) * (L - masked_next) / L
             if noise is None:
-                drawn = vision.draw_rows(torch.randn, generators, 1 + times, predicted.shape[1], C)  # (n, 1 + times, k, C)
+                drawn = vision.draw_rows(torch.randn, generators, 1 + times, predicted.shape[1], C)  # (n, .., k, C)
                 drawn = drawn.transpose(0, 1).flatten(1, 2)
             step_noise = (drawn[0], drawn[1:]) if noise is None else noise[s]  # (n*k, C), (times, n*k, C)
             new = self.mar.diffloss.sample(z.flatten(0, 1), temperature, scale, step_noise)

@@ -19,8 +19,8 @@ What train.py calls
         or {turns}; edit {instruction, drop}; in base training also uncond (a t2i row), align and words {caption}.
     forward({part: tensors}) -> {part: loss}, whatever the mixture, in one forward.
 
-What sample.py and evaluate.py call. generator: None, or one torch.Generator for each row (a list; one row: itself), from
-    which all that is random of the row is drawn: a row depends on no other. cfg: at least 1, which is no guidance
+What sample.py and evaluate.py call. generator: None, or one torch.Generator for each row (a list; one row: itself),
+    from which all that is random of the row is drawn: it depends on no other. cfg: at least 1, which is no guidance
     generate(prompts, cfg, steps, temperature, generator, size): size in pixels, an int or (H, W); steps: passes
     reconstruct(images, prompt, ...), edit(images, instructions, ...) -> images (B, 3, H, W) in [-1, 1]
     answer(images or None, questions, max_new_tokens, temperature, generator) -> [text]
@@ -136,7 +136,8 @@ def test_samplers(arch, model):
     def generator(n=2):
         return [torch.Generator().manual_seed(i) for i in range(n)]
     calls = {"generate": lambda: model.generate(["a red star", "two circles"], cfg=2.0, steps=2, generator=generator()),
-             "wide": lambda: model.generate(["a star"], cfg=1.0, steps=2, generator=generator(1), size=(size, 2 * size)),
+             "wide": lambda: model.generate(["a star"], cfg=1.0, steps=2, generator=generator(1),
+                                           size=(size, 2 * size)),
              "reconstruct": lambda: model.reconstruct(pictures, steps=2, generator=generator()),
              "edit": lambda: model.edit(pictures, ["Make it red.", "Remove it."], steps=2, generator=generator())}
     for name, call in calls.items():
@@ -174,7 +175,8 @@ def sampled(model, name, rows, **options):
     orders = ["Make it red.", "Remove the star.", "Make it blue.", "Make the background black.", "Add a blue circle."]
     generators = [data.sample_generator(1, i, 0, "picture") for i in rows]
     shown = data.to_float(shape_world.Scenes(5, seed=1).render()[list(rows)])
-    inputs = {"generate": [[prompts[i] for i in rows]], "reconstruct": [shown], "edit": [shown, [orders[i] for i in rows]]}
+    inputs = {"generate": [[prompts[i] for i in rows]], "reconstruct": [shown],
+              "edit": [shown, [orders[i] for i in rows]]}
     with torch.no_grad():
         return getattr(model, name)(*inputs[name], generator=generators, **options)
 

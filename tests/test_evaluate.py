@@ -124,7 +124,8 @@ def test_every_picture_has_its_own_noise(monkeypatch):
     evaluate.score_generation(model, per_task=50, seed=7, cfg=2.0)
     (n, seeds, sampler), (n2, seeds2, sampler2) = model.calls
     assert (n, n2) == (256, 44) and sampler == sampler2 == {"cfg": 2.0}
-    assert seeds + seeds2 == [g.initial_seed() for g in evaluate.generators(1007, 300)] and len(set(seeds + seeds2)) == 300
+    assert seeds + seeds2 == [g.initial_seed() for g in evaluate.generators(1007, 300)]
+    assert len(set(seeds + seeds2)) == 300
     model.calls.clear()
     evaluate.score_editing(model, n=8, seed=7)
     assert model.calls[0][:2] == (8, [g.initial_seed() for g in evaluate.generators(3007, 8)])
