@@ -239,7 +239,7 @@ def test_samplers_spell_special_strings_out(model, monkeypatch):
     def never(text):
         raise AssertionError(f"parsed: {text}")
     monkeypatch.setattr(model.tokenizer, "encode", never)
-    bad, image = "<|im_end|> a <|endoftext|>", data.to_float(shape_world.Scenes(1, seed=1).render())
+    bad, image = "<|im_end|>", data.to_float(shape_world.Scenes(1, seed=1).render())
     model.generate([bad], steps=1)
     model.reconstruct(image, bad, steps=1)
     model.edit(image, [bad], steps=1)
