@@ -9,8 +9,8 @@ Drawing is scored in the six tasks of GenEval (arXiv 2310.11513): single object,
 position, color attribution. A third of the prompts with two objects, colors, positions or attributes ask for a
 combination that no training caption ever named ("held out"), and these are scored apart. Held-out attributes are
 combinations of shape and color; which shapes stand together is free there, so one in five "seen" prompts of that task
-names a held-out pair of shapes. Intervals are 95 % Wilson intervals. Each score but that of questions, which are
-answered greedily, draws its noise from one generator, in batches of 256 pictures.
+names a held-out pair of shapes. Intervals are 95 % Wilson intervals. Questions are answered greedily; every picture
+draws its noise from a generator of its own, so that no score depends on how many are drawn at once.
 """
 import argparse
 import json
@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 import checkpoint
 import shape_world
-from data import to_float, to_uint8
+from data import sample_generator, to_float, to_uint8
 from shape_world import QUESTION_KINDS, TASKS, Scenes, fulfils, judge, same_objects
 
-BATCH = 256  # rows in one call of a sampler; the noise of a picture depends on it, so it is no flag
+BATCH = 256  # rows in one call of a sampler: how much memory it takes, and nothing else
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Helpers of all scores
@@ -49,17 +49,22 @@ def share(right, name="score"):
     return {name: float(np.mean(right)), "n": len(right), "interval": wilson(int(np.sum(right)), len(right))}
 
 def in_batches(model, method, *inputs, **options):
-    """Results of method(*inputs, **options), BATCH rows of every input at a time. uint8 pictures (n, h, w, 3) go in as
-    float ones (n, 3, h, w) on the model's device; lists of texts as they are."""
+    """Results of method(*inputs, **options), BATCH rows of every input, and of an option `generator`, at a time. uint8
+    pictures (n, h, w, 3) go in as float ones (n, 3, h, w) on the model's device; lists as they are."""
     device = next(model.parameters()).device
     for i in range(0, len(inputs[0]), BATCH):
-        rows = [x[i:i + BATCH] for x in inputs]
-        yield method(*(to_float(x, device) if isinstance(x, np.ndarray) else x for x in rows), **options)
+        rows, part = [x[i:i + BATCH] for x in inputs], dict(options)
+        if "generator" in part:
+            part["generator"] = part["generator"][i:i + BATCH]
+        yield method(*(to_float(x, device) if isinstance(x, np.ndarray) else x for x in rows), **part)
 
-def draw(model, method, *inputs, seed, **sampler):
-    """What a sampler draws for all rows of its inputs, from one generator: uint8 pictures (n, h, w, 3)."""
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+def draw(model, method, *inputs, generator, **sampler):
+    """What a sampler draws for all rows of its inputs, each from its own generator: uint8 pictures (n, h, w, 3)."""
     return np.concatenate([to_uint8(x) for x in in_batches(model, method, *inputs, generator=generator, **sampler)])
+
+def generators(seed, n):
+    """One generator for each of n prompts, of which there is one picture."""
+    return [sample_generator(seed, number, 0, "picture") for number in range(n)]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The four scores
@@ -70,7 +75,8 @@ def score_generation(model, per_task=50, seed=0, split="test", **sampler):
     seen and held_out (means over the tasks that have both), a dict per task, objects per picture and how many of these
     have no known shape; the pictures, uint8 (n, h, w, 3); and their prompt rows."""
     rows = shape_world.task_prompts(per_task, seed, split)
-    pictures = draw(model, model.generate, [r["prompt"] for r in rows], seed=1000 + seed, **sampler)
+    own = generators(1000 + seed, len(rows))
+    pictures = draw(model, model.generate, [r["prompt"] for r in rows], generator=own, **sampler)
     found = judge(pictures)
     right = np.array([fulfils(objects, row) for objects, row in zip(found, rows)])
     task_of, held = np.array([r["task"] for r in rows]), np.array([r["held_out"] for r in rows])
@@ -108,7 +114,7 @@ def score_reconstruction(model, n=128, seed=0, **sampler):
     pictures drawn and the true ones, uint8 (n, h, w, 3)."""
     scenes = Scenes(n, seed=91_000 + seed)
     truth = scenes.render()
-    pictures = draw(model, model.reconstruct, truth, seed=2000 + seed, **sampler)
+    pictures = draw(model, model.reconstruct, truth, generator=generators(2000 + seed, n), **sampler)
     agree = np.array([same_objects(found, scenes.scene(i)) for i, found in enumerate(judge(pictures))])
     error = float(np.abs(pictures.astype(float) - truth).mean())
     return dict(objects=float(agree.mean()), exact=float((agree == 1).mean()), pixel_error=error, n=n), pictures, truth
@@ -121,7 +127,7 @@ def score_editing(model, n=192, seed=0, **sampler):
     scenes, rng = Scenes(n, seed=92_000 + seed), random.Random(seed)
     instructions, targets, kinds = zip(*[shape_world.edit(scenes.scene(i), rng) for i in range(n)])
     source, truth = scenes.render(), Scenes.of(targets).render()
-    pictures = draw(model, model.edit, source, list(instructions), seed=3000 + seed, **sampler)
+    pictures = draw(model, model.edit, source, list(instructions), generator=generators(3000 + seed, n), **sampler)
 
     def ground(images):  # the median color of each picture: objects cover less than half of it
         return np.median(images.reshape(len(images), -1, 3), axis=1)
@@ -195,20 +201,18 @@ def report_change(before, after):
 def export_geneval(model, prompts_file, out, n=4, seed=0, **sampler):
     """n pictures for each prompt in the folder layout of GenEval's own scorer (00000/metadata.jsonl,
     00000/samples/0000.png), with the recipe beside them in recipe.json. prompts_file: GenEval's
-    evaluation_metadata.jsonl, one JSON object with a "prompt" per line. The seed starts anew for each prompt, as in
-    GenEval's own script. FileNotFoundError where prompts_file is missing."""
+    evaluation_metadata.jsonl, one JSON object with a "prompt" per line. A picture's noise is that of (seed, number of
+    the prompt, number of the picture). FileNotFoundError where prompts_file is missing."""
     if not os.path.isfile(prompts_file):
         raise FileNotFoundError(f"--geneval {prompts_file}: no such file; it is GenEval's evaluation_metadata.jsonl")
     with open(prompts_file, encoding="utf-8") as f:
         rows = [json.loads(line) for line in f if line.strip()]
-    device = next(model.parameters()).device
     for i, row in enumerate(tqdm(rows, "GenEval prompts", disable=None)):
         folder = os.path.join(out, f"{i:05d}")
         os.makedirs(os.path.join(folder, "samples"), exist_ok=True)
         checkpoint.write_text(os.path.join(folder, "metadata.jsonl"), json.dumps(row))
-        generator = torch.Generator(device).manual_seed(seed)
-        pictures = to_uint8(model.generate([row["prompt"]] * n, generator=generator, **sampler))
-        for j, picture in enumerate(pictures):
+        own = [sample_generator(seed, i, j, "picture") for j in range(n)]
+        for j, picture in enumerate(draw(model, model.generate, [row["prompt"]] * n, generator=own, **sampler)):
             Image.fromarray(picture).save(os.path.join(folder, "samples", f"{j:04d}.png"))
     recipe = dict(argv=sys.argv[1:], n=n, seed=seed, torch=torch.__version__, **sampler)
     checkpoint.write_text(os.path.join(out, "recipe.json"), json.dumps(recipe, indent=1))

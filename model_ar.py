@@ -261,6 +261,9 @@ def masked_count(u, N):
     """u in [0, 1) -> how many of N codes are masked, at least one, float32 in the shape of u."""
     return (N * mask_ratio(u)).round().clamp(min=1)  # rounds half to even
 
+def draw_exponential(*shape, generator, device):
+    return torch.empty(shape, device=device).exponential_(generator=generator)
+
 def mask_codes(codes, u, r, c):
     """codes, r (B, N), u (B,); r, u in [0, 1) -> ids, labels (B, N). Masked: where argsort(r) < masked_count(u)."""
     masked, ids = r.argsort(dim=1) < masked_count(u, codes.shape[1])[:, None], codes + c.image_offset
@@ -406,10 +409,10 @@ class ShowO(nn.Module):
         """MaskGIT's parallel decoding: every step draws all unknown codes, keeps the most confident, masks the others.
         context (b, T, D) and its layout, or 2b rows, the unconditional ones second; image (b, N) ids, mask_id = to be
         painted -> codes (b, N). Guidance g: logits = (1 + g) cond - g uncond. exponential (steps, b * N, codebook) and
-        gumbel_u (steps, b, N), uniform, replace the generator's noise. trace: a list that gets a dict per step."""
+        gumbel_u (steps, b, N), uniform, replace the noise of `generator`, see row_generators. trace: a list that gets a
+        dict per step."""
         c, (b, N), rows, model = self.config, image.shape, len(context), self.showo.model
-        S, codebook = N + 2, slice(c.image_offset, c.mask_id)
-        source = image.device if generator is None else generator.device
+        S, codebook, generators = N + 2, slice(c.image_offset, c.mask_id), vision.row_generators(generator, b)
         slots = torch.arange(S + context.shape[1], device=image.device).expand(rows, -1)
         cache = self.new_cache(rows, slots.shape[1])
         model(context, layout.part(slice(S, None)), cache=cache, slots=slots[:, S:])  # once: it never sees the target
@@ -420,7 +423,7 @@ class ShowO(nn.Module):
             if rows > b:
                 logits = (1 + guidance) * logits[:b] - guidance * logits[b:]
             p = logits.softmax(dim=-1)
-            e = (torch.empty(p.shape, device=source).exponential_(generator=generator) if exponential is None
+            e = (vision.draw_rows(draw_exponential, generators, *p.shape[1:], device=p.device) if exponential is None
                  else exponential[k].view_as(p))  # argmax(p / e) with e ~ Exp(1) is a draw from p
             unknown = image == c.mask_id
             codes = torch.where(unknown, (p / e.to(p)).argmax(dim=-1), image - c.image_offset)
@@ -429,7 +432,7 @@ class ShowO(nn.Module):
             planned = int(N * mask_ratio(torch.tensor(done)))  # on the CPU: no sync; float32: the published rounding
             count = (unknown.sum(dim=1, keepdim=True) - 1).clamp(max=planned).clamp(min=1)  # (b, 1) codes to mask again
             temperature = temperature * (1 - done)  # a running product: falls much faster than linearly, to 0
-            w = torch.rand(image.shape, device=source, generator=generator).to(p) if gumbel_u is None else gumbel_u[k]
+            w = vision.draw_rows(torch.rand, generators, N, device=p.device) if gumbel_u is None else gumbel_u[k]
             gumbel = -(-w.clamp(min=1e-20).log()).clamp(min=1e-20).log()
             score = confidence.clamp(min=1e-20).log() + temperature * gumbel
             masked = score < score.sort(dim=1).values.gather(1, count)
@@ -442,7 +445,7 @@ class ShowO(nn.Module):
         """image (b, h, w) ids -> codes (b, h, w). cfg 1 = no guidance. Unconditional is the empty text-to-image row,
         also where a picture is the condition: the published demo's row for that is only partly known."""
         c, (b, h, w) = self.config, image.shape
-        cfg, steps = c.cfg if cfg is None else cfg, steps or c.mask_steps
+        cfg, steps = vision.guidance(cfg, c.cfg), steps or c.mask_steps
         if cfg != 1:
             context = stack_rows(context, self.context([""] * b, h * w))
         return self.sample(*context, image.flatten(1), cfg - 1, steps, temperature, generator).view(b, h, w)
@@ -515,17 +518,14 @@ class ShowO(nn.Module):
     def write(self, x, layout, lengths, max_new_tokens, temperature=0.0, generator=None):
         """Continues rows whose first lengths (B,) slots are no pads -> ids (B, at most max_new_tokens), at the end eos.
         Greedy at temperature 0. New ids overwrite a row's pads, so that every mask stays an interval."""
-        (B, T), model = x.shape[:2], self.showo.model
+        (B, T), model, generators = x.shape[:2], self.showo.model, vision.row_generators(generator, len(x))
         cache = self.new_cache(B, T + max_new_tokens)
         hidden = model(x, layout, cache=cache, slots=torch.arange(T, device=x.device).expand(B, -1))
         hidden = hidden[torch.arange(B, device=x.device), lengths - 1]  # (B, D)
         out, ended = [], torch.zeros(B, 1, dtype=torch.bool, device=x.device)
         for t in range(max_new_tokens):
             logits = self.logits(hidden)  # (B, vocabulary)
-            if temperature > 0:
-                e = torch.empty(logits.shape, device=x.device if generator is None else generator.device)
-                logits = (logits / temperature).softmax(dim=-1) / e.exponential_(generator=generator).to(logits)
-            new = logits.argmax(dim=-1, keepdim=True).masked_fill(ended, self.config.eos)
+            new = vision.next_token(logits, temperature, generators).masked_fill(ended, self.config.eos)
             out.append(new)
             ended = ended | (new == self.config.eos)
             if t + 1 == max_new_tokens or bool(ended.all()):
@@ -632,7 +632,8 @@ class ShowO(nn.Module):
         return ids + reply, [IGNORE] * len(ids) + reply
 
     def prompt_ids(self, part, sample, limit):
-        """One sample -> ids and labels of its row, or ids and None."""
+        """One sample -> ids and labels of its row, or ids and None. A dialogue ends with the last turn that fits whole
+        into `limit` ids; where not even the first does, it is cut, and has no end of an answer."""
         c = self.config
         if part == "t2i":
             return t2i_prompt(self.encode(sample["caption"]), c, limit, sample.get("drop", False)), None
@@ -641,8 +642,10 @@ class ShowO(nn.Module):
             return reca_prompt(self.encode(f"{c.user} \n {request} {c.assistant}"), c), None
         ids = mmu_prompt([], c, self.system_ids) if part == "i2t" else [c.eos]
         labels = [IGNORE] * len(ids)
-        for question, answer in sample.get("turns") or [(sample["question"], sample["answer"])]:
+        for i, (question, answer) in enumerate(sample.get("turns") or [(sample["question"], sample["answer"])]):
             turn = self.dialogue(question.strip(), answer)
+            if i > 0 and len(ids + turn[0]) > limit:
+                break
             ids, labels = ids + turn[0], labels + turn[1]
         return ids[:limit], labels[:limit]
 

@@ -252,6 +252,7 @@ THINK_ANSWER = _THINK.format("reasoning", "provide the user with the answer", "a
 def layout(c, samples, pad_to=0):
     """Where the tokens of samples lie, one row for each, and what they see. A sample is a list of segments, in order:
         ("text", ids), ("answer", ids): <|im_start|> ids <|im_end|>, causal; an answer's ids and end are predicted
+        ("cut", ids): an answer that goes on where the row ends, so without an end
         ("vit", (h, w)): h*w SigLIP tokens; ("clean", (h, w)), ("noise", (h, w)): latents as context, or to be painted.
             Each lies between two special tokens, bidirectional; noise comes last and takes up no rotary position.
     Rows are padded on the left to `pad_to` understanding tokens (0: the longest); ValueError if one has more.
@@ -267,9 +268,9 @@ def layout(c, samples, pad_to=0):
         rope = images = latents = 0
         for kind, content in sample:
             at = len(tokens)
-            if kind in ("text", "answer"):
-                ids = [bos, *content, eos]
-                targets = [*ids[1:], IGNORE] if kind == "answer" else [IGNORE] * len(ids)
+            if kind in ("text", "answer", "cut"):
+                ids = [bos, *content] if kind == "cut" else [bos, *content, eos]
+                targets = [IGNORE] * len(ids) if kind == "text" else [*ids[1:], IGNORE]
                 tokens += [(0, ids[i], rope + i, 0, at + i + 1, targets[i], 0) for i in range(len(ids))]
                 rope += len(ids)
                 continue
@@ -302,7 +303,8 @@ def layout(c, samples, pad_to=0):
            "vit_grid": torch.tensor([grid + [0] * (V - len(grid)) for grid in features])}
     out |= zip(("ids", "und_pos", "und_lo", "und_hi", "labels"), und[..., 1:].unbind(-1))
     out |= zip(("gen_grid", "gen_pos", "gen_lo", "gen_hi", "gen_noisy", "gen_image"), gen[..., 1:].unbind(-1))
-    wanted = {"gen": G, "vit": V, "labels": (out["labels"] != IGNORE).any(), "order": (out["order"].diff() != 1).any()}
+    answers = any(kind in ("answer", "cut") for sample in samples for kind, _ in sample)
+    wanted = {"gen": G, "vit": V, "labels": answers, "order": (out["order"].diff() != 1).any()}
     return {name: x.contiguous() for name, x in out.items() if wanted.get(name.split("_")[0], True)}
 
 # Contexts that have been read. kv: per layer keys and values, each (B, kv_heads, n, dim); start, rope: see layout
@@ -487,15 +489,17 @@ class Bagel(nn.Module):
 
     def edit(self, images, instructions, cfg=None, steps=None, temperature=1.0, generator=None, cfg_image=None, **how):
         """images and one instruction for each -> edited images in the size of vae_resize. Context: clean latents, what
-        SigLIP sees, text; guidance leads away from pictures alone (cfg) and from text alone (cfg_image)."""
+        SigLIP sees, text; guidance leads away from pictures alone (cfg) and from text alone (cfg_image; None: the
+        config's, but at most cfg, so that cfg 1 and a little more give nearly the same)."""
         images = self.resized(images, self.config.vae_resize, self.stride)
         features, vit = self.see(images, self.config.vit_resize)
         grid, moments = tuple(side // self.stride for side in images.shape[2:]), self.moments(images)
-        latents = self.sample_latents(moments, self.randn(*moments.shape[:2], generator))
+        generators, cfg = vision.row_generators(generator, len(images)), vision.guidance(cfg, self.config.cfg)
+        latents = self.sample_latents(moments, self.randn(generators, moments.shape[1]))
         how = {"interval": (0.0, 1.0), "renorm": "text_channel", "features": features, "latents": latents, **how,
-               "cfg_image": self.config.cfg_image if cfg_image is None else cfg_image}
+               "cfg_image": min(cfg, self.config.cfg_image) if cfg_image is None else cfg_image}
         pictures = [("clean", grid), ("vit", vit)]
-        return self.paint(pictures, instructions, images.shape[2:], cfg, steps, temperature, generator, **how)
+        return self.paint(pictures, instructions, images.shape[2:], cfg, steps, temperature, generators, **how)
 
     def answer(self, images, questions, max_new_tokens=32, temperature=0.0, generator=None, think=False):
         """images, or None, and a question for each -> answers; think: after reasoning aloud."""
@@ -522,7 +526,8 @@ class Bagel(nn.Module):
         writes a plan first, and reads it. temperature: factor on the first noise. how: see `sample`, `guide`."""
         if any(side % self.stride for side in size):
             raise ValueError(f"size {tuple(size)}: both sides must be multiples of {self.stride} pixels")
-        cfg, grid = self.config.cfg if cfg is None else cfg, tuple(side // self.stride for side in size)
+        cfg, grid = vision.guidance(cfg, self.config.cfg), tuple(side // self.stride for side in size)
+        cfg_image, generators = vision.guidance(cfg_image, 1.0), vision.row_generators(generator, len(texts))
         before, texts = [("text", self.encode(THINK_PAINT))] * think, [("text", self.encode(text)) for text in texts]
         full = [[*before, *pictures, text] for text in texts]
         full = self.think(full, features=features, latents=latents) if think else full
@@ -530,17 +535,18 @@ class Bagel(nn.Module):
         contexts = contexts[:1 + (cfg > 1) + (cfg > 1 and cfg_image > 1)]
         seen = (x if x is None else x.repeat(len(contexts), 1, 1) for x in (features, latents))
         cache = self.context(sum(contexts, []), *seen)
-        noise = temperature * self.randn(len(full), grid[0] * grid[1], generator)
+        noise = temperature * self.randn(generators, grid[0] * grid[1])
         return self.decode_latents(self.sample(cache, noise, grid, cfg, cfg_image, steps, **how), grid).clamp(-1, 1)
 
-    def randn(self, rows, tokens, generator):
-        weight, where = self.llm2vae.weight, "cpu" if generator is None else generator.device
-        return torch.randn(rows, tokens, len(weight), generator=generator, device=where).to(weight.device)
+    def randn(self, generators, tokens):
+        weight = self.llm2vae.weight
+        return vision.draw_rows(torch.randn, generators, tokens, len(weight), device=weight.device)
 
     @torch.no_grad()
     def generate_tokens(self, cache, max_new_tokens, temperature=0.0, generator=None):
         """Continues contexts, greedily at temperature 0, until each row has had <|im_end|> -> ids (B, new)."""
         kv, (bos, eos, *_), written = cache.kv, self.config.special, []
+        generators = vision.row_generators(generator, len(cache.rope))
         token = torch.full_like(cache.rope, bos)[:, None]  # (B, 1)
         done = torch.zeros_like(token, dtype=torch.bool)
         while len(written) < max_new_tokens and not bool(done.all()):
@@ -549,10 +555,7 @@ class Bagel(nn.Module):
                    "und_hi": torch.full_like(token, past + 1)}
             hidden, kv = self.language_model([self.embed(token)], self.view(row, past), kv, keep=True)
             logits = self.language_model.lm_head(hidden[0][:, -1]).float()  # (B, vocabulary)
-            token = logits.argmax(-1, keepdim=True)  # (B, 1)
-            if temperature > 0:
-                p = torch.softmax(logits / temperature, -1).to(logits.device if generator is None else generator.device)
-                token = torch.multinomial(p, 1, generator=generator).to(logits.device)
+            token = vision.next_token(logits, temperature, generators)  # (B, 1)
             written.append(token)
             done = done | (token == eos)
         return torch.cat(written, 1)
@@ -640,17 +643,21 @@ class Bagel(nn.Module):
         return self.tokenizer.encode_ordinary(text)
 
     def segments(self, part, sample, limit):
-        """The texts of a sample as segments of `layout`, at most `limit` tokens."""
+        """The texts of a sample as segments of `layout`, at most `limit` tokens: the turns of a dialogue that fit whole
+        or, if not even the first does, as much of it as fits, without an end of the answer."""
         if part not in ("i2t", "text"):
             text = sample[{"recon": "prompt", "edit": "instruction"}.get(part, "caption")]
             return [] if sample.get("drop") else [("text", self.encode(text)[:max(0, limit - 2)])]
-        segments, room = [], limit - 4  # the next question and answer have two markers each
+        segments, room = [], limit
         for question, answer in sample.get("turns") or [(sample["question"], sample["answer"])]:
-            question = self.encode(question)[:max(0, room)]
-            answer = self.encode(answer)[:max(0, room - len(question))]
-            segments, room = [*segments, ("text", question), ("answer", answer)], room - len(question) - len(answer) - 4
-            if room < 12:  # what is left would not hold another turn
+            question, answer = self.encode(question), self.encode(answer)
+            room -= len(question) + len(answer) + 4  # each has two markers
+            if room < 0 and segments:
                 break
+            if room < 0:
+                question = question[:max(0, limit - 3)]
+                return [("text", question), ("cut", answer[:max(0, limit - 3 - len(question))])]
+            segments += [("text", question), ("answer", answer)]
         return segments
 
     def collate(self, part, samples, generators, shared, pad_to=None):

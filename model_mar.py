@@ -31,6 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
+import vision_encoder as vision
 from checkpoint import load_strict, read_weights
 from custom_kernels import add_noise, attention, attention_plan, diffusion_loss_rows, linear_cross_entropy, rms_norm
 from custom_kernels.diffusion_process import T, diffusion_step, tables_on
@@ -330,16 +331,14 @@ class DiffLoss(nn.Module):
         return diffusion_loss_rows(self.net(x_t, t, z[:, None]).flatten(0, 2), x0, noise, t_rows, tables)
 
     @torch.no_grad()
-    def sample(self, z, temperature=1.0, cfg=1.0, noise=None, generator=None):
+    def sample(self, z, temperature, cfg, noise):
         """Conditions z (N, E) -> tokens (N, C). With cfg != 1 z is [conditional rows, as many unconditional rows], and
-        epsilon is guided, not the variance. noise: (initial (N or N/2, C), per executed step (steps, N, C))."""
+        epsilon is guided, not the variance. noise: (initial (N or N/2, C), per step (steps, N or N/2, C)); only
+        that of the conditional rows reaches a picture."""
         timesteps = tables_on(self.spacing, str(z.device))[2]
         n = len(z) // 2 if cfg != 1 else len(z)
-        if noise is None:
-            C, generator = self.net.input_proj.in_features, generator or torch.default_generator
-            noise = [torch.randn(shape, generator=generator, device=generator.device)
-                     for shape in ((n, C), (len(timesteps), len(z), C))]
         x, steps = noise[0].to(z.device).repeat(len(z) // n, 1), noise[1].to(z.device)
+        steps = steps.repeat(1, len(z) // steps.shape[1], 1)
         for j, i in enumerate(reversed(range(len(timesteps)))):
             out = self.net(x[:n].repeat(len(z) // n, 1), torch.full((1,), timesteps[i], device=z.device), z).float()
             if cfg != 1:
@@ -476,17 +475,18 @@ class Harmon(nn.Module):
                noise=None, generator=None):
         """Masked autoregression after context (R, W, h) -> latents (R, m, n, C), or, with cfg != 1, (R/2, m, n, C): the
         second half of the rows are then the unconditional partners of the first. schedule of guidance: "constant", or
-        "linear", from 1 to cfg. orders (R, L), equal for partners; noise: per step what DiffLoss.sample takes."""
+        "linear", from 1 to cfg. orders (R, L), equal for partners; noise: per step what DiffLoss.sample takes.
+        generator: see row_generators; with guidance or without, a row draws its order, then each step's noise."""
         if schedule not in ("constant", "linear"):
             raise ValueError(f"schedule {schedule!r}: expected constant or linear")
-        steps, generator = steps or self.config.mask_steps, generator or torch.default_generator
-        R, L, device = len(context), grid[0] * grid[1], context.device
-        n = R // 2 if cfg != 1 else R
-        if orders is None:
-            orders = torch.stack([torch.randperm(L, generator=generator, device=generator.device) for _ in range(n)])
+        R, L, device, steps = len(context), grid[0] * grid[1], context.device, steps or self.config.mask_steps
+        n, times = R // 2 if cfg != 1 else R, len(tables_on(self.mar.diffloss.spacing, str(device))[2])
+        generators = vision.row_generators(generator, n)
+        orders = vision.draw_rows(torch.randperm, generators, L) if orders is None else orders
         orders = orders.to(device).repeat(R // len(orders), 1)
         past = self.llm(context, pads, keep=1)[1]  # the context is read once; the image part is computed in every step
-        tokens, masked_now = torch.zeros(R, L, latent_channels(self.config), device=device), L
+        C, masked_now = latent_channels(self.config), L
+        tokens = torch.zeros(R, L, C, device=device)
         for s in range(steps):
             masked_next = max(1, min(masked_now - 1, math.floor(L * math.cos(math.pi / 2 * (s + 1) / steps))))
             left = 0 if s == steps - 1 else masked_next  # the last step takes everything that is left
@@ -496,8 +496,12 @@ class Harmon(nn.Module):
             predicted = orders[:, left:masked_now].sort(1).values  # raster order, in which the noise is counted
             x = self.fuse(tokens.view(R, *grid, -1), visible, pads, past=past)
             z = self.mar.decode(x, visible, torch.cat([orders[:, :left], predicted], 1), grid)[:, left - masked_now:]
-            guidance = cfg if schedule == "constant" else 1 + (cfg - 1) * (L - masked_next) / L
-            new = self.mar.diffloss.sample(z.flatten(0, 1), temperature, guidance, noise and noise[s], generator)
+            scale = cfg if schedule == "constant" else 1 + (cfg - 1) * (L - masked_next) / L
+            if noise is None:
+                drawn = vision.draw_rows(torch.randn, generators, 1 + times, predicted.shape[1], C)  # (n, .., k, C)
+                drawn = drawn.transpose(0, 1).flatten(1, 2)
+            step_noise = (drawn[0], drawn[1:]) if noise is None else noise[s]  # (n*k, C), (times, n*k, C)
+            new = self.mar.diffloss.sample(z.flatten(0, 1), temperature, scale, step_noise)
             new = new.view(R, -1, new.shape[-1])[:n].repeat(R // n, 1, 1)
             tokens = tokens.scatter(1, predicted[..., None].expand_as(new), new)
             masked_now = left
@@ -544,7 +548,7 @@ class Harmon(nn.Module):
     def paint(self, rows, images, size, cfg, *options, unconditional=None, **more):
         """What `context` takes, (H, W), and options of `sample` -> images (R, 3, H, W), not clamped. unconditional: ids
         of the row that guidance leads away from (None: "Generate an image."); it never has an image."""
-        cfg = self.config.cfg if cfg is None else cfg
+        cfg = vision.guidance(cfg, self.config.cfg)
         context, pads = self.context(rows, images)
         if cfg != 1:
             empty = unconditional or self.prompt_ids("uncond", {"drop": True})[0]
@@ -563,14 +567,11 @@ class Harmon(nn.Module):
     def generate_tokens(self, context, pads, max_new_tokens, temperature=0.0, generator=None, stop=-1):
         """Continues the rows (B, W, h), greedily at temperature 0, until each has had the id `stop` -> ids (B, new)."""
         x, past, out, done = context, None, [], torch.zeros_like(pads, dtype=torch.bool)
-        generator = generator or torch.default_generator
+        generators = vision.row_generators(generator, len(context))
         while len(out) < max_new_tokens and not bool(done.all()):
             hidden, past = self.llm(x, pads, past, keep=1)
             logits = self.llm.lm_head(hidden[:, -1]).float()  # (B, vocabulary)
-            token = logits.argmax(-1, keepdim=True)  # (B, 1)
-            if temperature > 0:
-                p = torch.softmax(logits / temperature, -1).to(generator.device)
-                token = torch.multinomial(p, 1, generator=generator).to(x.device)
+            token = vision.next_token(logits, temperature, generators)  # (B, 1)
             out.append(token)
             done = done | (token[:, 0] == stop)
             x = self.llm.model.embed_tokens(token)
@@ -618,8 +619,9 @@ class Harmon(nn.Module):
         start, end = self.tokenizer.special["<|im_start|>"], self.tokenizer.special["<|im_end|>"]
         return [start, *body, end, *self.encode("\n"), start, *self.encode("assistant\n")]
 
-    def prompt_ids(self, part, sample):
-        """One sample -> ids and labels of its row (IGNORE but for answers and <|im_end|>), or ids and None."""
+    def prompt_ids(self, part, sample, limit=math.inf):
+        """One sample -> ids and labels of its row (IGNORE but for answers and <|im_end|>), or ids and None. A dialogue
+        ends with the last turn that fits whole into `limit` ids. The first stays: what cuts it cuts its end, too."""
         drop = sample.get("drop")
         if part in ("recon", "edit"):  # the image stays when the request is dropped
             request = UNCONDITIONAL if drop else "\n" + sample["prompt" if part == "recon" else "instruction"]
@@ -636,6 +638,8 @@ class Harmon(nn.Module):
             if part == "i2t" and not ids:  # the two sides of the image are tokenized apart
                 ask = [*self.encode("user\n"), IMAGE, *self.encode("\n" + question)]
             ask, reply = self.turn(ask), [*self.encode(answer), end]
+            if ids and len(ids + ask + reply) > limit:
+                break
             ids += ask + reply + newline
             labels += [IGNORE] * len(ask) + reply + [IGNORE] * len(newline)
         return ids, labels
@@ -646,9 +650,9 @@ class Harmon(nn.Module):
         if part in ("align", "words"):
             return {"words": caption_words(self.tokenizer, [sample["caption"] for sample in samples])}
         c, dialogue = self.config, part in ("i2t", "text")
-        rows, labels = zip(*[self.prompt_ids(part, sample) for sample in samples])
-        longest, step = max(map(len, rows)), c.pad_multiple
-        width = pad_to or min(-(-longest // step) * step, c.max_dialogue if dialogue else c.max_prompt)
+        limit, step = pad_to or (c.max_dialogue if dialogue else c.max_prompt), c.pad_multiple
+        rows, labels = zip(*[self.prompt_ids(part, sample, limit) for sample in samples])
+        width = pad_to or min(-(-max(map(len, rows)) // step) * step, limit)
         ids, pads = left_pad(rows, width)
         if not dialogue:
             random = self.randomness(generators, shared)

@@ -9,8 +9,10 @@
     python sample.py --arch mar --config harmon-1.5b --ckpt harmon_1.5b.pth --tokenizer-ckpt kl16.ckpt \\
         --text-tokenizer qwen.tiktoken
 
-The same arguments and seed give the same picture. Pictures go to --out (a PNG), whose path is printed. Published
-checkpoints load by --config and their original files. --inpaint, --extrapolate and --think are not for every --arch.
+The same seed gives the same pictures: the noise of each is that of (--seed, its prompt's number, its own number), so
+more pictures or another --batch change none. They go to --out (a PNG), whose path is printed; more than 256 go into
+further ones, OUT-2.png and so on. Published checkpoints load by --config and their original files. --inpaint,
+--extrapolate and --think are not for every --arch.
 """
 import argparse
 import inspect
@@ -31,6 +33,7 @@ DEFAULT_PROMPTS = [
     "a star below a triangle", "a purple star", "two green crosses"]
 LINE_COLORS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75))
 GRAY, PALE = (90, 90, 90), (225, 225, 225)
+SHEET = 256  # pictures in one PNG at most, so that memory has a bound, and viewers open it
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
@@ -94,17 +97,23 @@ def curves(history, parts):
         series[part] = [row["step"] for row in rows], smooth
     return plot(series, "optimizer step")
 
+def picture_generators(seed, n, places):
+    """A generator for each of some places in the row of all pictures, n of every prompt. They live on the CPU, so that
+    pictures do not depend on the device."""
+    return [data.sample_generator(seed, place // n, place % n, "picture") for place in places]
+
 @torch.no_grad()
 def show(model, source, generator):
     """What a run looks like now -> (pictures uint8, captions, source): reconstructions of `source`, uint8 (n, h, w, 3),
-    or, where that is None, drawings for fixed prompts."""
+    or, where that is None, drawings for fixed prompts. generator: its device and seed are used."""
     was_training, captions = model.training, DEFAULT_PROMPTS[:8] + DEFAULT_PROMPTS[12:16]
     model.eval()
+    captions = captions if source is None else [""] * len(source)
+    own = picture_generators(generator.initial_seed(), 1, range(len(captions)))
     if source is None:
-        out = model.generate(captions, generator=generator)
+        out = model.generate(captions, generator=own)
     else:
-        captions = [""] * len(source)
-        out = model.reconstruct(data.to_float(source, generator.device), generator=generator)
+        out = model.reconstruct(data.to_float(source, generator.device), generator=own)
     model.train(was_training)
     return data.to_uint8(out), captions, source
 
@@ -123,6 +132,12 @@ def save_png(image, path):
     checkpoint.atomic(path, lambda f: image.save(f, "png"))
     return path
 
+def save_sheet(pictures, captions, out, number):
+    """Saves sheet `number` of pictures, the first as `out`, the next as OUT-2.png; returns the path."""
+    name, ending = os.path.splitext(out)
+    sheet = grid(np.stack(pictures), captions, min(8, len(pictures)), scale=max(1, 144 // pictures[0].shape[0]))
+    return save_png(sheet, out if number == 1 else f"{name}-{number}{ending}")
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
@@ -140,6 +155,7 @@ def parse_args(argv=None):
     job.add_argument("--extrapolate", choices=("left", "right", "up", "down"), help="go on with --prompt on that side")
     p.add_argument("--think", action="store_true", help="let the model write a plan, or its reasons, first")
     p.add_argument("--n", type=int, default=1, help="pictures per prompt")
+    p.add_argument("--batch", type=int, default=64, help="pictures drawn at once: memory and speed, not what they show")
     p.add_argument("--cfg", type=float, help="classifier-free guidance scale; 1 = none (default: the model's)")
     p.add_argument("--steps", type=int, help="sampling steps (default: the model's)")
     p.add_argument("--temperature", type=float)
@@ -166,25 +182,38 @@ def call(model, args, name, *inputs, **options):
         options["think"] = True
     return method(*inputs, **options)
 
-def use_image(model, args, pixels, **options):
-    """Pictures for --image, uint8 (n, H, W, 3), and a caption for each; pixels as `main` has it."""
+def drawing(model, args):
+    """What the flags ask for -> (source, a picture uint8 or None; a caption for each picture; a function of some of the
+    captions and sampler options that draws as many pictures)."""
+    if not args.image:
+        captions = [prompt for prompt in args.prompt or DEFAULT_PROMPTS for _ in range(args.n)]
+        return None, captions, lambda texts, **options: call(model, args, "generate", texts, **options)
     image = data.open_image(args.image, exif=not args.no_exif)
-    captions = (args.prompt or [args.edit or "reconstruction"]) * args.n
     purpose = "t2i" if args.prompt else "edit"  # published inpainting crops its pictures as those that captions draw
-    source = pixels(image, "reconstruct" if args.reconstruct else purpose)
-    if args.extrapolate:  # the source is a part of every result, and smaller: not shown beside it
-        return data.to_uint8(call(model, args, "extrapolate", source, captions, args.extrapolate, **options)), captions
-    if args.inpaint:
-        mask = data.open_image(args.inpaint).convert("L").convert("RGB")
-        if mask.size != image.size:
-            raise ValueError(f"--inpaint {args.inpaint}: {mask.width}x{mask.height} pixels, expected "
-                             f"{image.width}x{image.height}, as --image has: the two are cropped in the same way")
-        out = call(model, args, "inpaint", source, (pixels(mask, "t2i")[:, :1] + 1) / 2, captions, **options)
-    elif args.edit:
-        out = call(model, args, "edit", source, captions, **options)
-    else:
-        out = call(model, args, "reconstruct", source, **options)
-    return np.concatenate([data.to_uint8(source[:1]), data.to_uint8(out)]), ["source", *captions]
+    pixels = model.preprocess(image, "reconstruct" if args.reconstruct else purpose)[None].to(args.device)
+    mask = inpainting_mask(model, args, image).to(args.device) if args.inpaint else None
+
+    def draw(texts, **options):
+        source = pixels.expand(len(texts), -1, -1, -1)
+        if args.inpaint:
+            return call(model, args, "inpaint", source, mask.expand(len(texts), -1, -1, -1), texts, **options)
+        if args.extrapolate:
+            return call(model, args, "extrapolate", source, texts, args.extrapolate, **options)
+        if args.edit:
+            return call(model, args, "edit", source, texts, **options)
+        return call(model, args, "reconstruct", source, **options)
+
+    captions = [args.prompt[0] if args.prompt else args.edit or "reconstruction"] * args.n
+    # the source of an extrapolation is a part of every result, and smaller: not shown beside it
+    return None if args.extrapolate else data.to_uint8(pixels)[0], captions, draw
+
+def inpainting_mask(model, args, image):
+    """-> (1, 1, H, W) in [0, 1], cropped as the picture is."""
+    mask = data.open_image(args.inpaint, exif=not args.no_exif).convert("L").convert("RGB")
+    if mask.size != image.size:
+        raise ValueError(f"--inpaint {args.inpaint}: {mask.width}x{mask.height} pixels, expected "
+                         f"{image.width}x{image.height}, as --image has: the two are cropped in the same way")
+    return (model.preprocess(mask, "t2i")[None, :1] + 1) / 2
 
 @torch.inference_mode()
 def main(argv=None):
@@ -193,24 +222,28 @@ def main(argv=None):
     model = checkpoint.load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer,
                                   args.device, dtype, args.vision_ckpt)
     options = {k: v for k in ("cfg", "steps", "temperature") if (v := getattr(args, k)) is not None}
-    options["generator"] = torch.Generator(args.device).manual_seed(args.seed)
-
-    def pixels(image, purpose):  # (n, 3, H, W) in [-1, 1]: n times the same
-        return model.preprocess(image, purpose)[None].to(args.device).expand(args.n, -1, -1, -1)
-
     if args.question:
         options = {k: v for k, v in options.items() if k not in ("cfg", "steps")}
-        picture = pixels(data.open_image(args.image, exif=not args.no_exif), "answer")[:1]
-        answers = call(model, args, "answer", picture, [args.question], max_new_tokens=args.max_new_tokens, **options)
+        picture = model.preprocess(data.open_image(args.image, exif=not args.no_exif), "answer")[None].to(args.device)
+        answers = call(model, args, "answer", picture, [args.question], max_new_tokens=args.max_new_tokens,
+                       generator=picture_generators(args.seed, args.n, [0]), **options)
         return print(answers[0])
-    if args.image:
-        pictures, captions = use_image(model, args, pixels, **options)
-    else:
-        captions = [prompt for prompt in args.prompt or DEFAULT_PROMPTS for _ in range(args.n)]
-        pictures = data.to_uint8(call(model, args, "generate", captions, **options))
-    sheet = grid(pictures, captions, min(8, len(pictures)), scale=max(1, 144 // pictures.shape[1]))
-    path = save_png(sheet, args.out)
-    print(f"{len(pictures)} picture{'s' * (len(pictures) > 1)}: {os.path.abspath(path)}")
+    source, captions, draw = drawing(model, args)
+    shown, titles, paths = [], [], []  # of the sheet that is being filled
+    if source is not None:
+        shown, titles = [source], ["source"]
+    for start in range(0, len(captions), args.batch):
+        texts = captions[start:start + args.batch]
+        places = range(start, start + len(texts))
+        shown += list(data.to_uint8(draw(texts, generator=picture_generators(args.seed, args.n, places), **options)))
+        titles += texts
+        last = start + args.batch >= len(captions)
+        while shown and (last or len(shown) >= SHEET):
+            paths.append(save_sheet(shown[:SHEET], titles[:SHEET], args.out, len(paths) + 1))
+            shown, titles = shown[SHEET:], titles[SHEET:]
+    count = len(captions) + (source is not None)
+    print(f"{count} picture{'s' * (count > 1)}: {os.path.abspath(paths[0])}"
+          + f" to {os.path.basename(paths[-1])}" * (len(paths) > 1))
 
 if __name__ == "__main__":
     checkpoint.one_line_errors(main)

@@ -3,8 +3,9 @@ of BAGEL `SigLIPNaViT` (SigLIP so400m/14 for pictures of any size). The tiny one
 classes with small configs. Harmon has no encoder of its own here: it understands with its MAR encoder.
 
 Both are pre-norm ViTs of one kind of block. Module names are the published state-dict keys. The preprocessing that
-belongs to the published weights (PIL image -> tensor) is at the end.
+belongs to the published weights (PIL image -> tensor) is at the end, with what the samplers of all models share.
 """
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -254,6 +255,37 @@ def preprocess_pad(image, size):
     square = Image.new("RGB", (side, side), (127, 127, 127))
     square.paste(image.convert("RGB"), ((side - image.width) // 2, (side - image.height) // 2))
     return square_pixels(square, size)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# samplers of all models: everything random of a row comes from its own generator, whatever else is in the batch
+
+def guidance(cfg, default):
+    """Scale of classifier-free guidance, None for the default; 1 is none. ValueError if it is no number from 1 on."""
+    cfg = default if cfg is None else cfg
+    if not 1 <= cfg < math.inf:  # nan is refused, too
+        raise ValueError(f"cfg {cfg}: guidance is a finite number of at least 1, and 1 is none")
+    return cfg
+
+def row_generators(generator, rows):
+    """What samplers take, None (torch's own), one torch.Generator for one row, or a list with one for each row -> list.
+    ValueError if their number is another one: rows that share a generator would depend on each other."""
+    if generator is None:
+        return [torch.default_generator] * rows
+    generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+    if len(generators) != rows:
+        raise ValueError(f"{len(generators)} generators for {rows} rows: give a list with one torch.Generator for each")
+    return generators
+
+def draw_rows(draw, generators, *shape, device=None):
+    """draw: torch.randn, rand, randperm or the like -> (rows, *shape), each row from its generator and then moved."""
+    return torch.stack([draw(*shape, generator=g, device=g.device) for g in generators]).to(device)
+
+def next_token(logits, temperature, generators):
+    """logits (B, V) float32 -> ids (B, 1): the likeliest at temperature 0, else drawn."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    rows = zip(torch.softmax(logits / temperature, -1), generators)
+    return torch.stack([torch.multinomial(p.to(g.device), 1, generator=g) for p, g in rows]).to(logits.device)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # base training from nothing: what CLIP and SigLIP bring from their pre-training, for encoders that bring nothing

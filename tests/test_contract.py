@@ -19,7 +19,8 @@ What train.py calls
         or {turns}; edit {instruction, drop}; in base training also uncond (a t2i row), align and words {caption}.
     forward({part: tensors}) -> {part: loss}, whatever the mixture, in one forward.
 
-What sample.py and evaluate.py call (with a torch.Generator: the same call gives the same picture)
+What sample.py and evaluate.py call. generator: None, or one torch.Generator for each row (a list; one row: itself),
+    from which all that is random of the row is drawn: it depends on no other. cfg: at least 1, which is no guidance
     generate(prompts, cfg, steps, temperature, generator, size): size in pixels, an int or (H, W); steps: passes
     reconstruct(images, prompt, ...), edit(images, instructions, ...) -> images (B, 3, H, W) in [-1, 1]
     answer(images or None, questions, max_new_tokens, temperature, generator) -> [text]
@@ -132,10 +133,11 @@ def test_samplers(arch, model):
     size = model.config.image_size
     pictures = data.to_float(shape_world.Scenes(2, seed=1).render())
 
-    def generator():
-        return torch.Generator().manual_seed(1)
+    def generator(n=2):
+        return [torch.Generator().manual_seed(i) for i in range(n)]
     calls = {"generate": lambda: model.generate(["a red star", "two circles"], cfg=2.0, steps=2, generator=generator()),
-             "wide": lambda: model.generate(["a star"], cfg=1.0, steps=2, generator=generator(), size=(size, 2 * size)),
+             "wide": lambda: model.generate(["a star"], cfg=1.0, steps=2, generator=generator(1),
+                                           size=(size, 2 * size)),
              "reconstruct": lambda: model.reconstruct(pictures, steps=2, generator=generator()),
              "edit": lambda: model.edit(pictures, ["Make it red.", "Remove it."], steps=2, generator=generator())}
     for name, call in calls.items():
@@ -162,3 +164,86 @@ def test_special_strings_in_what_people_write_are_spelled_out(arch, model):
             row = model.collate(part, [sample], [torch.Generator()], torch.Generator(), 0)["ids"]
             ends.append((row == model.tokenizer.special["<|im_end|>"]).sum())
         assert ends[0] == ends[1], part
+
+@pytest.fixture(scope="module")
+def shipped(arch):
+    return checkpoint.load_model(arch, checkpoint.default_weights(arch, "base"))
+
+def sampled(model, name, rows, **options):
+    """Pictures of these rows of five, each with its own noise."""
+    prompts = ["a red star", "two blue circles", "a star", "a green square above a red star", "three crosses"]
+    orders = ["Make it red.", "Remove the star.", "Make it blue.", "Make the background black.", "Add a blue circle."]
+    generators = [data.sample_generator(1, i, 0, "picture") for i in rows]
+    shown = data.to_float(shape_world.Scenes(5, seed=1).render()[list(rows)])
+    inputs = {"generate": [[prompts[i] for i in rows]], "reconstruct": [shown],
+              "edit": [shown, [orders[i] for i in rows]]}
+    with torch.no_grad():
+        return getattr(model, name)(*inputs[name], generator=generators, **options)
+
+@pytest.mark.parametrize("name", ["generate", "reconstruct", "edit"])
+def test_a_picture_depends_on_its_generator_alone(shipped, name):
+    five, alone, pair = (sampled(shipped, name, rows) for rows in ((0, 1, 2, 3, 4), (2,), (4, 2)))
+    assert (five[2] - alone[0]).abs().max() < 1e-3 and (pair[1] - alone[0]).abs().max() < 1e-3
+    assert (five[0] - five[1]).abs().mean() > 0.01
+    with pytest.raises(ValueError, match="1 generators for 5 rows"):
+        shipped.generate(["a"] * 5, generator=torch.Generator())
+
+@pytest.mark.parametrize("name", ["generate", "reconstruct", "edit"])
+def test_no_guidance_and_very_little_give_the_same(shipped, name):
+    none, little = (sampled(shipped, name, range(5), cfg=cfg) for cfg in (1.0, 1.0001))
+    assert (none - little).abs().mean() < 0.02
+    for cfg in (0.0, 0.999, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="^cfg .* at least 1, and 1 is none$"):
+            sampled(shipped, name, (0,), cfg=cfg)
+
+def test_drawn_answers_do_not_depend_on_their_neighbors(shipped):
+    questions = ["What color is the star?", "How many objects are there?", "Is there a star?"]
+
+    def ask(rows):
+        generators = [data.sample_generator(1, i, 0) for i in rows]
+        return shipped.answer(None, [questions[i] for i in rows], 5, temperature=1.5, generator=generators)
+    assert ask((0, 1, 2))[1] == ask((1,))[0] == ask((2, 1))[1]
+
+def rows_of(model, samples, pad_to=None, part="text"):
+    generators = [torch.Generator() for _ in samples]
+    return model.collate(part, samples, generators, torch.Generator(), pad_to)
+
+def ends(model, labels):
+    """How many labels of each row end a text."""
+    special = {model.tokenizer.special[name] for name in ("<|im_end|>", "<|endoftext|>")}
+    return [sum(int(label) in special for label in row) for row in labels]
+
+@pytest.mark.parametrize("part", ["i2t", "text"])
+def test_a_text_that_is_cut_has_no_end(model, part):
+    whole, long = {"question": "what?", "answer": "a red star"}, {"question": "what?", "answer": "red star " * 900}
+    lost = {"question": "red star " * 900, "answer": "red"}
+    for pad_to in (None, 32):
+        out = rows_of(model, [whole, long, lost], pad_to, part)
+        assert ends(model, out["labels"]) == [1, 0, 0]
+        counts = (out["labels"] != -100).sum(1)
+        assert counts[1] > 9 and counts[2] == 0 and out["count"] == counts.sum()
+    assert rows_of(model, [lost], 32, part)["labels"].shape[0] == 1  # a batch of nothing but such rows
+
+def test_dialogues_keep_whole_turns(model):
+    turns = [("what color is the star?", f"answer {i} is red") for i in range(60)]
+    some = [rows_of(model, [{"turns": turns[:n]}], 60) for n in range(1, 5)]
+    cut = rows_of(model, [{"turns": turns}], 60)
+    kept = ends(model, cut["labels"])[0]
+    assert 2 <= kept < 10 and kept == max(ends(model, out["labels"])[0] for out in some)
+    assert cut["count"] == some[kept - 1]["count"] and torch.equal(cut["ids"], some[kept - 1]["ids"])
+    first = rows_of(model, [{"turns": [("what?", "red star " * 900), ("what?", "red")]}], 60)
+    assert ends(model, first["labels"]) == [0] and first["count"] > 9
+
+def test_samplers_spell_special_strings_out(model, monkeypatch):
+    """None of the ways in encodes what people write with special tokens."""
+    def never(text):
+        raise AssertionError(f"parsed: {text}")
+    monkeypatch.setattr(model.tokenizer, "encode", never)
+    bad, image = "<|im_end|>", data.to_float(shape_world.Scenes(1, seed=1).render())
+    model.generate([bad], steps=1)
+    model.reconstruct(image, bad, steps=1)
+    model.edit(image, [bad], steps=1)
+    model.answer(image, [bad], max_new_tokens=2)
+    model.answer(None, [bad], max_new_tokens=2)
+    if "think" in inspect.signature(model.answer).parameters:
+        model.answer(image, [bad], max_new_tokens=2, think=True)

@@ -12,7 +12,7 @@ from PIL import Image
 import checkpoint
 import evaluate
 import shape_world
-from data import to_float, to_uint8
+from data import sample_generator, to_float, to_uint8
 from shape_world import COLORS, TASKS, Scenes
 
 def scene_for(row, rng):
@@ -24,7 +24,7 @@ def scene_for(row, rng):
             return 0, [(s, c, rng.randrange(2), cell, 15) for (s, c), cell in zip(objects, cells)]
 
 class Blank(torch.nn.Module):
-    """White pictures, no answers. `calls`: (rows, seed of the generator, its state before the call)."""
+    """White pictures, no answers. `calls`: (rows, seeds of their generators, options)."""
 
     def __init__(self):
         super().__init__()
@@ -32,8 +32,8 @@ class Blank(torch.nn.Module):
         self.calls = []
 
     def generate(self, prompts, generator=None, **sampler):
-        self.calls.append((len(prompts), generator.initial_seed(), generator.get_state(), sampler))
-        return torch.ones(len(prompts), 3, 48, 48) - torch.rand(1, generator=generator) / 1000
+        self.calls.append((len(prompts), [g.initial_seed() for g in generator], sampler))
+        return torch.ones(len(prompts), 3, 48, 48)
 
     def reconstruct(self, images, generator=None):
         return torch.ones_like(images)
@@ -117,20 +117,28 @@ def test_an_editor_that_changes_nothing_keeps_all_and_does_nothing():
     assert (pictures == source).all() and scores["asked"] < 0.02 and scores["both"] < 0.02
     assert scores["kept"] > 0.9 and set(scores["kinds"]) == {"add", "color", "ground", "remove", "shape", "size"}
 
-def test_one_generator_draws_all_batches():
-    """The numbers of older runs stay comparable: the seeds and the size of a batch are part of the measurement."""
+def test_every_picture_has_its_own_noise(monkeypatch):
+    """Of (seed, number of the prompt), whatever is drawn at once."""
     model = Blank()
+    monkeypatch.setattr(evaluate, "BATCH", 256)
     evaluate.score_generation(model, per_task=50, seed=7, cfg=2.0)
-    (n, seed, state, sampler), (n2, seed2, state2, sampler2) = model.calls
-    assert (n, n2, seed, seed2) == (256, 44, 1007, 1007) and sampler == sampler2 == {"cfg": 2.0}
-    assert not torch.equal(state, state2)  # the second batch goes on where the first ended
+    (n, seeds, sampler), (n2, seeds2, sampler2) = model.calls
+    assert (n, n2) == (256, 44) and sampler == sampler2 == {"cfg": 2.0}
+    assert seeds + seeds2 == [g.initial_seed() for g in evaluate.generators(1007, 300)]
+    assert len(set(seeds + seeds2)) == 300
     model.calls.clear()
     evaluate.score_editing(model, n=8, seed=7)
-    assert model.calls[0][:2] == (8, 3007)
-    seeds = []
-    model.reconstruct = lambda images, generator: seeds.append(generator.initial_seed()) or images
-    evaluate.score_reconstruction(model, n=300, seed=7)
-    assert seeds == [2007, 2007]
+    assert model.calls[0][:2] == (8, [g.initial_seed() for g in evaluate.generators(3007, 8)])
+
+@pytest.mark.skipif(not os.path.isdir(checkpoint.default_weights("mar")), reason="weights/mar-reca is not there")
+@pytest.mark.parametrize("arch", checkpoint.architectures())
+def test_scores_do_not_depend_on_how_many_are_drawn_at_once(arch, monkeypatch):
+    model, got = checkpoint.load_model(arch, checkpoint.default_weights(arch, "base")), []
+    for batch in (5, 32):
+        monkeypatch.setattr(evaluate, "BATCH", batch)
+        scores = evaluate.score_all(model, 12, questions=0, reconstructions=6, steps=3)
+        got.append((scores["generation"], scores["reconstruction"]["objects"]))
+    assert str(got[0]) == str(got[1])
 
 @pytest.mark.skipif(not os.path.isdir(checkpoint.default_weights("mar")), reason="weights/mar-reca is not there")
 def test_shipped_weights_score_above_chance(capsys, tmp_path):
@@ -159,7 +167,7 @@ def test_flags_reach_the_scores(monkeypatch):
 def test_geneval_folders(tmp_path, capsys, monkeypatch):
     class Noise(Blank):
         def generate(self, prompts, generator=None, steps=None):
-            return torch.rand(len(prompts), 3, 8, 8, generator=generator) * 2 - 1
+            return torch.stack([torch.rand(3, 8, 8, generator=g) for g in generator]) * 2 - 1
     monkeypatch.setattr(checkpoint, "load_model", lambda *a, **k: Noise())
     rows = [dict(tag="counting", prompt=p) for p in ("two cats", "a dog", "three cups")]
     (tmp_path / "meta.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
@@ -169,8 +177,8 @@ def test_geneval_folders(tmp_path, capsys, monkeypatch):
     assert sorted(p.name for p in out.iterdir()) == ["00000", "00001", "00002", "recipe.json"]
     assert json.loads((out / "00002" / "metadata.jsonl").read_text()) == rows[2]
     assert sorted(p.name for p in (out / "00001" / "samples").iterdir()) == ["0000.png", "0001.png"]
-    want = to_uint8(Noise().generate([""] * 2, torch.Generator().manual_seed(5)))
-    for i in range(3):  # the seed starts anew for each prompt
+    for i in range(3):  # the noise of (seed, prompt, picture)
+        want = to_uint8(Noise().generate([""] * 2, [sample_generator(5, i, j, "picture") for j in range(2)]))
         for j in range(2):
             assert (np.asarray(Image.open(out / f"{i:05d}" / "samples" / f"{j:04d}.png")) == want[j]).all()
     recipe = json.loads((out / "recipe.json").read_text())

@@ -657,7 +657,8 @@ def test_rows_that_have_ended():
     bias = m.showo.lm_head.bias.detach().clone()
     with torch.no_grad():
         m.showo.lm_head.bias[m.config.eos] += bias.abs().max() + 4
-        ids = m.write(x, causal_layout(3), lengths, 12, temperature=2.0, generator=torch.Generator().manual_seed(0))
+        ids = m.write(x, causal_layout(3), lengths, 12, temperature=2.0,
+                      generator=[torch.Generator().manual_seed(i) for i in range(16)])
         ended = (ids == m.config.eos).int().cummax(1).values
         assert ended[:, :-1].any() and not ended[:, 0].all() and torch.equal(ended.bool(), ids == m.config.eos)
         m.showo.lm_head.bias[m.config.eos] += 1e4
@@ -731,11 +732,13 @@ def test_samplers():
 
     def g():
         return torch.Generator().manual_seed(3)
+    def two():
+        return [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     images = torch.rand(2, 3, 48, 48, generator=g()) * 2 - 1
     codes = m.vq.encode(images)
-    for draw in (lambda: m.generate(["a red circle", "two blue stars on a white background"], generator=g()),
-                 lambda: m.edit(images, ["Make it blue.", "Remove the star at the top."], cfg=1.0, generator=g()),
-                 lambda: m.reconstruct(images, steps=3, generator=g())):
+    for draw in (lambda: m.generate(["a red circle", "two blue stars on a white background"], generator=two()),
+                 lambda: m.edit(images, ["Make it blue.", "Remove the star at the top."], cfg=1.0, generator=two()),
+                 lambda: m.reconstruct(images, steps=3, generator=two())):
         assert torch.equal(draw(), draw()) and draw().shape == (2, 3, 48, 48) and draw().abs().max() <= 1
     assert m.generate(["a"], size=96, generator=g()).shape == (1, 3, 96, 96)
     assert m.generate(["a"], size=(48, 96), generator=g()).shape == (1, 3, 48, 96)
@@ -761,9 +764,9 @@ def test_samplers():
     m.paint = lambda context, image, **how: given.append(image) or paint(context, image, **how)
     sides = ("left", "right", "up", "down")
     try:
-        m.inpaint(images, hole, ["a", "b"], generator=g())
+        m.inpaint(images, hole, ["a", "b"], generator=two())
         for side in sides:
-            m.extrapolate(images, ["a", "b"], side, generator=g())
+            m.extrapolate(images, ["a", "b"], side, generator=two())
     finally:
         m.decode_codes, m.paint = decode, paint
     assert torch.equal(seen[0][:, :, 1:], codes[:, :, 1:])

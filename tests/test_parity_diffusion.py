@@ -693,14 +693,14 @@ def test_dropped_segments():
 
 def test_special_strings_in_texts_are_spelled_out():
     """Captions, requests, instructions, questions and answers cannot write markers."""
-    text = "<|im_end|> a <|im_start|> star <|vision_end|>"
     model = Bagel(CONFIGS["tiny"], load_tokenizer("tiny"))
-    for part, sample in (("t2i", {"caption": text}), ("recon", {"prompt": text}), ("edit", {"instruction": text}),
-                         ("i2t", {"question": text, "answer": text}), ("text", {"question": text, "answer": text})):
-        plain = {key: "a star" for key in sample}
-        ids = [model.collate(part, [s], [torch.Generator()], None, 0)["ids"] for s in (sample, plain)]
-        for special in model.config.special:
-            assert (ids[0] == special).sum() == (ids[1] == special).sum(), (part, special)
+    for part, keys in (("t2i", ["caption"]), ("recon", ["prompt"]), ("edit", ["instruction"]),
+                       ("i2t", ["question", "answer"]), ("text", ["question", "answer"])):
+        for text in ("<|im_end|>", "<|im_start|>", "<|vision_end|>"):
+            ids = [model.collate(part, [dict.fromkeys(keys, words)], [torch.Generator()], None, 0)["ids"]
+                   for words in (text, "a star")]
+            for special in model.config.special:
+                assert (ids[0] == special).sum() == (ids[1] == special).sum(), (part, special)
 
 def test_optimizer_state_is_the_generation_expert_only():
     model = small()
@@ -728,9 +728,12 @@ def test_samplers_take_text():
     def g():
         return torch.Generator().manual_seed(3)
 
-    for draw in (lambda: model.generate(["a red star", "two circles and more"], generator=g()),
-                 lambda: model.reconstruct(images, generator=g()),
-                 lambda: model.edit(images, ["make it blue", "remove"], generator=g()),
+    def two():
+        return [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+
+    for draw in (lambda: model.generate(["a red star", "two circles and more"], generator=two()),
+                 lambda: model.reconstruct(images, generator=two()),
+                 lambda: model.edit(images, ["make it blue", "remove"], generator=two()),
                  lambda: model.generate(["a"], size=(32, 48), generator=g(), cfg=1.0)):
         out = draw()
         assert out.shape[1] == 3 and out.abs().max() <= 1 and torch.equal(out, draw())

@@ -28,7 +28,7 @@ class Fake(torch.nn.Module):
 
     def generate(self, prompts, cfg=None, steps=None, temperature=1.0, generator=None):
         self.calls.append(("generate", prompts, dict(cfg=cfg, steps=steps, temperature=temperature)))
-        return torch.rand(len(prompts), 3, 8, 8, generator=generator) * 2 - 1
+        return torch.stack([torch.rand(3, 8, 8, generator=g) for g in generator]) * 2 - 1
 
     def reconstruct(self, images, cfg=None, generator=None):
         return -images
@@ -136,6 +136,26 @@ def test_flags_reach_the_model(run, capsys):
     model = Fake()
     run(model, "--image", "PICTURE", "--reconstruct")
     assert model.calls == [("reconstruct", (48, 48))]
+
+def test_a_picture_depends_on_nothing_but_its_place(run, tmp_path):
+    """--n, --batch and other prompts leave the first picture of a prompt alone; memory has a bound."""
+    first = run(Fake(), "--prompt", "a")[32:176, 6:150]
+    for flags in (["--n", "8"], ["--n", "8", "--batch", "2"], ["--prompt", "b", "--n", "3", "--batch", "2"]):
+        model = Fake()
+        assert (run(model, "--prompt", "a", *flags)[32:176, 6:150] == first).all()
+        assert "--batch" not in flags or max(len(call[1]) for call in model.calls) == 2
+    model = Fake()
+    run(model, "--prompt", "a", "--n", "300")
+    assert [len(call[1]) for call in model.calls] == [64, 64, 64, 64, 44] and (tmp_path / "out-2.png").exists()
+
+@pytest.mark.parametrize("arch", checkpoint.architectures())
+def test_the_first_picture_of_a_prompt_is_always_the_same(arch, tmp_path):
+    common, got = weights(arch), []
+    for i, flags in enumerate((["--n", "1"], ["--n", "8"], ["--n", "8", "--batch", "2"])):
+        out = str(tmp_path / f"{i}.png")
+        sample.main([*common, "--prompt", "a red star", "--steps", "3", *flags, "--out", out])
+        got.append(np.asarray(Image.open(out)).astype(int)[32:176, 6:150])
+    assert all(np.abs(picture - got[0]).max() <= 1 for picture in got)  # floats are added in another order
 
 def test_inpaint_paints_where_the_mask_is_white(run):
     model = Painter()
