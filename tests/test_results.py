@@ -75,7 +75,7 @@ def test_everything_that_the_readmes_name_exists():
         text = read(folder, "README.md")
         named = re.findall(r"\]\(([^)#]+)\)", text)
         paths = re.findall(r"`((?:results|weights)/[\w./-]+)`", text)  # these are written from the project's root
-        named += [os.path.relpath(path, folder or ".") for path in paths]
+        named += [os.path.relpath(os.path.join(ROOT, path), os.path.join(ROOT, folder)) for path in paths]
         for path in named:
             assert path.startswith("https://") or os.path.exists(os.path.join(ROOT, folder, path)), (folder, path)
 
