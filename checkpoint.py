@@ -560,7 +560,7 @@ class Log:
         if self.file:
             self.file.close()
 
-RUN_FILES = ("checkpoint.pt", "model.safetensors", "log.jsonl")
+RUN_FILES = ("checkpoint.pt", "checkpoint.pt.sha256", "model.safetensors", "log.jsonl")
 
 def claim(args, rank, world):
     """Makes the run folder this run's own until it ends -> the open lock, on the first process. Sets args.out, on all
@@ -625,6 +625,15 @@ def last_good(folder):
     path = os.path.join(folder, "checkpoint.pt")
     return f"{path} is good, go on from it with --resume" if os.path.exists(path) else "no checkpoint was saved before"
 
+def check_room(run):
+    """Sets run.checkpoint_size, in bytes, and raises ValueError where it does not fit on the disk, or training in
+    memory."""
+    trained = size_of(p for _, p in run.named)
+    run.checkpoint_size = size_of(run.model.state_dict().values()) + trained * (3 if run.args.ema else 2)
+    if run.rank == 0:
+        check_disk(run.args.out, run.checkpoint_size)
+    check_memory(run.args.device, trained // 4)
+
 def check_finite(named, folder):
     """ValueError where weights are not finite, with what can be gone back to."""
     bad = [name for name, t in named if not torch.isfinite(t).all()]
@@ -642,17 +651,26 @@ def save_state(run, step):
     state = dict(step=step, args=vars(run.args), command=run.about["command"], model=run.model.state_dict(),
                  optimizers=optimizers, ema=run.ema, history=run.history)
     check_disk(folder, run.checkpoint_size)
-    atomic(os.path.join(folder, "checkpoint.pt"), lambda temporary: torch.save(state, temporary))
+    path = os.path.join(folder, "checkpoint.pt")
+
+    def write(temporary):
+        torch.save(state, temporary)
+        write_checksum(temporary, path)
+    atomic(path, write)
 
 def read_checkpoint(folder):
     path = os.path.join(folder, "checkpoint.pt")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--resume {folder}: no checkpoint.pt there; give the folder of a run that saved one")
+    note = verify_checksum(path)
+    if note:
+        print(note, flush=True)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        raise ValueError(f"{path}: cannot be read ({reason_of(e)}): truncated or not a checkpoint of "
-                         "train.py") from None
+        raise ValueError(f"{path}: cannot be read ({reason_of(e)}): not a checkpoint of train.py") from origin(e)
+    check_state(state, path)
+    return state
 
 def load_state(run, state):
     """Optimizers, averages and history of a stored run; settings that are typed now win over the stored ones."""

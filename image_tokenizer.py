@@ -319,7 +319,8 @@ def trained(config, name, folder=None):
     folder: where both are; None: the shipped one."""
     settings = getattr(config, name)
     folder = folder or os.path.join(checkpoint.HERE, "weights", tiny_name(settings))
-    settings = checkpoint.from_dict(type(settings), checkpoint.read_config(folder)["config"])
+    settings = checkpoint.from_dict(type(settings), checkpoint.read_config(folder)["config"],
+                                    os.path.join(folder, "config.json"))
     return replace(config, **{name: settings}), checkpoint.read_weights(folder)
 
 def tokenizer_loss(model, images):

@@ -103,17 +103,17 @@ def picture_generators(seed, n, places):
     return [data.sample_generator(seed, place // n, place % n, "picture") for place in places]
 
 @torch.no_grad()
-def show(model, source, generator):
+def show(model, source, seed, device="cpu"):
     """What a run looks like now -> (pictures uint8, captions, source): reconstructions of `source`, uint8 (n, h, w, 3),
-    or, where that is None, drawings for fixed prompts. generator: its device and seed are used."""
+    or, where that is None, drawings for fixed prompts."""
     was_training, captions = model.training, DEFAULT_PROMPTS[:8] + DEFAULT_PROMPTS[12:16]
     model.eval()
     captions = captions if source is None else [""] * len(source)
-    own = picture_generators(generator.initial_seed(), 1, range(len(captions)))
+    own = picture_generators(seed, 1, range(len(captions)))
     if source is None:
         out = model.generate(captions, generator=own)
     else:
-        out = model.reconstruct(data.to_float(source, generator.device), generator=own)
+        out = model.reconstruct(data.to_float(source, device), generator=own)
     model.train(was_training)
     return data.to_uint8(out), captions, source
 

@@ -13,17 +13,16 @@ RecA puts the embeddings of an image from the model's own UNDERSTANDING side int
 prompt, and trains the GENERATION side to draw the image again with its ordinary loss (`reca_loss` in each model
 file). Where the two share parameters, an image-to-text loss beside it keeps understanding alive.
 
-The model files hold the recipes (`RECIPES[config][stage]`); what is typed wins over the recipe. --batch counts
-samples per optimizer step and part, over all processes; a step is --accum micro-batches. Every random number is a
-function of (--seed, step, place in the global batch), so N processes x M micro-batches compute what one would (but
-for dropout and the tokenizer stage's noise, which each process draws for itself), and a resumed run what an
-uninterrupted one would.
+The model files hold the recipes (`RECIPES[config][stage]`); what is typed wins over them. --batch counts samples per
+optimizer step and part, over all processes; a step is --accum micro-batches. Random numbers are functions of (--seed,
+step, place in the global batch), so N processes x M micro-batches have the gradients of one (but for dropout and the
+tokenizer stage's noise, drawn per process), and a resumed run goes on as if it had never stopped.
 
-Precision: on CPUs everything is fp32; on GPUs weights that train, losses, softmax, norms' statistics and diffusion
-tables are fp32, products bf16 (autocast) where the GPU has it, and Muon's inside too.
+Precision: on CPUs everything is fp32; on GPUs weights that train, losses, softmax, norms and diffusion tables are fp32,
+products bf16 (autocast) where the GPU has it, and Muon's inside too.
 
-The run folder (--out) gets model.safetensors + config.json (for sample.py), checkpoint.pt (for --resume), result.json
-(command, commit, scores), log.jsonl, loss.png and before_after.png. Ctrl-C and SIGTERM save a checkpoint first.
+The run folder gets model.safetensors + config.json (for sample.py), checkpoint.pt (for --resume), result.json (command,
+commit, scores), log.jsonl, loss.png, before_after.png. Ctrl-C, SIGTERM and SIGHUP save a checkpoint first.
 """
 import argparse
 import contextlib
@@ -211,9 +210,7 @@ def learning_rate(args, step, lr):
     """Linear warm-up to `lr` (published ones from 0: warmup_from), then constant, or half a cosine to 0."""
     if step < args.warmup:
         return lr * (step + args.warmup_from) / args.warmup
-    if args.schedule == "constant":
-        return lr
-    t = (step - args.warmup) / max(1, args.steps - args.warmup)
+    t = (step - args.warmup) / max(1, args.steps - args.warmup) * (args.schedule == "cosine")
     return lr * 0.5 * (1 + math.cos(math.pi * min(1.0, t)))
 
 class Run:
@@ -226,14 +223,10 @@ class Run:
         self.about = checkpoint.describe(args, state)  # now: the commit may be another one when the run ends
         self.model = build(args)
         if state is not None:
-            self.model.load_state_dict(state["model"])
+            checkpoint.load_strict(self.model, state["model"], args.resume)
         self.model.to(self.device)
         self.named = self.model.trainable_parameters(args.stage)
-        trained = checkpoint.size_of(p for _, p in self.named)
-        self.checkpoint_size = checkpoint.size_of(self.model.state_dict().values()) + trained * (3 if args.ema else 2)
-        if self.rank == 0:  # before anything is encoded
-            checkpoint.check_disk(args.out, self.checkpoint_size)
-        checkpoint.check_memory(args.device, trained // 4)
+        checkpoint.check_room(self)  # before anything is encoded
         self.weights = {part: loss_weight(args, part) for part in args.mix}
         self.batches = data.Batches(args, self.model, self.device, self.rank, self.world)
         self.optimizers = make_optimizers(args, self.model, self.named)
@@ -323,9 +316,10 @@ def report_step(run, done, totals, norm, seconds):
     flops = sum(run.model.flops_per_sample(part) * n for part, n in samples.items())
     r["mfu"] = flops / seconds / run.world / peak_flops(run.device)
     if run.streak >= 3:
-        raise ValueError(f"{int(run.streak)} steps in a row had a gradient that is not finite; the last, step "
-                         f"{int(run.last_skip) + 1}, had samples {run.batches.sample_numbers(int(run.last_skip))}: "
-                         f"lower --lr ({args.lr:g}), or look at these samples; {checkpoint.last_good(args.out)}")
+        last = int(run.last_skip)
+        raise ValueError(f"{int(run.streak)} steps in a row had a gradient that is not finite, the last, {last + 1}, "
+                         f"with samples {run.batches.sample_numbers(last)}: lower --lr; "
+                         f"{checkpoint.last_good(args.out)}")
     losses = f"loss {r['loss']:.4f} " + " ".join(f"{part} {r[part]:.4f}" for part in totals)
     if run.skipped:
         losses += f" skipped {int(run.skipped)}"
@@ -354,7 +348,7 @@ def pictures(run):
     elif run.args.data and run.args.stage == "reca":
         source = run.batches.first_pictures(8)
     with checkpoint.averaged(run):
-        return sample.show(run.model, source, torch.Generator(run.device).manual_seed(run.args.seed))
+        return sample.show(run.model, source, run.args.seed, run.device)
 
 def save_weights(run, **extra):
     """model.safetensors and config.json, for sample.py, and loss.png."""
@@ -390,7 +384,7 @@ def finish(run, before, sheet, started):
     sample.save_png(sample.before_after(sheet, pictures(run)), os.path.join(args.out, "before_after.png"))
     run.log.say(f"run folder: {args.out} ({', '.join(sorted(os.listdir(args.out)))})")
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 def main(argv=None):
     started, signals = time.time(), []

@@ -188,7 +188,7 @@ def test_geneval_folders(tmp_path, capsys, monkeypatch):
 WRONG = [
     (["--config", "harmon-1.5b"], ValueError, "--config harmon-1.5b: the judge knows the shape world only"),
     (["--n", "5"], ValueError, "--n 5: at least 1 picture per prompt with --geneval, else 6"),
-    (["--geneval", "x.jsonl", "--n", "0"], ValueError, "--n 0: at least 1"),
+    (["--geneval", "x.jsonl", "--n", "0"], ValueError, "--n 0: must be from 1"),
     (["--geneval", "no/such.jsonl"], FileNotFoundError, "--geneval no/such.jsonl: no such file"),
     (["--ckpt", "no/such/folder"], FileNotFoundError, "no/such/folder: no config.json"),
 ]
