@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from text_tokenizer import BadFile, check_file, load_tokenizer, read_json, reading
+from text_tokenizer import BadFile, check_file, load_tokenizer, origin, read_json, reading
 
 try:
     import fcntl
@@ -528,6 +528,9 @@ class Log:
         self.file = self.extra = None
         if not first:
             return
+        if args.overwrite and not args.resume:  # not before everything is built and there is room
+            for name in RUN_FILES:
+                pathlib.Path(args.out, name).unlink(missing_ok=True)
         path = os.path.join(args.out, "log.jsonl")
         if start and os.path.exists(path):  # a run that died had gone further than its checkpoint
             with open(path, encoding="utf-8", errors="replace") as f:
@@ -601,7 +604,7 @@ def lock_folder(args):
         if args.out:
             raise ValueError(f"{out} {problem}")
     for name in os.listdir(out):
-        if re.search(r"\.tmp\d+$", name) or (args.overwrite and not args.resume and name in RUN_FILES):
+        if re.search(r"\.tmp\d+$", name):  # of runs that died
             os.remove(os.path.join(out, name))
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -67,7 +67,8 @@ def test_three_bad_gradients_end_the_run_with_the_samples(tmp_path, bad_norms):
     assert run(*SMALL, "--steps", "9", "--out", out, "--stop-after", "2") == 0
     good = open(os.path.join(out, "checkpoint.pt"), "rb").read()
     bad_norms += [2, 3, 4]
-    with pytest.raises(ValueError, match=r"3 steps in a row .* the last, 5, with samples .*'t2i': \[.*checkpoint.pt is good"):
+    message = r"3 steps in a row .* the last, 5, with samples .*'t2i': \[.*checkpoint.pt is good"
+    with pytest.raises(ValueError, match=message):
         run("--resume", out, "--stop-after", "0")
     assert open(os.path.join(out, "checkpoint.pt"), "rb").read() == good
     bad_norms += [5, 6, 7]
