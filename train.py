@@ -97,8 +97,8 @@ def parser():
     return p
 
 def parse_args(argv=None):
-    """-> args, and the stored state where a run is resumed. What is typed wins over the recipe (or over the stored
-    arguments), and that over the parser's defaults."""
+    """-> args, and a resumed run's state. What is typed wins over recipe or stored arguments, and those over defaults.
+    """
     p = parser()
     first = p.parse_args(argv)
     state = checkpoint.read_checkpoint(first.resume) if first.resume else None
@@ -316,13 +316,11 @@ def report_step(run, done, totals, norm, seconds):
     flops = sum(run.model.flops_per_sample(part) * n for part, n in samples.items())
     r["mfu"] = flops / seconds / run.world / peak_flops(run.device)
     if run.streak >= 3:
-        last = int(run.last_skip)
-        raise ValueError(f"{int(run.streak)} steps in a row had a gradient that is not finite, the last, {last + 1}, "
-                         f"with samples {run.batches.sample_numbers(last)}: lower --lr; "
-                         f"{checkpoint.last_good(args.out)}")
+        numbers = run.batches.sample_numbers(int(run.last_skip))
+        raise ValueError(f"{int(run.streak)} steps in a row had a gradient that is not finite, the last, "
+                         f"{run.last_skip + 1}, with samples {numbers}: lower --lr; {checkpoint.last_good(args.out)}")
     losses = f"loss {r['loss']:.4f} " + " ".join(f"{part} {r[part]:.4f}" for part in totals)
-    if run.skipped:
-        losses += f" skipped {int(run.skipped)}"
+    losses += f" skipped {int(run.skipped)}" if run.skipped else ""
     run.history.append(r)
     mfu, eta = f" MFU {100 * r['mfu']:.1f}%" if r["mfu"] else "", int(seconds * (args.steps - done))
     run.log.write(r, f"step {done}/{args.steps} {losses} lr {r['lr']:.1e} norm {r['grad_norm']:.2f} {r['ms']:.0f} ms "
@@ -360,12 +358,10 @@ def save_weights(run, **extra):
 
 def stops(run, done, signals):
     """Do all processes stop after this step? They must agree; on GPUs, where asking waits, a signal takes ten steps."""
-    here = bool(signals) or done == run.args.stop_after < run.args.steps
-    if run.world == 1:
-        return here
-    if run.device.type != "cpu" and done % 10:
-        return done == run.args.stop_after < run.args.steps
-    flag = torch.tensor(float(here), device=run.device)
+    planned = done == run.args.stop_after < run.args.steps
+    if run.world == 1 or planned or (run.device.type != "cpu" and done % 10):
+        return planned or (run.world == 1 and bool(signals))
+    flag = torch.tensor(float(bool(signals)), device=run.device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag)
 
@@ -384,8 +380,6 @@ def finish(run, before, sheet, started):
     sample.save_png(sample.before_after(sheet, pictures(run)), os.path.join(args.out, "before_after.png"))
     run.log.say(f"run folder: {args.out} ({', '.join(sorted(os.listdir(args.out)))})")
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
 def main(argv=None):
     started, signals = time.time(), []
     args, state = parse_args(argv)
@@ -396,17 +390,16 @@ def main(argv=None):
     if run.start:
         run.log.say(f"resumed {args.out} at step {run.start}")
     elif run.rank == 0:
-        if args.ckpt or args.stage in ("sft", "reca"):  # else there is nothing to judge yet
-            before = scores(run, 0, "before: ")
+        before = scores(run, 0, "before: ") if args.ckpt or args.stage in ("sft", "reca") else None
         sheet = pictures(run)
 
     def stop(number, frame):
         signals.append(number)
         if run.judging:
             raise checkpoint.Interrupted
-    handlers = [signal.signal(number, stop) for number in SIGNALS]
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     done = train(run, signals)
-    for number, handler in zip(SIGNALS, handlers):
+    for number, handler in handlers.items():
         signal.signal(number, handler)  # the last checkpoint is written: from now on a signal simply ends the program
     if done == args.steps and run.rank == 0:
         finish(run, before, sheet, started)

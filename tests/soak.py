@@ -27,9 +27,9 @@ def main(rounds=50, seed=0):
         a, b = (load_file(f"{where}/model.safetensors") for where in (out, whole))
         equal = rows(out)[-1] == rows(whole)[-1] and all(torch.equal(a[k], b[k]) for k in b)
         victims = collections.Counter(line["victim"] for line in report)
-        print(f"{rounds} rounds, {dict(victims)}, {sum(line['resumed'] for line in report)} resumed, ended after at most "
-              f"{max(line['seconds'] for line in report)} s; the end is {'' if equal else 'NOT '}bit for bit that of an "
-              "undisturbed run")
+        print(f"{rounds} rounds, {dict(victims)}, {sum(line['resumed'] for line in report)} resumed, ended after at "
+              f"most {max(line['seconds'] for line in report)} s; the end is {'' if equal else 'NOT '}bit for bit that "
+              "of an undisturbed run")
         return 0 if equal else 1
 
 if __name__ == "__main__":
