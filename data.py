@@ -1,28 +1,465 @@
-"""Data: the order of samples, and what a step trains on: people's pictures (photos.py) or those of the shape world.
+"""Data: people's pictures, the order of samples, and what a step trains on: these or the shape world.
 
     python data.py --check PATH...     what is in these folders, tar shards or JSON files, and what is wrong with it
+
+One pass lists all pictures; shards stay packed. What cannot be used is never replaced in silence: `problems` (broken),
+`rejected` (too thin or too small) and `left_out` (never a sample: other kinds of files, links to nothing, rows without
+a picture ...) say what and why, and `summary` puts it into one line.
 """
 import argparse
 import hashlib
+import io
+import json
 import os
 import random
+import stat
 import sys
+import tarfile
 import time
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 from tqdm import tqdm
 
 import shape_world
-from checkpoint import HERE, one_line_errors
-from photos import BLANK, Images, check
-from photos import open_image as open_image  # sample.py reads its pictures as training does
+from checkpoint import HERE, one_line_errors, reason_of
+from vision_encoder import on_white
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kinds of files, and their names
+
+IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_TYPES += (".avif",) * bool(features.check("avif"))
+TEXT_TYPES = (".txt", ".json")
+UNREAD = {(".heic", ".heif", ".hif", ".avif"): "pictures that Pillow here cannot open (HEIC, AVIF: convert to JPEG)",
+          (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip"): "compressed or nested archives (only "
+          "a plain .tar has random access: gunzip or unpack them)"}
+SYSTEM_FOLDERS = ("@eaDir", "#recycle", "__MACOSX")  # thumbnails and waste that file servers and Macs leave behind
+MAX_PIXELS = 89_478_485  # Pillow's own line: 256 MB of RGB. A larger file is a mistake or an attack.
+MAX_SIDE = int(MAX_PIXELS ** 0.5)  # preprocessing may stretch or pad a picture to a square of its longer side
+HIDDEN, NO_FILE = "hidden or system files and folders", "broken links, pipes and devices"
+ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+BLANK = Image.new("RGB", (64, 64))  # stands where a picture cannot be used, until its place is dropped
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses them: no warning on top
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long text beside the pixels does no harm
+
+class Sample(NamedTuple):
+    name: str  # for messages: the file, or shard.tar:member
+    file: str
+    offset: int = 0  # where the picture's bytes lie in `file`
+    size: int = -1  # how many; -1: to the end
+    caption: str = ""  # only where captions are asked for
+    turns: tuple = ()  # LLaVA JSON: ((question, answer), ...), "<image>" taken out
+
+def shown(name):
+    """A name of a file as part of one line for any terminal: what cannot be printed is escaped."""
+    return name if name.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+def key_of(name):
+    """webdataset's key: a path up to the first dot of its base name."""
+    folder, base = os.path.split(name)
+    return os.path.join(folder, base.partition(".")[0])
+
+def is_hidden(name):
+    return (name.startswith(".") and name != "..") or name in SYSTEM_FOLDERS
+
+def kind_of(entry):
+    """"folder" or "file", links followed, or why an entry of a folder is left out."""
+    try:
+        if is_hidden(entry.name):
+            return HIDDEN
+        if entry.is_dir():
+            return "folder"
+        return "file" if entry.is_file() else NO_FILE
+    except OSError:  # a link to itself
+        return NO_FILE
+
+def why_unread(name):
+    return next((why for kinds, why in UNREAD.items() if name.lower().endswith(kinds)), "files of other kinds")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One picture, and what is written beside it
+
+def read_part(file, offset, size):
+    with open(file, "rb") as f:
+        f.seek(offset)
+        return f.read(size)
+
+def upright(image):
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
+    except Exception:  # EXIF that nobody can read says nothing about rotation
+        return image
+
+def open_image(source, exif=True):
+    """Path or bytes of a picture -> RGB PIL image, transparency on white, the first frame of several. exif: turned as
+    EXIF says (False: as it is stored, as in the published pipelines). Gray of 16 bits is scaled to 8: by 16 where no
+    value reaches 4096, as from 12-bit cameras, else by 256. Sides over 9459 pixels are scaled down to that, so that
+    the square of the longer side stays below MAX_PIXELS. FileNotFoundError, or ValueError with the reason."""
+    name = "picture" if isinstance(source, bytes) else shown(os.fspath(source))
+    try:
+        if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
+            raise ValueError("not a regular file")  # a pipe would wait forever
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} is over {MAX_PIXELS / 1e6:.0f} megapixels")
+            image.load()
+            if exif:
+                image = upright(image)
+            if image.mode.startswith("I"):
+                gray = np.asarray(image).astype(np.int64)
+                image = Image.fromarray((gray >> (4 if gray.max() < 4096 else 8)).clip(0, 255).astype(np.uint8))
+            image = on_white(image)
+            if max(image.size) > MAX_SIDE:
+                image.thumbnail((MAX_SIDE, MAX_SIDE))
+            return image
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: no such image") from None
+    except UnidentifiedImageError:  # its message names an address in memory
+        raise ValueError(f"{name}: cannot be read as a picture (of no kind that Pillow here knows)") from None
+    except Exception as e:  # a broken file can raise anything in a decoder
+        raise ValueError(f"{name}: cannot be read as a picture ({reason_of(e)})") from None
+
+def read_caption(texts):
+    """{".txt" or ".json": bytes} -> caption, or "". Of JSON the first of the keys caption, text, prompt that says
+    something. ValueError where it cannot be read."""
+    caption = " ".join(texts[".txt"].decode("utf-8-sig").split()) if ".txt" in texts else ""
+    if not caption and ".json" in texts:
+        try:
+            row = json.loads(texts[".json"])
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"a {type(row).__name__}, expected an object with the key caption, text or prompt")
+        said = [" ".join(row[k].split()) for k in ("caption", "text", "prompt") if isinstance(row.get(k), str)]
+        caption = next(filter(None, said), "")
+    caption.encode()  # raises where JSON spells half a character, which no tokenizer takes
+    return caption
+
+def read_rows(path):
+    """The rows of a JSON list or of JSON lines (what is no JSON there comes as a string). ValueError."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            text = f.read()
+        try:
+            rows = json.loads(text)
+        except ValueError:
+            rows = [json_or_text(line) for line in text.split("\n") if line.strip()]
+            if not rows or not isinstance(rows[0], dict):
+                raise
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{shown(path)}: not valid JSON ({e}); the file may be incomplete, fetch it again") from None
+    if isinstance(rows, dict) and {"conversations", "messages"} & set(rows):
+        rows = [rows]  # JSON lines with a single one
+    if not isinstance(rows, list):
+        raise ValueError(f"{shown(path)}: a {type(rows).__name__}, expected LLaVA JSON: a list of "
+                         "{image, conversations: [{from, value}]}, or such rows as JSON lines")
+    return rows
+
+def json_or_text(line):
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return line
+
+def llava_row(row):
+    """-> (path of its picture, ((question, answer), ...)), or ("", why it is left out). KeyError, TypeError,
+    AttributeError or ValueError where it is none. Read are image or images, conversations or messages, from and value
+    or role and content (also as a list of parts)."""
+    if not isinstance(row, dict):
+        raise ValueError(f"a {type(row).__name__}, expected an object")
+    image, key = row.get("image") or row.get("images"), "messages" if "messages" in row else "conversations"
+    if isinstance(image, list) and len(image) > 1:
+        return "", "rows with several pictures"
+    if not image:
+        others = [k for k in row if any(word in k.lower() for word in ("image", "img", "picture", "video")) and row[k]]
+        elsewhere = others or "<image>" in str(row.get(key)) or "'type': 'image" in str(row.get(key))
+        return "", "rows whose picture is not under image or images" if elsewhere else "rows without a picture"
+    said = []
+    for turn in row[key]:
+        text = turn["value"] if "value" in turn else turn["content"]
+        if isinstance(text, list):
+            text = " ".join(part["text"] for part in text if "text" in part)
+        text.encode()  # see read_caption
+        said.append((ROLES.get(turn.get("from") or turn.get("role")), text.replace("<image>", "").strip()))
+    pairs = list(zip(said[::2], said[1::2]))
+    turns = tuple((q, a) for (who, q), (by, a) in pairs if (who, by) == ("human", "gpt") and a)
+    if len(turns) * 2 != len(said) or not turns:
+        raise ValueError("turns are not human, gpt, human, gpt ... with an answer each")
+    return image[0] if isinstance(image, list) else image, turns
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many pictures
+
+def after_zeros(f, at):
+    """Where the first block of 512 bytes that is not zero begins, from `at` on; None: nowhere."""
+    f.seek(at)
+    while chunk := f.read(1 << 20):
+        if zeros := chunk.lstrip(b"\0"):
+            return at + (len(chunk) - len(zeros)) // 512 * 512
+        at += len(chunk)
+
+class Images:
+    """Pictures at random access: in folders (recursive, links followed), tar shards, LLaVA JSON, single files;
+    `images.read(i)` -> RGB PIL image of images.samples[i]. captions=True reads the .txt or .json beside each picture;
+    without one it is broken. exif: see open_image.
+    `problems` (broken) and `rejected` (a side <= 8 pixels, an aspect ratio >= 10) map names to reasons, `left_out`
+    lists (name, reason) of what was never a sample. ValueError once more than max_broken of all are broken (1: they
+    are only counted), FileNotFoundError for a path that is not there."""
+
+    def __init__(self, paths, captions=False, image_root=None, max_broken=0.01, exif=True):
+        self.samples, self.problems, self.rejected, self.left_out = [], {}, {}, []
+        self.captions, self.image_root, self.max_broken, self.exif = captions, image_root, max_broken, exif
+        self.folders = set()  # the real paths of those that were read: links may lead in circles
+        for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+            self._add(os.fspath(path))
+        self.total = len(self.samples) + len(self.problems)
+        if not self.total:
+            raise ValueError(f"{shown(str(paths))}: no pictures found ({', '.join(IMAGE_TYPES)}, in folders, tars, "
+                             f"LLaVA JSON){self._left_out()}")
+        self._check()
+
+    def _add(self, path):
+        stem, kind = os.path.splitext(path)
+        if os.path.isdir(path):
+            self._add_folder(path)
+        elif not os.path.exists(path):
+            raise FileNotFoundError(f"{shown(path)}: no such folder, tar shard, picture or LLaVA JSON file")
+        elif not os.path.isfile(path):
+            raise ValueError(f"{shown(path)}: not a regular file; expected folder, tar shard, picture or LLaVA JSON")
+        elif kind.lower() == ".tar":
+            self._add_tar(path)
+        elif kind.lower() in (".json", ".jsonl"):
+            self._add_llava(path)
+        elif kind.lower() in IMAGE_TYPES:
+            beside = [base + end for base in (stem, key_of(path)) for t in TEXT_TYPES for end in (t, t.upper())]
+            self._add_files({name: (name, 0, -1) for name in [path, *filter(os.path.isfile, beside)]})
+        else:
+            raise ValueError(f"{shown(path)}: unknown kind of data: {why_unread(path)}; expected folder, .tar, .json, "
+                             f".jsonl, {', '.join(IMAGE_TYPES)}")
+
+    def _add_folder(self, path):
+        todo = [path]
+        while todo:
+            folder, files, inner = todo.pop(), {}, []
+            try:
+                entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            except OSError as e:
+                self.problems[shown(folder)] = f"cannot be listed ({e.strerror})"
+                continue
+            real = os.path.realpath(folder)
+            if real in self.folders:
+                self.left_out.append((shown(folder), "folders that were read already (links)"))
+                continue
+            self.folders.add(real)
+            for entry in entries:
+                kind = kind_of(entry)
+                if kind == "folder":
+                    inner.append(entry.path)
+                elif kind == "file":
+                    files[entry.path] = (entry.path, 0, -1)
+                else:
+                    self.left_out.append((shown(entry.path), kind))
+            self._add_files(files)
+            todo += reversed(inner)
+
+    def _add_tar(self, path):
+        """Reads all tars that lie in the file, one after the other."""
+        size, start, part, seen = os.path.getsize(path), 0, 1, 0
+        with open(path, "rb") as f:
+            if f.read(2) == b"\x1f\x8b":
+                raise ValueError(f"{shown(path)}: compressed tar; random access needs a plain one: gunzip it first")
+            while start is not None:
+                members, error = {}, ""  # name: (offset, size), or the name that a link points to
+                label = shown(path) + (f"[{part}]:" if part > 1 else ":")
+                f.seek(start)
+                try:
+                    with tarfile.open(fileobj=f, mode="r:") as tar:
+                        while (m := tar.next()) is not None:
+                            tar.members = []  # or it would keep every header
+                            seen += 1
+                            self._add_member(members, m, label)
+                        end = tar.offset
+                except Exception as e:  # a damaged header can raise anything
+                    error = f" ({reason_of(e)})"
+                # tarfile stops without a word at a damaged header or between members; only a block of zeros is an end
+                if error or read_part(path, end, 512) != bytes(512):
+                    raise ValueError(f"{shown(path)}: truncated or damaged tar shard{error}: {size:,} bytes, {seen} "
+                                     "members before the damage; fetch or pack it again")
+                self._add_members(path, label, members)
+                start, part = after_zeros(f, end), part + 1
+
+    def _add_member(self, members, m, label):
+        name = os.path.normpath(m.name)
+        if m.isdir():
+            return
+        if any(map(is_hidden, name.split("/"))):
+            self.left_out.append((label + shown(name), HIDDEN))
+        elif m.isreg() or m.islnk() or m.issym():
+            if name in members:
+                self.left_out.append((label + shown(name), "members that later ones of the same name replace"))
+            link = m.linkname if m.islnk() else os.path.join(os.path.dirname(name), m.linkname)
+            members[name] = (m.offset_data, m.size) if m.isreg() else os.path.normpath(link)
+        else:
+            self.left_out.append((label + shown(name), NO_FILE))
+
+    def _add_members(self, path, label, members):
+        files = {}
+        for name, where in members.items():
+            for _ in range(8):  # links to links; longer chains are circles
+                where = members.get(where) if isinstance(where, str) else where
+            if isinstance(where, tuple):
+                files[name] = (path, *where)
+            else:
+                self.left_out.append((label + shown(name), "links to nothing in the tar"))
+        self._add_files(files, label)
+
+    def _add_files(self, files, label=""):
+        """files {name: (file, offset, size)}: those of one folder, or of one tar with its label. A picture's caption
+        has its stem or its key, the base name up to the first dot; in tars also another name of that key, which is
+        webdataset's rule, but that of no other picture."""
+        split = {name: (stem, kind.lower()) for name in files for stem, kind in [os.path.splitext(name)]}
+        stems = {stem for stem, kind in split.values() if kind in IMAGE_TYPES}
+        own, keyed = {}, {}  # texts by their stem, by their key
+        for name, (stem, kind) in split.items() if self.captions else ():
+            if kind in TEXT_TYPES:
+                own.setdefault(stem, {})[kind] = files[name]
+                if label and stem not in stems:
+                    keyed.setdefault(key_of(name), {}).setdefault(kind, []).append(files[name])
+        for name, where in files.items():
+            (stem, kind), key = split[name], key_of(name)
+            if kind in IMAGE_TYPES:
+                texts = own.get(stem) or own.get(key)
+                some = {} if texts else keyed.get(key, {})
+                sample = Sample(label + shown(name), *where)
+                if any(len(same) > 1 for same in some.values()):
+                    self.problems[sample.name] = "several captions of its key, none of its own name"
+                else:
+                    self._add_one(sample, texts or {kind: same[0] for kind, same in some.items()})
+            elif kind == ".tar" and not label:
+                self._add_tar(name)
+            elif kind not in TEXT_TYPES:
+                self.left_out.append((label + shown(name), why_unread(name)))
+
+    def _add_one(self, sample, texts):
+        """texts: {".txt" or ".json": where it lies}."""
+        if self.captions:
+            try:
+                caption = read_caption({kind: read_part(*where) for kind, where in texts.items()})
+            except (ValueError, OSError) as e:
+                self.problems[sample.name] = f"unreadable caption ({reason_of(e)})"
+                return
+            if not caption:
+                self.problems[sample.name] = "empty caption" if texts else "no caption (.txt or .json beside it)"
+                return
+            sample = sample._replace(caption=caption)
+        self.samples.append(sample)
+
+    def _add_llava(self, path):
+        rows, root, there, missing = read_rows(path), self.image_root or os.path.dirname(path), {}, []
+        for i, row in enumerate(rows):
+            try:
+                image, turns = llava_row(row)
+                file = os.path.join(root, image)
+            except (KeyError, TypeError, AttributeError, ValueError) as e:
+                self.problems[f"{shown(path)}:{i}"] = f"not a LLaVA sample ({type(e).__name__}: {e})"
+                continue
+            if not image:
+                self.left_out.append((f"{shown(path)}:{i}", turns))
+                continue
+            if file not in there:
+                there[file] = os.path.isfile(file)
+            if there[file]:
+                caption = turns[0][1] if self.captions else ""
+                self.samples.append(Sample(f"{shown(file)} (row {i})", file, turns=turns, caption=caption))
+            else:
+                missing.append(shown(file))
+                self.problems[f"{shown(path)}:{i}"] = f"no such image: {missing[-1]}"
+        if len(missing) > self.max_broken * len(rows):
+            raise FileNotFoundError(f"{missing[0]}: no such image, nor those of {len(missing) - 1} other rows of "
+                                    f"{len(rows)} in {shown(path)}; set --image-root to their folder")
+
+    def _check(self):
+        if len(self.problems) > self.max_broken * self.total:
+            first = "; ".join(f"{n} ({why})" for n, why in list(self.problems.items())[:3])
+            raise ValueError(f"{len(self.problems)} of {self.total} samples are broken, more than "
+                             f"{self.max_broken:.0%}: {first}; repair or remove them (python data.py --check PATH "
+                             "lists all)")
+
+    def _left_out(self):
+        names = {}
+        for name, why in self.left_out:
+            names.setdefault(why, []).append(name)
+        some = [f"{why}: {len(found)}, e.g. {found[0]}" for why, found in names.items()]
+        return "; left out: " + "; ".join(some) if some else ""
+
+    def summary(self, good=None):
+        """One line: how many samples there are and what is not used, by reason. good: how many were read."""
+        used = f"{len(self)} still to be read" if good is None else f"{good} good"
+        broken, rejected = (f", e.g. {name} ({why})" if found else "" for found in (self.problems, self.rejected)
+                            for name, why in [next(iter(found.items()), ("", ""))])
+        return (f"{self.total} samples: {used}, {len(self.problems)} broken{broken}, {len(self.rejected)} "
+                f"rejected{rejected}{self._left_out()}")
+
+    def __len__(self):
+        return len(self.samples)
+
+    def is_bad(self, sample):
+        return sample.name in self.problems or sample.name in self.rejected
+
+    def read(self, i):
+        """Picture i as RGB PIL image, or None where it is broken or rejected (see `problems`, `rejected`)."""
+        s = self.samples[i]
+        if self.is_bad(s):
+            return None
+        try:
+            image = open_image(read_part(s.file, s.offset, s.size), self.exif)
+        except (ValueError, OSError) as e:
+            self.problems[s.name] = str(e).removeprefix("picture: ")
+            self._check()
+            return None
+        if min(image.size) <= 8 or max(image.size) >= 10 * min(image.size):
+            size = f"{image.width}x{image.height}"
+            self.rejected[s.name] = f"{size}: a side of 8 pixels or less, or an aspect ratio of 10 or more"
+            return None
+        return image
+
+    def read_or_draw(self, i, rng):
+        """(i, picture i) or, where it cannot be used, another one that `rng` draws: not its neighbor each time.
+        ValueError where none is good."""
+        for _ in range(20 * len(self) + 20):  # what is known to be bad is not read again
+            if (image := self.read(i)) is not None:
+                return i, image
+            i = rng.randrange(len(self))
+        raise self._none_good()
+
+    def keep_good(self):
+        """After all were read: drops the samples that are broken or rejected, whichever process found that -> the
+        indices of the others. ValueError as in __init__, for all processes together, and where none is good."""
+        if dist.is_initialized():
+            found = [None] * dist.get_world_size()
+            dist.all_gather_object(found, (self.problems, self.rejected))
+            self.problems, self.rejected = ({k: v for each in found for k, v in each[n].items()} for n in (0, 1))
+        self._check()
+        good = [i for i, sample in enumerate(self.samples) if not self.is_bad(sample)]
+        if not good:
+            raise self._none_good()
+        self.samples = [self.samples[i] for i in good]
+        return good
+
+    def _none_good(self):
+        return ValueError(f"none of {self.total} pictures can be used: {len(self.problems)} broken, "
+                          f"{len(self.rejected)} rejected; python data.py --check PATH lists them")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Template requests: what stands beside the image in a RecA prompt (arXiv 2509.07295). There are many, so that the
@@ -176,7 +613,7 @@ class Batches:
             raise ValueError(f"--config {args.config} draws {self.model.config.image_size}-pixel pictures: give "
                              "--data PATH (folders, tars), --i2t-data JSON if i2t is trained, and a --mix of parts "
                              f"that these have data for (here {', '.join(self.parts)}); the shape world is for tiny")
-        sources, texts = self.shape_world(need - own)
+        sources, texts = shape_world.pools(args, need - own, text_rng)
         exif = not getattr(args, "no_exif", False)
         for name in own:
             sources[name] = Images(args.data, captions=captioned, exif=exif)
@@ -185,25 +622,6 @@ class Batches:
         self.listed = {name: source for name, source in sources.items() if isinstance(source, Images)}
         self.scenes = {name: source for name, source in sources.items() if isinstance(source, shape_world.Scenes)}
         return {name: source for name, source in sources.items() if name in need | {"edit_sources"}}, texts
-
-    def shape_world(self, need):
-        """-> {pool: scenes or pictures} and {pool: texts} of the shape world."""
-        args, sources, texts = self.args, {}, {}
-        if "crowded" in need:
-            sources["crowded"] = shape_world.crowded_pictures(args.pool, seed=args.seed)
-        if {"broad", "altered"} & need or "text" in self.parts:
-            sources["broad"] = sources["altered"] = shape_world.Scenes(args.pool, seed=10 + args.seed)
-        if "captioned" in need:
-            scenes = sources["captioned"] = shape_world.Scenes(args.captioned, seed=20 + args.seed, captioned=True)
-            bias, n = shape_world.caption_bias(args.sparse_captions, args.wrong_captions), len(scenes)
-            texts["captioned"] = [shape_world.sparse_caption(scenes.scene(i), text_rng(args.seed, i, "caption"), bias,
-                                                             scenes.scene((i + 1) % n)) for i in range(n)]
-        if "edits" in need:
-            scenes = sources["edit_sources"] = shape_world.Scenes(args.pool, seed=30 + args.seed, captioned=True)
-            rngs = [text_rng(args.seed, i, "edit") for i in range(len(scenes))]
-            edits = [shape_world.clean_edit(scenes.scene(i), rng) for i, rng in enumerate(rngs)]
-            texts["edits"], sources["edits"] = [e[0] for e in edits], shape_world.Scenes.of([e[1] for e in edits])
-        return sources, texts
 
     # ---- encodings
 
@@ -313,6 +731,8 @@ class Batches:
         """The text of sample i of a part: a dict for model.collate."""
         args, pool = self.args, self.pool_of.get(part)
         sample = self.listed[pool].samples[i] if pool in self.listed else None
+        if part in ("words", "text", "i2t") and (pool or "broad") in self.scenes:
+            return shape_world.row(part, self.scenes[pool or "broad"].scene(i), rng, args.questions, RECA_TEMPLATES)
         if part == "recon":
             # where captions stand beside it, they alone teach the unconditional half of guidance
             return {"prompt": rng.choice(RECA_TEMPLATES), "drop": rng.random() < args.drop * ("t2i" not in self.parts)}
@@ -322,22 +742,10 @@ class Batches:
             return {"caption": "", "drop": True}
         if part == "edit":
             return {"instruction": self.texts[pool][i], "drop": False}
-        if part == "words" and pool in self.scenes:  # all there is to say: what is not said is not in the picture
-            return {"caption": shape_world.dense_caption(self.scenes[pool].scene(i), rng)}
         if part in ("align", "words"):
             return {"caption": sample.caption if sample else self.texts[pool][i]}
-        if part == "text":
-            ground, objects = self.scenes["broad"].scene(i)
-            # two objects: rows stay short, and short rows are what a CPU trains fast
-            question, answer = shape_world.text_question((ground, objects[:2]), rng)
-            return {"question": question, "answer": answer}
         if part == "i2t" and sample:  # all turns of a dialogue are one row: later ones refer to what was said before
             return {"turns": list(sample.turns) or [(RECA_TEMPLATES[0], sample.caption)]}
-        if part == "i2t":
-            scene = self.scenes[pool].scene(i)
-            if len(scene[1]) <= 2 and rng.random() < 0.4:  # the same holds for dense captions
-                return {"question": rng.choice(RECA_TEMPLATES), "answer": shape_world.dense_caption(scene, rng)}
-            return {"turns": [shape_world.question(scene, rng)[:2] for _ in range(args.questions)]}
         return {}
 
     def sample_numbers(self, step):
@@ -414,6 +822,26 @@ def prefetch(make, steps, depth=2):
         pool.shutdown(wait=True, cancel_futures=True)
 
 # ---------------------------------------------------------------------------------------------------------------------
+# python data.py --check
+
+def check(paths, captions=False, image_root=None):
+    """Read everything once and print what is there; True if it can be trained on."""
+    images = Images(paths, captions, image_root, max_broken=1)
+    rows = tqdm(range(len(images)), "reading", disable=None)
+    good = [(images.samples[i], image.size) for i in rows if (image := images.read(i)) is not None]
+    print(images.summary(len(good)))
+    for what, v in (("width", [w for _, (w, _) in good]), ("height", [h for _, (_, h) in good])) if good else ():
+        print(f"  {what}: smallest {min(v)}, median {sorted(v)[len(v) // 2]}, largest {max(v)} pixels")
+    answers = [answer for s, _ in good for _, answer in s.turns]
+    for what, texts in (("captions", [s.caption for s, _ in good if s.caption]), ("turns", answers)):
+        if texts:
+            words = sorted(len(t.split()) for t in texts)
+            print(f"  {what}: {len(texts)}, {len(set(texts))} distinct, median {words[len(words) // 2]} words, "
+                  f"e.g. {texts[0][:80]!r}")
+    for title, found in (("broken", images.problems), ("rejected", images.rejected), ("left out", images.left_out)):
+        for name, why in dict(found).items():
+            print(f"  {title}: {name}: {why}")
+    return bool(good) and len(images.problems) <= 0.01 * images.total
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
