@@ -1,10 +1,6 @@
 """Data: people's pictures, the order of samples, and what a step trains on: these or the shape world.
 
     python data.py --check PATH...     what is in these folders, tar shards or JSON files, and what is wrong with it
-
-One pass lists all pictures; shards stay packed. What cannot be used is never replaced in silence: `problems` (broken),
-`rejected` (too thin or too small) and `left_out` (never a sample: other kinds of files, links to nothing, rows without
-a picture ...) say what and why, and `summary` puts it into one line.
 """
 import argparse
 import hashlib
@@ -26,16 +22,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError, features
+from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
 from tqdm import tqdm
 
 import shape_world
 from checkpoint import HERE, one_line_errors, reason_of
-from vision_encoder import on_white
+from vision_encoder import VIEWS, as_rgb, to_float, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kinds of files, and their names
+# Pictures that people have: single ones, and in folders, tar shards and LLaVA JSON
 
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGE_TYPES += (".avif",) * bool(features.check("avif"))
@@ -75,37 +70,22 @@ def is_hidden(name):
 def kind_of(entry):
     """"folder" or "file", links followed, or why an entry of a folder is left out."""
     try:
-        if is_hidden(entry.name):
-            return HIDDEN
-        if entry.is_dir():
-            return "folder"
-        return "file" if entry.is_file() else NO_FILE
+        kind = "folder" if entry.is_dir() else "file" if entry.is_file() else NO_FILE
     except OSError:  # a link to itself
-        return NO_FILE
+        kind = NO_FILE
+    return HIDDEN if is_hidden(entry.name) else kind
 
 def why_unread(name):
     return next((why for kinds, why in UNREAD.items() if name.lower().endswith(kinds)), "files of other kinds")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One picture, and what is written beside it
 
 def read_part(file, offset, size):
     with open(file, "rb") as f:
         f.seek(offset)
         return f.read(size)
 
-def upright(image):
-    try:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        return ImageOps.exif_transpose(image) if turned else image
-    except Exception:  # EXIF that nobody can read says nothing about rotation
-        return image
-
 def open_image(source, exif=True):
-    """Path or bytes of a picture -> RGB PIL image, transparency on white, the first frame of several. exif: turned as
-    EXIF says (False: as it is stored, as in the published pipelines). Gray of 16 bits is scaled to 8: by 16 where no
-    value reaches 4096, as from 12-bit cameras, else by 256. Sides over 9459 pixels are scaled down to that, so that
-    the square of the longer side stays below MAX_PIXELS. FileNotFoundError, or ValueError with the reason."""
+    """Path or bytes of a picture -> RGB PIL image by `as_rgb`, the first frame of several; sides over MAX_SIDE are scaled
+    down to it. FileNotFoundError, or ValueError with the reason."""
     name = "picture" if isinstance(source, bytes) else shown(os.fspath(source))
     try:
         if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
@@ -114,21 +94,14 @@ def open_image(source, exif=True):
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} is over {MAX_PIXELS / 1e6:.0f} megapixels")
             image.load()
-            if exif:
-                image = upright(image)
-            if image.mode.startswith("I"):
-                gray = np.asarray(image).astype(np.int64)
-                image = Image.fromarray((gray >> (4 if gray.max() < 4096 else 8)).clip(0, 255).astype(np.uint8))
-            image = on_white(image)
-            if max(image.size) > MAX_SIDE:
-                image.thumbnail((MAX_SIDE, MAX_SIDE))
+            image = as_rgb(image, exif)
+            image.thumbnail((MAX_SIDE, MAX_SIDE))  # which never enlarges
             return image
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such image") from None
-    except UnidentifiedImageError:  # its message names an address in memory
-        raise ValueError(f"{name}: cannot be read as a picture (of no kind that Pillow here knows)") from None
-    except Exception as e:  # a broken file can raise anything in a decoder
-        raise ValueError(f"{name}: cannot be read as a picture ({reason_of(e)})") from None
+    except Exception as e:  # a broken file can raise anything in a decoder, and Pillow's message names an address
+        why = "of no kind that Pillow here knows" if isinstance(e, UnidentifiedImageError) else reason_of(e)
+        raise ValueError(f"{name}: cannot be read as a picture ({why})") from None
 
 def read_caption(texts):
     """{".txt" or ".json": bytes} -> caption, or "". Of JSON the first of the keys caption, text, prompt that says
@@ -197,9 +170,6 @@ def llava_row(row):
     if len(turns) * 2 != len(said) or not turns:
         raise ValueError("turns are not human, gpt, human, gpt ... with an answer each")
     return image[0] if isinstance(image, list) else image, turns
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Many pictures
 
 def after_zeros(f, at):
     """Where the first block of 512 bytes that is not zero begins, from `at` on; None: nowhere."""
@@ -301,16 +271,14 @@ class Images:
 
     def _add_member(self, members, m, label):
         name = os.path.normpath(m.name)
-        if m.isdir():
-            return
-        if any(map(is_hidden, name.split("/"))):
+        if any(map(is_hidden, name.split("/"))) and not m.isdir():
             self.left_out.append((label + shown(name), HIDDEN))
         elif m.isreg() or m.islnk() or m.issym():
             if name in members:
                 self.left_out.append((label + shown(name), "members that later ones of the same name replace"))
             link = m.linkname if m.islnk() else os.path.join(os.path.dirname(name), m.linkname)
             members[name] = (m.offset_data, m.size) if m.isreg() else os.path.normpath(link)
-        else:
+        elif not m.isdir():
             self.left_out.append((label + shown(name), NO_FILE))
 
     def _add_members(self, path, label, members):
@@ -353,20 +321,19 @@ class Images:
 
     def _add_one(self, sample, texts):
         """texts: {".txt" or ".json": where it lies}."""
-        if self.captions:
-            try:
-                caption = read_caption({kind: read_part(*where) for kind, where in texts.items()})
-            except (ValueError, OSError) as e:
-                self.problems[sample.name] = f"unreadable caption ({reason_of(e)})"
-                return
-            if not caption:
-                self.problems[sample.name] = "empty caption" if texts else "no caption (.txt or .json beside it)"
-                return
-            sample = sample._replace(caption=caption)
-        self.samples.append(sample)
+        try:
+            caption = read_caption({kind: read_part(*where) for kind, where in texts.items()})
+            problem = "empty caption" if texts else "no caption (.txt or .json beside it)"
+        except (ValueError, OSError) as e:
+            caption, problem = "", f"unreadable caption ({reason_of(e)})"
+        if self.captions and not caption:
+            self.problems[sample.name] = problem
+        else:
+            self.samples.append(sample._replace(caption=caption))
 
     def _add_llava(self, path):
-        rows, root, there, missing = read_rows(path), self.image_root or os.path.dirname(path), {}, []
+        rows, root, missing = read_rows(path), self.image_root or os.path.dirname(path), []
+        is_there = lru_cache(None)(os.path.isfile)  # many rows may share a picture
         for i, row in enumerate(rows):
             try:
                 image, turns = llava_row(row)
@@ -376,10 +343,7 @@ class Images:
                 continue
             if not image:
                 self.left_out.append((f"{shown(path)}:{i}", turns))
-                continue
-            if file not in there:
-                there[file] = os.path.isfile(file)
-            if there[file]:
+            elif is_there(file):
                 caption = turns[0][1] if self.captions else ""
                 self.samples.append(Sample(f"{shown(file)} (row {i})", file, turns=turns, caption=caption))
             else:
@@ -389,12 +353,15 @@ class Images:
             raise FileNotFoundError(f"{missing[0]}: no such image, nor those of {len(missing) - 1} other rows of "
                                     f"{len(rows)} in {shown(path)}; set --image-root to their folder")
 
-    def _check(self):
+    def _check(self, some_good=True):
         if len(self.problems) > self.max_broken * self.total:
             first = "; ".join(f"{n} ({why})" for n, why in list(self.problems.items())[:3])
             raise ValueError(f"{len(self.problems)} of {self.total} samples are broken, more than "
                              f"{self.max_broken:.0%}: {first}; repair or remove them (python data.py --check PATH "
                              "lists all)")
+        if not some_good:
+            raise ValueError(f"none of {self.total} pictures can be used: {len(self.problems)} broken, "
+                             f"{len(self.rejected)} rejected; python data.py --check PATH lists them")
 
     def _left_out(self):
         names = {}
@@ -414,13 +381,10 @@ class Images:
     def __len__(self):
         return len(self.samples)
 
-    def is_bad(self, sample):
-        return sample.name in self.problems or sample.name in self.rejected
-
     def read(self, i):
         """Picture i as RGB PIL image, or None where it is broken or rejected (see `problems`, `rejected`)."""
         s = self.samples[i]
-        if self.is_bad(s):
+        if s.name in self.problems or s.name in self.rejected:
             return None
         try:
             image = open_image(read_part(s.file, s.offset, s.size), self.exif)
@@ -428,11 +392,12 @@ class Images:
             self.problems[s.name] = str(e).removeprefix("picture: ")
             self._check()
             return None
-        if min(image.size) <= 8 or max(image.size) >= 10 * min(image.size):
-            size = f"{image.width}x{image.height}"
-            self.rejected[s.name] = f"{size}: a side of 8 pixels or less, or an aspect ratio of 10 or more"
-            return None
-        return image
+        short, long = sorted(image.size)
+        if short > 8 and long < 10 * short:
+            return image
+        size = f"{image.width}x{image.height}"
+        self.rejected[s.name] = f"{size}: a side of 8 pixels or less, or an aspect ratio of 10 or more"
+        return None
 
     def read_or_draw(self, i, rng):
         """(i, picture i) or, where it cannot be used, another one that `rng` draws: not its neighbor each time.
@@ -441,7 +406,7 @@ class Images:
             if (image := self.read(i)) is not None:
                 return i, image
             i = rng.randrange(len(self))
-        raise self._none_good()
+        self._check(False)
 
     def keep_good(self):
         """After all were read: drops the samples that are broken or rejected, whichever process found that -> the
@@ -450,28 +415,13 @@ class Images:
             found = [None] * dist.get_world_size()
             dist.all_gather_object(found, (self.problems, self.rejected))
             self.problems, self.rejected = ({k: v for each in found for k, v in each[n].items()} for n in (0, 1))
-        self._check()
-        good = [i for i, sample in enumerate(self.samples) if not self.is_bad(sample)]
-        if not good:
-            raise self._none_good()
+        good = [i for i, s in enumerate(self.samples) if s.name not in self.problems and s.name not in self.rejected]
+        self._check(bool(good))
         self.samples = [self.samples[i] for i in good]
         return good
 
-    def _none_good(self):
-        return ValueError(f"none of {self.total} pictures can be used: {len(self.problems)} broken, "
-                          f"{len(self.rejected)} rejected; python data.py --check PATH lists them")
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Template requests: what stands beside the image in a RecA prompt (arXiv 2509.07295). There are many, so that the
-# model learns to read the image and not one sentence, and they are short, because at tiny scale every text token
-# costs as much as an image token.
-
-with open(os.path.join(HERE, "weights", "templates.txt"), encoding="utf-8") as lines:
-    RECA_TEMPLATES = lines.read().splitlines()
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Order and randomness: functions of (seed, step, index), so that nothing depends on the number of ranks or workers
-# and resuming is free.
+# Order and randomness: of (seed, step, index), whatever the number of ranks or workers; so resuming is free
 
 def _mix(*parts):
     """64 well-mixed bits: neighboring seeds and steps must give unrelated streams, and torch uses the low 32 alone."""
@@ -504,47 +454,13 @@ def text_rng(*parts):
     """random.Random for the words of one sample."""
     return random.Random(_mix(*parts))
 
-def to_uint8(images):
-    """Pictures in [-1, 1] (n, 3, h, w) -> uint8 (n, h, w, 3)."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-def to_float(pictures, device="cpu"):
-    return torch.from_numpy(np.ascontiguousarray(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What a step trains on: images whose frozen encodings are computed once, and batches that depend on (seed, step,
-# place) alone
+# place) alone. RecA's requests stand beside the image in its prompt (arXiv 2509.07295): many, so that the model learns
+# to read the image and not one sentence, and short, because at tiny scale a text token costs as much as an image token.
 
-def scrambled(model, pixels, encodings, rows, generator):
-    """The picture with its nine cells in random order, encoded anew: what there is, but not where. A `view` of
-    Batches."""
-    side = pixels.shape[-1] // 3
-    cells = F.unfold(pixels, side, stride=side)  # (n, 3 side side, 9)
-    order = random_orders(rows, 9, generator)[:, None].to(pixels.device).expand_as(cells)
-    other = model.precompute(F.fold(cells.gather(2, order), pixels.shape[-2:], side, stride=side))
-    if "features" in encodings:
-        return {"features": other["features"]}
-    return {"source_latents": other["latents"]}  # the target's own latents stay
-
-def shuffled(model, pixels, encodings, rows, generator):
-    """The understanding features in random order. A `view` of Batches."""
-    if "features" not in encodings:
-        raise ValueError("--understanding shuffled: this model's understanding encoder trains along, so there are "
-                         "no features to shuffle before it; take scrambled")
-    x = encodings["features"]  # (n, tokens, width)
-    order = random_orders(rows, x.shape[1], generator).to(x.device)
-    return {"features": x.gather(1, order[..., None].expand_as(x))}
-
-def random_orders(rows, places, generator):
-    """(len(rows), places): row i has the i-th order that a fresh generator of this seed draws, whoever encodes it."""
-    return orders_up_to(1 << max(rows).bit_length(), places, generator.initial_seed())[torch.as_tensor(rows)]
-
-@lru_cache(2)
-def orders_up_to(n, places, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(places, generator=generator) for _ in range(n)])
-
-VIEWS = {"full": None, "scrambled": scrambled, "shuffled": shuffled}
+with open(os.path.join(HERE, "weights", "templates.txt"), encoding="utf-8") as lines:
+    RECA_TEMPLATES = lines.read().splitlines()
 
 PARTS = ("recon", "t2i", "i2t", "edit", "text", "uncond", "align", "words", "images")  # what a step may be made of
 
@@ -586,29 +502,26 @@ class Batches:
         if rank == 0:
             counts = ", ".join(f"{name} {self.size[name]:,}" for name in sorted(sources))
             print(f"pools: {counts} images, frozen encodings computed in {time.time() - start:.1f} s", flush=True)
-            read = [f"{name}: {source.summary(len(source) if name in self.encodings else None)}"
-                    for name, source in self.listed.items()]
-            if read:
-                print("data: " + " | ".join(read), flush=True)
+            if self.listed:
+                print("data: " + " | ".join(f"{name}: {s.summary(len(s) if name in self.encodings else None)}"
+                                            for name, s in self.listed.items()), flush=True)
 
     def sources(self):
         """-> {pool: Scenes, uint8 pictures or Images} and {pool of the shape world: texts}; sets pool_of."""
         args, captioned = self.args, self.args.stage in ("sft", "base")
         self.pool_of = {"recon": "broad", "i2t": "broad", "words": "broad", "uncond": "broad", "t2i": "captioned",
                         "align": "captioned", "edit": "edits", "images": "crowded"}
-        if args.data and captioned:
-            self.pool_of |= dict.fromkeys(("t2i", "align", "words", "uncond"), "captioned")
-        elif args.data:
-            self.pool_of |= {"recon": "real", "images": "real"}
+        own = {"captioned" if captioned else "real"} if args.data else set()
+        for name in own:
+            parts = ("t2i", "align", "words", "uncond") if captioned else ("recon", "images")
+            self.pool_of |= dict.fromkeys(parts, name)
         if args.i2t_data:
             self.pool_of["i2t"] = "understanding"
+        if self.view is not None and args.data:
+            raise ValueError(f"--understanding {args.understanding} is for the shape world: leave it out with --data")
         if self.view is not None:
-            if args.data:
-                raise ValueError(f"--understanding {args.understanding} is for the shape world: leave it out with "
-                                 "--data")
             self.pool_of["recon"] = "altered"  # apart from "broad", whose encodings image-to-text keeps as they are
         need = {self.pool_of[part] for part in self.parts if part in self.pool_of}
-        own = {"captioned" if captioned else "real"} if args.data else set()
         if args.config != "tiny" and (not own or need - own - {"understanding"}):
             raise ValueError(f"--config {args.config} draws {self.model.config.image_size}-pixel pictures: give "
                              "--data PATH (folders, tars), --i2t-data JSON if i2t is trained, and a --mix of parts "
@@ -622,8 +535,6 @@ class Batches:
         self.listed = {name: source for name, source in sources.items() if isinstance(source, Images)}
         self.scenes = {name: source for name, source in sources.items() if isinstance(source, shape_world.Scenes)}
         return {name: source for name, source in sources.items() if name in need | {"edit_sources"}}, texts
-
-    # ---- encodings
 
     def keep_encodings(self, name, source):
         """Encodes a pool once, or leaves it to be encoded step by step where it is too large to keep."""
@@ -642,11 +553,9 @@ class Batches:
 
     def pixels(self, name, source, rows):
         """Images (n, 3, H, W) in [-1, 1] of some rows of a source, as the model was trained to see them."""
-        if isinstance(source, shape_world.Scenes):
-            return to_float(source[rows].render())
-        if isinstance(source, np.ndarray):
-            return to_float(source[rows])
-        return self.photo_pixels(name, [source.read(int(row)) or BLANK for row in rows])
+        if isinstance(source, Images):
+            return self.photo_pixels(name, [source.read(int(row)) or BLANK for row in rows])
+        return to_float(source[rows] if isinstance(source, np.ndarray) else source[rows].render())
 
     def photo_pixels(self, name, pictures):
         purpose = {"understanding": "i2t", "captioned": "t2i"}.get(name, "recon")
@@ -725,8 +634,6 @@ class Batches:
         good = (image for i in range(len(photos)) if (image := photos.read(i)) is not None)
         return to_uint8(self.photo_pixels("real", list(islice(good, n)) or [BLANK]))
 
-    # ---- rows
-
     def row(self, part, i, rng):
         """The text of sample i of a part: a dict for model.collate."""
         args, pool = self.args, self.pool_of.get(part)
@@ -770,8 +677,7 @@ class Batches:
                 encodings |= self.fetch("edit_sources", index, prefix="source_")[1]
             rows = [self.row(part, int(i), text_rng(seed, step, part, place)) for i, place in zip(index, places)]
             generators = [sample_generator(seed, step, place, part) for place in places]
-            # what all parts, processes and micro-batches have in common
-            shared = sample_generator(seed, step, 0, "shared")
+            shared = sample_generator(seed, step, 0, "shared")  # by all parts, processes and micro-batches
             tensors = self.model.collate(part, rows, generators, shared, pad_to)
             if part == "i2t" and name in self.listed:
                 self.count_cut(self.listed[name], index, tensors["labels"])
@@ -797,9 +703,8 @@ class Batches:
         if self.world > 1:
             found = found * self.world
             dist.all_gather_object(found, found[self.rank])
-        lines, cut = [], list(dict.fromkeys(name for names, _ in found for name in names))
-        if cut:
-            lines.append(f"{len(cut)} samples whose answers did not fit into a row, e.g. {', '.join(cut[:3])}")
+        cut = list(dict.fromkeys(name for names, _ in found for name in names))
+        lines = [f"{len(cut)} samples whose answers did not fit into a row, e.g. {', '.join(cut[:3])}"] if cut else []
         for pool in found[0][1]:
             for what, k in (("broken", 0), ("rejected", 1)):
                 if bad := {name: why for _, pools in found for name, why in pools[pool][k].items()}:
@@ -816,8 +721,7 @@ def prefetch(make, steps, depth=2):
             ahead.append(pool.submit(make, step))
             if len(ahead) > depth:
                 yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        yield from (made.result() for made in ahead)
     finally:  # a thread that is still inside torch while Python shuts down aborts the process
         pool.shutdown(wait=True, cancel_futures=True)
 
