@@ -1,40 +1,427 @@
-"""Data: the order of samples, and what a step trains on: people's pictures (photos.py) or those of the shape world.
+"""Data: people's pictures, the order of samples, and what a step trains on: these or the shape world.
 
     python data.py --check PATH...     what is in these folders, tar shards or JSON files, and what is wrong with it
 """
 import argparse
 import hashlib
+import io
+import json
 import os
 import random
+import stat
 import sys
+import tarfile
 import time
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
 from tqdm import tqdm
 
 import shape_world
-from checkpoint import HERE, one_line_errors
-from photos import BLANK, Images, check
-from photos import open_image as open_image  # sample.py reads its pictures as training does
+from checkpoint import HERE, one_line_errors, reason_of
+from vision_encoder import VIEWS, as_rgb, to_float, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Template requests: what stands beside the image in a RecA prompt (arXiv 2509.07295). There are many, so that the
-# model learns to read the image and not one sentence, and they are short, because at tiny scale every text token
-# costs as much as an image token.
+# Pictures that people have: single ones, and in folders, tar shards and LLaVA JSON
 
-with open(os.path.join(HERE, "weights", "templates.txt"), encoding="utf-8") as lines:
-    RECA_TEMPLATES = lines.read().splitlines()
+IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_TYPES += (".avif",) * bool(features.check("avif"))
+TEXT_TYPES = (".txt", ".json")
+UNREAD = {(".heic", ".heif", ".hif", ".avif"): "pictures that Pillow here cannot open (HEIC, AVIF: convert to JPEG)",
+          (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip"): "compressed or nested archives (only "
+          "a plain .tar has random access: gunzip or unpack them)"}
+SYSTEM_FOLDERS = ("@eaDir", "#recycle", "__MACOSX")  # thumbnails and waste that file servers and Macs leave behind
+MAX_PIXELS = 89_478_485  # Pillow's own line: 256 MB of RGB. A larger file is a mistake or an attack.
+MAX_SIDE = int(MAX_PIXELS ** 0.5)  # preprocessing may stretch or pad a picture to a square of its longer side
+HIDDEN, NO_FILE = "hidden or system files and folders", "broken links, pipes and devices"
+ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+BLANK = Image.new("RGB", (64, 64))  # stands where a picture cannot be used, until its place is dropped
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses them: no warning on top
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long text beside the pixels does no harm
+
+class Sample(NamedTuple):
+    name: str  # for messages: the file, or shard.tar:member
+    file: str
+    offset: int = 0  # where the picture's bytes lie in `file`
+    size: int = -1  # how many; -1: to the end
+    caption: str = ""  # only where captions are asked for
+    turns: tuple = ()  # LLaVA JSON: ((question, answer), ...), "<image>" taken out
+
+def shown(name):
+    """A name of a file as part of one line for any terminal: what cannot be printed is escaped."""
+    return name if name.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+def key_of(name):
+    """webdataset's key: a path up to the first dot of its base name."""
+    folder, base = os.path.split(name)
+    return os.path.join(folder, base.partition(".")[0])
+
+def is_hidden(name):
+    return (name.startswith(".") and name != "..") or name in SYSTEM_FOLDERS
+
+def kind_of(entry):
+    """"folder" or "file", links followed, or why an entry of a folder is left out."""
+    try:
+        kind = "folder" if entry.is_dir() else "file" if entry.is_file() else NO_FILE
+    except OSError:  # a link to itself
+        kind = NO_FILE
+    return HIDDEN if is_hidden(entry.name) else kind
+
+def why_unread(name):
+    return next((why for kinds, why in UNREAD.items() if name.lower().endswith(kinds)), "files of other kinds")
+
+def read_part(file, offset, size):
+    with open(file, "rb") as f:
+        f.seek(offset)
+        return f.read(size)
+
+def open_image(source, exif=True):
+    """Path or bytes of a picture -> RGB PIL image by `as_rgb`, the first frame of several; sides over MAX_SIDE are scaled
+    down to it. FileNotFoundError, or ValueError with the reason."""
+    name = "picture" if isinstance(source, bytes) else shown(os.fspath(source))
+    try:
+        if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
+            raise ValueError("not a regular file")  # a pipe would wait forever
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} is over {MAX_PIXELS / 1e6:.0f} megapixels")
+            image.load()
+            image = as_rgb(image, exif)
+            image.thumbnail((MAX_SIDE, MAX_SIDE))  # which never enlarges
+            return image
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: no such image") from None
+    except Exception as e:  # a broken file can raise anything in a decoder, and Pillow's message names an address
+        why = "of no kind that Pillow here knows" if isinstance(e, UnidentifiedImageError) else reason_of(e)
+        raise ValueError(f"{name}: cannot be read as a picture ({why})") from None
+
+def read_caption(texts):
+    """{".txt" or ".json": bytes} -> caption, or "". Of JSON the first of the keys caption, text, prompt that says
+    something. ValueError where it cannot be read."""
+    caption = " ".join(texts[".txt"].decode("utf-8-sig").split()) if ".txt" in texts else ""
+    if not caption and ".json" in texts:
+        try:
+            row = json.loads(texts[".json"])
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"a {type(row).__name__}, expected an object with the key caption, text or prompt")
+        said = [" ".join(row[k].split()) for k in ("caption", "text", "prompt") if isinstance(row.get(k), str)]
+        caption = next(filter(None, said), "")
+    caption.encode()  # raises where JSON spells half a character, which no tokenizer takes
+    return caption
+
+def read_rows(path):
+    """The rows of a JSON list or of JSON lines (what is no JSON there comes as a string). ValueError."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            text = f.read()
+        try:
+            rows = json.loads(text)
+        except ValueError:
+            rows = [json_or_text(line) for line in text.split("\n") if line.strip()]
+            if not rows or not isinstance(rows[0], dict):
+                raise
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{shown(path)}: not valid JSON ({e}); the file may be incomplete, fetch it again") from None
+    if isinstance(rows, dict) and {"conversations", "messages"} & set(rows):
+        rows = [rows]  # JSON lines with a single one
+    if not isinstance(rows, list):
+        raise ValueError(f"{shown(path)}: a {type(rows).__name__}, expected LLaVA JSON: a list of "
+                         "{image, conversations: [{from, value}]}, or such rows as JSON lines")
+    return rows
+
+def json_or_text(line):
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return line
+
+def llava_row(row):
+    """-> (path of its picture, ((question, answer), ...)), or ("", why it is left out). KeyError, TypeError,
+    AttributeError or ValueError where it is none. Read are image or images, conversations or messages, from and value
+    or role and content (also as a list of parts)."""
+    if not isinstance(row, dict):
+        raise ValueError(f"a {type(row).__name__}, expected an object")
+    image, key = row.get("image") or row.get("images"), "messages" if "messages" in row else "conversations"
+    if isinstance(image, list) and len(image) > 1:
+        return "", "rows with several pictures"
+    if not image:
+        others = [k for k in row if any(word in k.lower() for word in ("image", "img", "picture", "video")) and row[k]]
+        elsewhere = others or "<image>" in str(row.get(key)) or "'type': 'image" in str(row.get(key))
+        return "", "rows whose picture is not under image or images" if elsewhere else "rows without a picture"
+    said = []
+    for turn in row[key]:
+        text = turn["value"] if "value" in turn else turn["content"]
+        if isinstance(text, list):
+            text = " ".join(part["text"] for part in text if "text" in part)
+        text.encode()  # see read_caption
+        said.append((ROLES.get(turn.get("from") or turn.get("role")), text.replace("<image>", "").strip()))
+    pairs = list(zip(said[::2], said[1::2]))
+    turns = tuple((q, a) for (who, q), (by, a) in pairs if (who, by) == ("human", "gpt") and a)
+    if len(turns) * 2 != len(said) or not turns:
+        raise ValueError("turns are not human, gpt, human, gpt ... with an answer each")
+    return image[0] if isinstance(image, list) else image, turns
+
+def after_zeros(f, at):
+    """Where the first block of 512 bytes that is not zero begins, from `at` on; None: nowhere."""
+    f.seek(at)
+    while chunk := f.read(1 << 20):
+        if zeros := chunk.lstrip(b"\0"):
+            return at + (len(chunk) - len(zeros)) // 512 * 512
+        at += len(chunk)
+
+class Images:
+    """Pictures at random access: in folders (recursive, links followed), tar shards, LLaVA JSON, single files;
+    `images.read(i)` -> RGB PIL image of images.samples[i]. captions=True reads the .txt or .json beside each picture;
+    without one it is broken. exif: see open_image.
+    `problems` (broken) and `rejected` (a side <= 8 pixels, an aspect ratio >= 10) map names to reasons, `left_out`
+    lists (name, reason) of what was never a sample. ValueError once more than max_broken of all are broken (1: they
+    are only counted), FileNotFoundError for a path that is not there."""
+
+    def __init__(self, paths, captions=False, image_root=None, max_broken=0.01, exif=True):
+        self.samples, self.problems, self.rejected, self.left_out = [], {}, {}, []
+        self.captions, self.image_root, self.max_broken, self.exif = captions, image_root, max_broken, exif
+        self.folders = set()  # the real paths of those that were read: links may lead in circles
+        for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+            self._add(os.fspath(path))
+        self.total = len(self.samples) + len(self.problems)
+        if not self.total:
+            raise ValueError(f"{shown(str(paths))}: no pictures found ({', '.join(IMAGE_TYPES)}, in folders, tars, "
+                             f"LLaVA JSON){self._left_out()}")
+        self._check()
+
+    def _add(self, path):
+        stem, kind = os.path.splitext(path)
+        if os.path.isdir(path):
+            self._add_folder(path)
+        elif not os.path.exists(path):
+            raise FileNotFoundError(f"{shown(path)}: no such folder, tar shard, picture or LLaVA JSON file")
+        elif not os.path.isfile(path):
+            raise ValueError(f"{shown(path)}: not a regular file; expected folder, tar shard, picture or LLaVA JSON")
+        elif kind.lower() == ".tar":
+            self._add_tar(path)
+        elif kind.lower() in (".json", ".jsonl"):
+            self._add_llava(path)
+        elif kind.lower() in IMAGE_TYPES:
+            beside = [base + end for base in (stem, key_of(path)) for t in TEXT_TYPES for end in (t, t.upper())]
+            self._add_files({name: (name, 0, -1) for name in [path, *filter(os.path.isfile, beside)]})
+        else:
+            raise ValueError(f"{shown(path)}: unknown kind of data: {why_unread(path)}; expected folder, .tar, .json, "
+                             f".jsonl, {', '.join(IMAGE_TYPES)}")
+
+    def _add_folder(self, path):
+        todo = [path]
+        while todo:
+            folder, files, inner = todo.pop(), {}, []
+            try:
+                entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            except OSError as e:
+                self.problems[shown(folder)] = f"cannot be listed ({e.strerror})"
+                continue
+            real = os.path.realpath(folder)
+            if real in self.folders:
+                self.left_out.append((shown(folder), "folders that were read already (links)"))
+                continue
+            self.folders.add(real)
+            for entry in entries:
+                kind = kind_of(entry)
+                if kind == "folder":
+                    inner.append(entry.path)
+                elif kind == "file":
+                    files[entry.path] = (entry.path, 0, -1)
+                else:
+                    self.left_out.append((shown(entry.path), kind))
+            self._add_files(files)
+            todo += reversed(inner)
+
+    def _add_tar(self, path):
+        """Reads all tars that lie in the file, one after the other."""
+        size, start, part, seen = os.path.getsize(path), 0, 1, 0
+        with open(path, "rb") as f:
+            if f.read(2) == b"\x1f\x8b":
+                raise ValueError(f"{shown(path)}: compressed tar; random access needs a plain one: gunzip it first")
+            while start is not None:
+                members, error = {}, ""  # name: (offset, size), or the name that a link points to
+                label = shown(path) + (f"[{part}]:" if part > 1 else ":")
+                f.seek(start)
+                try:
+                    with tarfile.open(fileobj=f, mode="r:") as tar:
+                        while (m := tar.next()) is not None:
+                            tar.members = []  # or it would keep every header
+                            seen += 1
+                            self._add_member(members, m, label)
+                        end = tar.offset
+                except Exception as e:  # a damaged header can raise anything
+                    error = f" ({reason_of(e)})"
+                # tarfile stops without a word at a damaged header or between members; only a block of zeros is an end
+                if error or read_part(path, end, 512) != bytes(512):
+                    raise ValueError(f"{shown(path)}: truncated or damaged tar shard{error}: {size:,} bytes, {seen} "
+                                     "members before the damage; fetch or pack it again")
+                self._add_members(path, label, members)
+                start, part = after_zeros(f, end), part + 1
+
+    def _add_member(self, members, m, label):
+        name = os.path.normpath(m.name)
+        if any(map(is_hidden, name.split("/"))) and not m.isdir():
+            self.left_out.append((label + shown(name), HIDDEN))
+        elif m.isreg() or m.islnk() or m.issym():
+            if name in members:
+                self.left_out.append((label + shown(name), "members that later ones of the same name replace"))
+            link = m.linkname if m.islnk() else os.path.join(os.path.dirname(name), m.linkname)
+            members[name] = (m.offset_data, m.size) if m.isreg() else os.path.normpath(link)
+        elif not m.isdir():
+            self.left_out.append((label + shown(name), NO_FILE))
+
+    def _add_members(self, path, label, members):
+        files = {}
+        for name, where in members.items():
+            for _ in range(8):  # links to links; longer chains are circles
+                where = members.get(where) if isinstance(where, str) else where
+            if isinstance(where, tuple):
+                files[name] = (path, *where)
+            else:
+                self.left_out.append((label + shown(name), "links to nothing in the tar"))
+        self._add_files(files, label)
+
+    def _add_files(self, files, label=""):
+        """files {name: (file, offset, size)}: those of one folder, or of one tar with its label. A picture's caption
+        has its stem or its key, the base name up to the first dot; in tars also another name of that key, which is
+        webdataset's rule, but that of no other picture."""
+        split = {name: (stem, kind.lower()) for name in files for stem, kind in [os.path.splitext(name)]}
+        stems = {stem for stem, kind in split.values() if kind in IMAGE_TYPES}
+        own, keyed = {}, {}  # texts by their stem, by their key
+        for name, (stem, kind) in split.items() if self.captions else ():
+            if kind in TEXT_TYPES:
+                own.setdefault(stem, {})[kind] = files[name]
+                if label and stem not in stems:
+                    keyed.setdefault(key_of(name), {}).setdefault(kind, []).append(files[name])
+        for name, where in files.items():
+            (stem, kind), key = split[name], key_of(name)
+            if kind in IMAGE_TYPES:
+                texts = own.get(stem) or own.get(key)
+                some = {} if texts else keyed.get(key, {})
+                sample = Sample(label + shown(name), *where)
+                if any(len(same) > 1 for same in some.values()):
+                    self.problems[sample.name] = "several captions of its key, none of its own name"
+                else:
+                    self._add_one(sample, texts or {kind: same[0] for kind, same in some.items()})
+            elif kind == ".tar" and not label:
+                self._add_tar(name)
+            elif kind not in TEXT_TYPES:
+                self.left_out.append((label + shown(name), why_unread(name)))
+
+    def _add_one(self, sample, texts):
+        """texts: {".txt" or ".json": where it lies}."""
+        try:
+            caption = read_caption({kind: read_part(*where) for kind, where in texts.items()})
+            problem = "empty caption" if texts else "no caption (.txt or .json beside it)"
+        except (ValueError, OSError) as e:
+            caption, problem = "", f"unreadable caption ({reason_of(e)})"
+        if self.captions and not caption:
+            self.problems[sample.name] = problem
+        else:
+            self.samples.append(sample._replace(caption=caption))
+
+    def _add_llava(self, path):
+        rows, root, missing = read_rows(path), self.image_root or os.path.dirname(path), []
+        is_there = lru_cache(None)(os.path.isfile)  # many rows may share a picture
+        for i, row in enumerate(rows):
+            try:
+                image, turns = llava_row(row)
+                file = os.path.join(root, image)
+            except (KeyError, TypeError, AttributeError, ValueError) as e:
+                self.problems[f"{shown(path)}:{i}"] = f"not a LLaVA sample ({type(e).__name__}: {e})"
+                continue
+            if not image:
+                self.left_out.append((f"{shown(path)}:{i}", turns))
+            elif is_there(file):
+                caption = turns[0][1] if self.captions else ""
+                self.samples.append(Sample(f"{shown(file)} (row {i})", file, turns=turns, caption=caption))
+            else:
+                missing.append(shown(file))
+                self.problems[f"{shown(path)}:{i}"] = f"no such image: {missing[-1]}"
+        if len(missing) > self.max_broken * len(rows):
+            raise FileNotFoundError(f"{missing[0]}: no such image, nor those of {len(missing) - 1} other rows of "
+                                    f"{len(rows)} in {shown(path)}; set --image-root to their folder")
+
+    def _check(self, some_good=True):
+        if len(self.problems) > self.max_broken * self.total:
+            first = "; ".join(f"{n} ({why})" for n, why in list(self.problems.items())[:3])
+            raise ValueError(f"{len(self.problems)} of {self.total} samples are broken, more than "
+                             f"{self.max_broken:.0%}: {first}; repair or remove them (python data.py --check PATH "
+                             "lists all)")
+        if not some_good:
+            raise ValueError(f"none of {self.total} pictures can be used: {len(self.problems)} broken, "
+                             f"{len(self.rejected)} rejected; python data.py --check PATH lists them")
+
+    def _left_out(self):
+        names = {}
+        for name, why in self.left_out:
+            names.setdefault(why, []).append(name)
+        some = [f"{why}: {len(found)}, e.g. {found[0]}" for why, found in names.items()]
+        return "; left out: " + "; ".join(some) if some else ""
+
+    def summary(self, good=None):
+        """One line: how many samples there are and what is not used, by reason. good: how many were read."""
+        used = f"{len(self)} still to be read" if good is None else f"{good} good"
+        broken, rejected = (f", e.g. {name} ({why})" if found else "" for found in (self.problems, self.rejected)
+                            for name, why in [next(iter(found.items()), ("", ""))])
+        return (f"{self.total} samples: {used}, {len(self.problems)} broken{broken}, {len(self.rejected)} "
+                f"rejected{rejected}{self._left_out()}")
+
+    def __len__(self):
+        return len(self.samples)
+
+    def read(self, i):
+        """Picture i as RGB PIL image, or None where it is broken or rejected (see `problems`, `rejected`)."""
+        s = self.samples[i]
+        if s.name in self.problems or s.name in self.rejected:
+            return None
+        try:
+            image = open_image(read_part(s.file, s.offset, s.size), self.exif)
+        except (ValueError, OSError) as e:
+            self.problems[s.name] = str(e).removeprefix("picture: ")
+            self._check()
+            return None
+        short, long = sorted(image.size)
+        if short > 8 and long < 10 * short:
+            return image
+        size = f"{image.width}x{image.height}"
+        self.rejected[s.name] = f"{size}: a side of 8 pixels or less, or an aspect ratio of 10 or more"
+        return None
+
+    def read_or_draw(self, i, rng):
+        """(i, picture i) or, where it cannot be used, another one that `rng` draws: not its neighbor each time.
+        ValueError where none is good."""
+        for _ in range(20 * len(self) + 20):  # what is known to be bad is not read again
+            if (image := self.read(i)) is not None:
+                return i, image
+            i = rng.randrange(len(self))
+        self._check(False)
+
+    def keep_good(self):
+        """After all were read: drops the samples that are broken or rejected, whichever process found that -> the
+        indices of the others. ValueError as in __init__, for all processes together, and where none is good."""
+        if dist.is_initialized():
+            found = [None] * dist.get_world_size()
+            dist.all_gather_object(found, (self.problems, self.rejected))
+            self.problems, self.rejected = ({k: v for each in found for k, v in each[n].items()} for n in (0, 1))
+        good = [i for i, s in enumerate(self.samples) if s.name not in self.problems and s.name not in self.rejected]
+        self._check(bool(good))
+        self.samples = [self.samples[i] for i in good]
+        return good
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Order and randomness: functions of (seed, step, index), so that nothing depends on the number of ranks or workers
-# and resuming is free.
+# Order and randomness: of (seed, step, index), whatever the number of ranks or workers; so resuming is free
 
 def _mix(*parts):
     """64 well-mixed bits: neighboring seeds and steps must give unrelated streams, and torch uses the low 32 alone."""
@@ -67,47 +454,13 @@ def text_rng(*parts):
     """random.Random for the words of one sample."""
     return random.Random(_mix(*parts))
 
-def to_uint8(images):
-    """Pictures in [-1, 1] (n, 3, h, w) -> uint8 (n, h, w, 3)."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-def to_float(pictures, device="cpu"):
-    return torch.from_numpy(np.ascontiguousarray(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What a step trains on: images whose frozen encodings are computed once, and batches that depend on (seed, step,
-# place) alone
+# place) alone. RecA's requests stand beside the image in its prompt (arXiv 2509.07295): many, so that the model learns
+# to read the image and not one sentence, and short, because at tiny scale a text token costs as much as an image token.
 
-def scrambled(model, pixels, encodings, rows, generator):
-    """The picture with its nine cells in random order, encoded anew: what there is, but not where. A `view` of
-    Batches."""
-    side = pixels.shape[-1] // 3
-    cells = F.unfold(pixels, side, stride=side)  # (n, 3 side side, 9)
-    order = random_orders(rows, 9, generator)[:, None].to(pixels.device).expand_as(cells)
-    other = model.precompute(F.fold(cells.gather(2, order), pixels.shape[-2:], side, stride=side))
-    if "features" in encodings:
-        return {"features": other["features"]}
-    return {"source_latents": other["latents"]}  # the target's own latents stay
-
-def shuffled(model, pixels, encodings, rows, generator):
-    """The understanding features in random order. A `view` of Batches."""
-    if "features" not in encodings:
-        raise ValueError("--understanding shuffled: this model's understanding encoder trains along, so there are "
-                         "no features to shuffle before it; take scrambled")
-    x = encodings["features"]  # (n, tokens, width)
-    order = random_orders(rows, x.shape[1], generator).to(x.device)
-    return {"features": x.gather(1, order[..., None].expand_as(x))}
-
-def random_orders(rows, places, generator):
-    """(len(rows), places): row i has the i-th order that a fresh generator of this seed draws, whoever encodes it."""
-    return orders_up_to(1 << max(rows).bit_length(), places, generator.initial_seed())[torch.as_tensor(rows)]
-
-@lru_cache(2)
-def orders_up_to(n, places, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(places, generator=generator) for _ in range(n)])
-
-VIEWS = {"full": None, "scrambled": scrambled, "shuffled": shuffled}
+with open(os.path.join(HERE, "weights", "templates.txt"), encoding="utf-8") as lines:
+    RECA_TEMPLATES = lines.read().splitlines()
 
 PARTS = ("recon", "t2i", "i2t", "edit", "text", "uncond", "align", "words", "images")  # what a step may be made of
 
@@ -149,34 +502,31 @@ class Batches:
         if rank == 0:
             counts = ", ".join(f"{name} {self.size[name]:,}" for name in sorted(sources))
             print(f"pools: {counts} images, frozen encodings computed in {time.time() - start:.1f} s", flush=True)
-            read = [f"{name}: {source.summary(len(source) if name in self.encodings else None)}"
-                    for name, source in self.listed.items()]
-            if read:
-                print("data: " + " | ".join(read), flush=True)
+            if self.listed:
+                print("data: " + " | ".join(f"{name}: {s.summary(len(s) if name in self.encodings else None)}"
+                                            for name, s in self.listed.items()), flush=True)
 
     def sources(self):
         """-> {pool: Scenes, uint8 pictures or Images} and {pool of the shape world: texts}; sets pool_of."""
         args, captioned = self.args, self.args.stage in ("sft", "base")
         self.pool_of = {"recon": "broad", "i2t": "broad", "words": "broad", "uncond": "broad", "t2i": "captioned",
                         "align": "captioned", "edit": "edits", "images": "crowded"}
-        if args.data and captioned:
-            self.pool_of |= dict.fromkeys(("t2i", "align", "words", "uncond"), "captioned")
-        elif args.data:
-            self.pool_of |= {"recon": "real", "images": "real"}
+        own = {"captioned" if captioned else "real"} if args.data else set()
+        for name in own:
+            parts = ("t2i", "align", "words", "uncond") if captioned else ("recon", "images")
+            self.pool_of |= dict.fromkeys(parts, name)
         if args.i2t_data:
             self.pool_of["i2t"] = "understanding"
+        if self.view is not None and args.data:
+            raise ValueError(f"--understanding {args.understanding} is for the shape world: leave it out with --data")
         if self.view is not None:
-            if args.data:
-                raise ValueError(f"--understanding {args.understanding} is for the shape world: leave it out with "
-                                 "--data")
             self.pool_of["recon"] = "altered"  # apart from "broad", whose encodings image-to-text keeps as they are
         need = {self.pool_of[part] for part in self.parts if part in self.pool_of}
-        own = {"captioned" if captioned else "real"} if args.data else set()
         if args.config != "tiny" and (not own or need - own - {"understanding"}):
             raise ValueError(f"--config {args.config} draws {self.model.config.image_size}-pixel pictures: give "
                              "--data PATH (folders, tars), --i2t-data JSON if i2t is trained, and a --mix of parts "
                              f"that these have data for (here {', '.join(self.parts)}); the shape world is for tiny")
-        sources, texts = self.shape_world(need - own)
+        sources, texts = shape_world.pools(args, need - own, text_rng)
         exif = not getattr(args, "no_exif", False)
         for name in own:
             sources[name] = Images(args.data, captions=captioned, exif=exif)
@@ -185,27 +535,6 @@ class Batches:
         self.listed = {name: source for name, source in sources.items() if isinstance(source, Images)}
         self.scenes = {name: source for name, source in sources.items() if isinstance(source, shape_world.Scenes)}
         return {name: source for name, source in sources.items() if name in need | {"edit_sources"}}, texts
-
-    def shape_world(self, need):
-        """-> {pool: scenes or pictures} and {pool: texts} of the shape world."""
-        args, sources, texts = self.args, {}, {}
-        if "crowded" in need:
-            sources["crowded"] = shape_world.crowded_pictures(args.pool, seed=args.seed)
-        if {"broad", "altered"} & need or "text" in self.parts:
-            sources["broad"] = sources["altered"] = shape_world.Scenes(args.pool, seed=10 + args.seed)
-        if "captioned" in need:
-            scenes = sources["captioned"] = shape_world.Scenes(args.captioned, seed=20 + args.seed, captioned=True)
-            bias, n = shape_world.caption_bias(args.sparse_captions, args.wrong_captions), len(scenes)
-            texts["captioned"] = [shape_world.sparse_caption(scenes.scene(i), text_rng(args.seed, i, "caption"), bias,
-                                                             scenes.scene((i + 1) % n)) for i in range(n)]
-        if "edits" in need:
-            scenes = sources["edit_sources"] = shape_world.Scenes(args.pool, seed=30 + args.seed, captioned=True)
-            rngs = [text_rng(args.seed, i, "edit") for i in range(len(scenes))]
-            edits = [shape_world.clean_edit(scenes.scene(i), rng) for i, rng in enumerate(rngs)]
-            texts["edits"], sources["edits"] = [e[0] for e in edits], shape_world.Scenes.of([e[1] for e in edits])
-        return sources, texts
-
-    # ---- encodings
 
     def keep_encodings(self, name, source):
         """Encodes a pool once, or leaves it to be encoded step by step where it is too large to keep."""
@@ -224,11 +553,9 @@ class Batches:
 
     def pixels(self, name, source, rows):
         """Images (n, 3, H, W) in [-1, 1] of some rows of a source, as the model was trained to see them."""
-        if isinstance(source, shape_world.Scenes):
-            return to_float(source[rows].render())
-        if isinstance(source, np.ndarray):
-            return to_float(source[rows])
-        return self.photo_pixels(name, [source.read(int(row)) or BLANK for row in rows])
+        if isinstance(source, Images):
+            return self.photo_pixels(name, [source.read(int(row)) or BLANK for row in rows])
+        return to_float(source[rows] if isinstance(source, np.ndarray) else source[rows].render())
 
     def photo_pixels(self, name, pictures):
         purpose = {"understanding": "i2t", "captioned": "t2i"}.get(name, "recon")
@@ -307,12 +634,12 @@ class Batches:
         good = (image for i in range(len(photos)) if (image := photos.read(i)) is not None)
         return to_uint8(self.photo_pixels("real", list(islice(good, n)) or [BLANK]))
 
-    # ---- rows
-
     def row(self, part, i, rng):
         """The text of sample i of a part: a dict for model.collate."""
         args, pool = self.args, self.pool_of.get(part)
         sample = self.listed[pool].samples[i] if pool in self.listed else None
+        if part in ("words", "text", "i2t") and (pool or "broad") in self.scenes:
+            return shape_world.row(part, self.scenes[pool or "broad"].scene(i), rng, args.questions, RECA_TEMPLATES)
         if part == "recon":
             # where captions stand beside it, they alone teach the unconditional half of guidance
             return {"prompt": rng.choice(RECA_TEMPLATES), "drop": rng.random() < args.drop * ("t2i" not in self.parts)}
@@ -322,22 +649,10 @@ class Batches:
             return {"caption": "", "drop": True}
         if part == "edit":
             return {"instruction": self.texts[pool][i], "drop": False}
-        if part == "words" and pool in self.scenes:  # all there is to say: what is not said is not in the picture
-            return {"caption": shape_world.dense_caption(self.scenes[pool].scene(i), rng)}
         if part in ("align", "words"):
             return {"caption": sample.caption if sample else self.texts[pool][i]}
-        if part == "text":
-            ground, objects = self.scenes["broad"].scene(i)
-            # two objects: rows stay short, and short rows are what a CPU trains fast
-            question, answer = shape_world.text_question((ground, objects[:2]), rng)
-            return {"question": question, "answer": answer}
         if part == "i2t" and sample:  # all turns of a dialogue are one row: later ones refer to what was said before
             return {"turns": list(sample.turns) or [(RECA_TEMPLATES[0], sample.caption)]}
-        if part == "i2t":
-            scene = self.scenes[pool].scene(i)
-            if len(scene[1]) <= 2 and rng.random() < 0.4:  # the same holds for dense captions
-                return {"question": rng.choice(RECA_TEMPLATES), "answer": shape_world.dense_caption(scene, rng)}
-            return {"turns": [shape_world.question(scene, rng)[:2] for _ in range(args.questions)]}
         return {}
 
     def sample_numbers(self, step):
@@ -362,8 +677,7 @@ class Batches:
                 encodings |= self.fetch("edit_sources", index, prefix="source_")[1]
             rows = [self.row(part, int(i), text_rng(seed, step, part, place)) for i, place in zip(index, places)]
             generators = [sample_generator(seed, step, place, part) for place in places]
-            # what all parts, processes and micro-batches have in common
-            shared = sample_generator(seed, step, 0, "shared")
+            shared = sample_generator(seed, step, 0, "shared")  # by all parts, processes and micro-batches
             tensors = self.model.collate(part, rows, generators, shared, pad_to)
             if part == "i2t" and name in self.listed:
                 self.count_cut(self.listed[name], index, tensors["labels"])
@@ -389,9 +703,8 @@ class Batches:
         if self.world > 1:
             found = found * self.world
             dist.all_gather_object(found, found[self.rank])
-        lines, cut = [], list(dict.fromkeys(name for names, _ in found for name in names))
-        if cut:
-            lines.append(f"{len(cut)} samples whose answers did not fit into a row, e.g. {', '.join(cut[:3])}")
+        cut = list(dict.fromkeys(name for names, _ in found for name in names))
+        lines = [f"{len(cut)} samples whose answers did not fit into a row, e.g. {', '.join(cut[:3])}"] if cut else []
         for pool in found[0][1]:
             for what, k in (("broken", 0), ("rejected", 1)):
                 if bad := {name: why for _, pools in found for name, why in pools[pool][k].items()}:
@@ -408,12 +721,31 @@ def prefetch(make, steps, depth=2):
             ahead.append(pool.submit(make, step))
             if len(ahead) > depth:
                 yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        yield from (made.result() for made in ahead)
     finally:  # a thread that is still inside torch while Python shuts down aborts the process
         pool.shutdown(wait=True, cancel_futures=True)
 
 # ---------------------------------------------------------------------------------------------------------------------
+# python data.py --check
+
+def check(paths, captions=False, image_root=None):
+    """Read everything once and print what is there; True if it can be trained on."""
+    images = Images(paths, captions, image_root, max_broken=1)
+    rows = tqdm(range(len(images)), "reading", disable=None)
+    good = [(images.samples[i], image.size) for i in rows if (image := images.read(i)) is not None]
+    print(images.summary(len(good)))
+    for what, v in (("width", [w for _, (w, _) in good]), ("height", [h for _, (_, h) in good])) if good else ():
+        print(f"  {what}: smallest {min(v)}, median {sorted(v)[len(v) // 2]}, largest {max(v)} pixels")
+    answers = [answer for s, _ in good for _, answer in s.turns]
+    for what, texts in (("captions", [s.caption for s, _ in good if s.caption]), ("turns", answers)):
+        if texts:
+            words = sorted(len(t.split()) for t in texts)
+            print(f"  {what}: {len(texts)}, {len(set(texts))} distinct, median {words[len(words) // 2]} words, "
+                  f"e.g. {texts[0][:80]!r}")
+    for title, found in (("broken", images.problems), ("rejected", images.rejected), ("left out", images.left_out)):
+        for name, why in dict(found).items():
+            print(f"  {title}: {name}: {why}")
+    return bool(good) and len(images.problems) <= 0.01 * images.total
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -390,6 +390,37 @@ def same_objects(found, scene):
     return len(truth & got) / max(1, len(truth | got))
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What train.py trains on
+
+def pools(args, need, text_rng):
+    """-> {pool: scenes or pictures} and {pool: texts}, of the pools named in `need`; text_rng(...): a random.Random."""
+    sources, texts = {}, {}
+    if "crowded" in need:
+        sources["crowded"] = crowded_pictures(args.pool, seed=args.seed)
+    if {"broad", "altered"} & need or "text" in args.mix:
+        sources["broad"] = sources["altered"] = Scenes(args.pool, seed=10 + args.seed)
+    if "captioned" in need:
+        scenes = sources["captioned"] = Scenes(args.captioned, seed=20 + args.seed, captioned=True)
+        bias, n = caption_bias(args.sparse_captions, args.wrong_captions), len(scenes)
+        texts["captioned"] = [sparse_caption(scenes.scene(i), text_rng(args.seed, i, "caption"), bias,
+                                             scenes.scene((i + 1) % n)) for i in range(n)]
+    if "edits" in need:
+        scenes = sources["edit_sources"] = Scenes(args.pool, seed=30 + args.seed, captioned=True)
+        edits = [clean_edit(scenes.scene(i), text_rng(args.seed, i, "edit")) for i in range(len(scenes))]
+        texts["edits"], sources["edits"] = [e[0] for e in edits], Scenes.of([e[1] for e in edits])
+    return sources, texts
+
+def row(part, scene, rng, questions, requests):
+    """What a row of "words", "text" or "i2t" says of a scene. Rows stay short: a CPU trains them fast."""
+    if part == "words":  # all there is to say: what is not said is not in the picture
+        return {"caption": dense_caption(scene, rng)}
+    if part == "text":
+        return dict(zip(("question", "answer"), text_question((scene[0], scene[1][:2]), rng)))
+    if len(scene[1]) <= 2 and rng.random() < 0.4:
+        return {"question": rng.choice(requests), "answer": dense_caption(scene, rng)}
+    return {"turns": [question(scene, rng)[:2] for _ in range(questions)]}
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The flags of train.py that belong to this world
 
 SHARES = ("wrong_captions", "sparse_captions", "altered_share")  # the flags from 0 to 1

@@ -7,13 +7,14 @@ belongs to the published weights (PIL image -> tensor) is at the end, with what 
 """
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configurations
@@ -186,6 +187,13 @@ class SigLIPNaViT(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # preprocessing: PIL image -> normalized tensor, exactly as the published weights were trained
 
+def upright(image):
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
+    except Exception:  # EXIF that nobody can read says nothing about rotation
+        return image
+
 def on_white(image):
     """PIL image -> RGB, what is transparent put on white."""
     if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
@@ -194,6 +202,16 @@ def on_white(image):
     white = Image.new("RGB", image.size, (255, 255, 255))
     white.paste(image, mask=image.getchannel("A"))
     return white
+
+def as_rgb(image, exif=True):
+    """Loaded PIL image of any mode -> RGB, transparency on white. exif: turned as EXIF says (False: as it is stored, as
+    in the published pipelines). Gray of 16 bits is scaled to 8: by 16 where no value reaches 4096, as from 12-bit
+    cameras, else by 256."""
+    image = upright(image) if exif else image
+    if image.mode.startswith("I"):
+        gray = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((gray >> (4 if gray.max() < 4096 else 8)).clip(0, 255).astype(np.uint8))
+    return on_white(image)
 
 def to_pixels(image, mean=0.5, std=0.5):
     """PIL image -> float32 (3, H, W): x/255 normalized with mean and std (one number or three); default: to [-1, 1]."""
@@ -335,3 +353,43 @@ def gather(x, gradient=True):
     if gradient:
         parts[dist.get_rank()] = x * world - (x * (world - 1)).detach()
     return torch.cat(parts)
+
+def to_uint8(images):
+    """Pictures in [-1, 1] (n, 3, h, w) -> uint8 (n, h, w, 3)."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+def to_float(pictures, device="cpu"):
+    return torch.from_numpy(np.ascontiguousarray(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views: what RecA's context may hold instead of all that the model sees of a picture (a `view` of data.Batches)
+
+def scrambled(model, pixels, encodings, rows, generator):
+    """The picture with its nine cells in random order, encoded anew: what there is, but not where."""
+    side = pixels.shape[-1] // 3
+    cells = F.unfold(pixels, side, stride=side)  # (n, 3 side side, 9)
+    order = random_orders(rows, 9, generator)[:, None].to(pixels.device).expand_as(cells)
+    other = model.precompute(F.fold(cells.gather(2, order), pixels.shape[-2:], side, stride=side))
+    if "features" in encodings:
+        return {"features": other["features"]}
+    return {"source_latents": other["latents"]}  # the target's own latents stay
+
+def shuffled(model, pixels, encodings, rows, generator):
+    """The understanding features in random order."""
+    if "features" not in encodings:
+        raise ValueError("--understanding shuffled: this model's understanding encoder trains along, so there are "
+                         "no features to shuffle before it; take scrambled")
+    x = encodings["features"]  # (n, tokens, width)
+    order = random_orders(rows, x.shape[1], generator).to(x.device)
+    return {"features": x.gather(1, order[..., None].expand_as(x))}
+
+def random_orders(rows, places, generator):
+    """(len(rows), places): row i has the i-th order that a fresh generator of this seed draws, whoever encodes it."""
+    return orders_up_to(1 << max(rows).bit_length(), places, generator.initial_seed())[torch.as_tensor(rows)]
+
+@lru_cache(2)
+def orders_up_to(n, places, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(places, generator=generator) for _ in range(n)])
+
+VIEWS = {"full": None, "scrambled": scrambled, "shuffled": shuffled}

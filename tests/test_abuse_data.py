@@ -15,7 +15,6 @@ from PIL import Image, ImageFile, PngImagePlugin
 from test_data import ROOT, pack, picture, write_folder
 
 import data
-import photos
 
 def jpeg(color=(9, 9, 9), size=(32, 24), kind="JPEG", **options):
     out = io.BytesIO()
@@ -168,8 +167,8 @@ def test_long_text_beside_the_pixels_is_no_fault(tmp_path):
         assert data.open_image(tmp_path / "a.png").getpixel((0, 0)) == (1, 2, 3)
 
 def test_the_square_of_the_longer_side_stays_in_bounds(tmp_path, monkeypatch):
-    assert photos.MAX_SIDE ** 2 <= photos.MAX_PIXELS < (photos.MAX_SIDE + 1) ** 2
-    monkeypatch.setattr(photos, "MAX_SIDE", 100)
+    assert data.MAX_SIDE ** 2 <= data.MAX_PIXELS < (data.MAX_SIDE + 1) ** 2
+    monkeypatch.setattr(data, "MAX_SIDE", 100)
     for size, want in (((300, 40), (100, 13)), ((40, 300), (13, 100)), ((101, 50), (100, 50)), ((100, 90), (100, 90))):
         (tmp_path / "a.png").write_bytes(picture(0, size))
         assert max(abs(a - b) for a, b in zip(data.open_image(tmp_path / "a.png").size, want)) <= 1
@@ -199,7 +198,7 @@ def test_broken_pictures_are_counted_with_a_reason(content, tmp_path):
 # ------------------------------------------------------------------------------------------------ folders
 def test_all_kinds_that_pillow_opens_are_read(tmp_path):
     kinds = {"a.JPG": "JPEG", "b.jfif": "JPEG", "c.png": "PNG", "d.bmp": "BMP", "e.gif": "GIF", "f.tif": "TIFF",
-             "g.TIFF": "TIFF", "h.webp": "WEBP", "i.jpe": "JPEG"} | ({"j.avif": "AVIF"} if photos.features.check("avif")
+             "g.TIFF": "TIFF", "h.webp": "WEBP", "i.jpe": "JPEG"} | ({"j.avif": "AVIF"} if data.features.check("avif")
                                                                       else {})
     for name, kind in kinds.items():
         (tmp_path / name).write_bytes(jpeg((200, 30, 40), kind=kind))
@@ -444,9 +443,9 @@ def test_the_share_of_broken_pictures_counts_over_all_processes(tmp_path, monkey
         for i in range(100 * rank, 100 * rank + 100):
             images.read(i)  # 1 and 2 of 200: neither process alone is over 1 %
     found = [(images.problems, images.rejected) for images in halves]
-    monkeypatch.setattr(photos.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(photos.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(photos.dist, "all_gather_object", lambda out, mine: out.__setitem__(slice(None), found))
+    monkeypatch.setattr(data.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(data.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(data.dist, "all_gather_object", lambda out, mine: out.__setitem__(slice(None), found))
     lines = []
     for images in halves:
         with pytest.raises(ValueError, match="3 of 200 samples are broken, more than 1%.*0003.*0150.*0151") as e:

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 import data
-import photos
 import vision_encoder
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -64,7 +63,7 @@ def test_tar_shard(tmp_path, monkeypatch):
     def opened(content, exif):
         sizes.append(len(content))
         return Image.new("RGB", (9, 9))
-    monkeypatch.setattr(photos, "open_image", opened)
+    monkeypatch.setattr(data, "open_image", opened)
     images.read(0)
     assert sizes == [len(picture(0))]  # the member's bytes only, not the rest of the shard
 

@@ -19,6 +19,7 @@ import checkpoint
 import data
 import shape_world
 import train
+import vision_encoder
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ARCHS = [arch for arch in checkpoint.architectures() if "base" in checkpoint.model_file(arch).RECIPES["tiny"]]
@@ -352,7 +353,7 @@ def test_scrambled_boards_hold_the_same_cells_elsewhere(tmp_path):
     def cells(key):  # (32, 9 cells, D)
         return torch.nn.functional.unfold(model.decode_latents(seen[key]), 16, stride=16).transpose(1, 2)
     full, other = cells("latents"), cells("source_latents")
-    orders = data.random_orders(range(32), 9, data.sample_generator(args.seed, 0, 0, "altered"))
+    orders = vision_encoder.random_orders(range(32), 9, data.sample_generator(args.seed, 0, 0, "altered"))
     assert (other - torch.stack([c[order] for c, order in zip(full, orders)])).abs().mean() < 0.02
     moved = (other - full).abs().mean((1, 2)) > 0.02
     assert moved.sum() > 24  # an order may leave the few objects where they are
