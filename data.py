@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import shape_world
 from checkpoint import HERE, one_line_errors, reason_of
-from vision_encoder import VIEWS, as_rgb, to_float, to_uint8
+from vision_encoder import VIEWS, altered, as_rgb, to_float, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures that people have: single ones, and in folders, tar shards and LLaVA JSON
@@ -84,8 +84,8 @@ def read_part(file, offset, size):
         return f.read(size)
 
 def open_image(source, exif=True):
-    """Path or bytes of a picture -> RGB PIL image by `as_rgb`, the first frame of several; sides over MAX_SIDE are scaled
-    down to it. FileNotFoundError, or ValueError with the reason."""
+    """Path or bytes of a picture -> RGB PIL image by `as_rgb`, the first frame of several, scaled down to sides of at
+    most MAX_SIDE. FileNotFoundError, or ValueError with the reason."""
     name = "picture" if isinstance(source, bytes) else shown(os.fspath(source))
     try:
         if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
@@ -146,9 +146,8 @@ def json_or_text(line):
         return line
 
 def llava_row(row):
-    """-> (path of its picture, ((question, answer), ...)), or ("", why it is left out). KeyError, TypeError,
-    AttributeError or ValueError where it is none. Read are image or images, conversations or messages, from and value
-    or role and content (also as a list of parts)."""
+    """-> (path of its picture, ((question, answer), ...)), or ("", why it is left out). Read are image or
+    images, conversations or messages, from and value or role and content. Any of four errors where it is none."""
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__}, expected an object")
     image, key = row.get("image") or row.get("images"), "messages" if "messages" in row else "conversations"
@@ -392,11 +391,10 @@ class Images:
             self.problems[s.name] = str(e).removeprefix("picture: ")
             self._check()
             return None
-        short, long = sorted(image.size)
-        if short > 8 and long < 10 * short:
+        w, h = image.size
+        if min(w, h) > 8 and max(w, h) < 10 * min(w, h):
             return image
-        size = f"{image.width}x{image.height}"
-        self.rejected[s.name] = f"{size}: a side of 8 pixels or less, or an aspect ratio of 10 or more"
+        self.rejected[s.name] = f"{w}x{h}: a side of 8 pixels or less, or an aspect ratio of 10 or more"
         return None
 
     def read_or_draw(self, i, rng):
@@ -572,27 +570,19 @@ class Batches:
             pixels = self.pixels(name, source, some).to(self.device)
             encodings = self.model.precompute(pixels)
             if name == "altered":
-                encodings |= self.altered(pixels, encodings, some)
+                generator = sample_generator(self.args.seed, 0, 0, "altered")
+                first_full = round(self.args.altered_share * self.size["altered"])  # the pool is in no order
+                encodings |= altered(self.view, self.model, pixels, encodings, some, generator, first_full)
             chunks.append({k: v.cpu() for k, v in encodings.items()})
         self.model.train(was)
         return {k: torch.cat([c[k] for c in chunks]) for k in chunks[0]}
-
-    def altered(self, pixels, encodings, rows):
-        """What the view replaces; the last rows of the pool, which is in no order, keep what they have."""
-        generator = sample_generator(self.args.seed, 0, 0, "altered")
-        out = self.view(self.model, pixels, encodings, rows, generator)
-        full = torch.as_tensor(rows) >= round(self.args.altered_share * self.size["altered"])
-        for k, v in out.items():
-            v[full] = encodings[k.removeprefix("source_")][full]
-        return out
 
     def encode_all(self, name, source):
         """The whole pool: every process encodes its contiguous share, then all share the result. Of people's pictures
         those remain that can be used."""
         n = len(source)
         share = -(-n // self.world)
-        # the last share is filled up, so that all are of one size
-        rows = [min(i, n - 1) for i in range(self.rank * share, (self.rank + 1) * share)]
+        rows = [min(i, n - 1) for i in range(self.rank * share, (self.rank + 1) * share)]  # the last share: filled up
         out = self.encode(name, source, rows, self.rank == 0)
         for k, v in out.items() if self.world > 1 else ():
             parts = [torch.empty_like(v, device=self.device) for _ in range(self.world)]
@@ -713,8 +703,7 @@ class Batches:
         return "not trained on: " + "; ".join(lines) if lines else ""
 
 def prefetch(make, steps, depth=2):
-    """Yields make(step) for each step, made in a thread, `depth` ahead. Order and content depend on the step alone,
-    so nothing is lost or repeated on resume. Close the generator before the program ends."""
+    """Yields make(step) for each step, made in a thread, `depth` ahead. Close the generator before the program ends."""
     pool, ahead = ThreadPoolExecutor(1), deque()
     try:
         for step in steps:
@@ -724,9 +713,6 @@ def prefetch(make, steps, depth=2):
         yield from (made.result() for made in ahead)
     finally:  # a thread that is still inside torch while Python shuts down aborts the process
         pool.shutdown(wait=True, cancel_futures=True)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# python data.py --check
 
 def check(paths, captions=False, image_root=None):
     """Read everything once and print what is there; True if it can be trained on."""

@@ -393,3 +393,11 @@ def orders_up_to(n, places, seed):
     return torch.stack([torch.randperm(places, generator=generator) for _ in range(n)])
 
 VIEWS = {"full": None, "scrambled": scrambled, "shuffled": shuffled}
+
+def altered(view, model, pixels, encodings, rows, generator, first_full):
+    """What the view replaces in the encodings of some rows of a pool; rows from `first_full` on keep what they have."""
+    out = view(model, pixels, encodings, rows, generator)
+    full = torch.as_tensor(rows) >= first_full
+    for k, x in out.items():
+        x[full] = encodings[k.removeprefix("source_")][full]
+    return out
