@@ -204,9 +204,8 @@ def on_white(image):
     return white
 
 def as_rgb(image, exif=True):
-    """Loaded PIL image of any mode -> RGB, transparency on white. exif: turned as EXIF says (False: as it is stored, as
-    in the published pipelines). Gray of 16 bits is scaled to 8: by 16 where no value reaches 4096, as from 12-bit
-    cameras, else by 256."""
+    """PIL image of any mode -> RGB, transparency on white. exif: turned as EXIF says (False: as stored, as published).
+    Gray of 16 bits is scaled to 8: by 16 where no value reaches 4096, as from 12-bit cameras, else by 256."""
     image = upright(image) if exif else image
     if image.mode.startswith("I"):
         gray = np.asarray(image).astype(np.int64)
@@ -370,15 +369,13 @@ def scrambled(model, pixels, encodings, rows, generator):
     cells = F.unfold(pixels, side, stride=side)  # (n, 3 side side, 9)
     order = random_orders(rows, 9, generator)[:, None].to(pixels.device).expand_as(cells)
     other = model.precompute(F.fold(cells.gather(2, order), pixels.shape[-2:], side, stride=side))
-    if "features" in encodings:
-        return {"features": other["features"]}
-    return {"source_latents": other["latents"]}  # the target's own latents stay
+    key, latents = ("features", "features") if "features" in encodings else ("source_latents", "latents")
+    return {key: other[latents]}  # the target's own latents stay
 
 def shuffled(model, pixels, encodings, rows, generator):
     """The understanding features in random order."""
     if "features" not in encodings:
-        raise ValueError("--understanding shuffled: this model's understanding encoder trains along, so there are "
-                         "no features to shuffle before it; take scrambled")
+        raise ValueError("--understanding shuffled: this model's encoder trains along: take scrambled")
     x = encodings["features"]  # (n, tokens, width)
     order = random_orders(rows, x.shape[1], generator).to(x.device)
     return {"features": x.gather(1, order[..., None].expand_as(x))}

@@ -17,9 +17,10 @@ import train
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = ["--arch", "ar", "--stage", "base", "--batch", "8", "--pool", "32", "--eval-n", "0", "--log-every", "1",
          "--steps", "4", "--warmup", "2", "--device", "cpu", "--threads", "1"]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def run(*argv):
-    handlers = {number: signal.getsignal(number) for number in train.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     threads = torch.get_num_threads()
     try:
         return train.main([*argv])
@@ -127,7 +128,7 @@ def test_resuming_puts_the_folder_in_order(tmp_path):
     result = json.load(open(f"{out}/result.json"))
     assert "resumed_by" in result and "command" in result
 
-@pytest.mark.parametrize("number", train.SIGNALS)
+@pytest.mark.parametrize("number", SIGNALS)
 def test_every_signal_saves(number, tmp_path, monkeypatch):
     true = train.learning_rate
 
