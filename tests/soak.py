@@ -2,7 +2,7 @@
 
 A run of the tiny AR model is started or resumed, one of its processes, or the launcher, is killed after a random while;
 after all rounds it runs to its end. Its losses, gradient norms and weights must then be those of a run that was never
-touched. 50 rounds take about a quarter of an hour on two cores. The report is one JSON line for each round.
+touched. 50 rounds take about twenty minutes on two cores. The report is one JSON line for each round.
 """
 import collections
 import json
@@ -19,7 +19,7 @@ from tests.test_runs import SMALL, kill_rounds, launch, rows  # noqa: E402
 def main(rounds=50, seed=0):
     with tempfile.TemporaryDirectory() as folder:
         whole, out = f"{folder}/whole", f"{folder}/killed"
-        common = [*SMALL[:-2], "--steps", str(40 * rounds), "--save-every", "5", "--log-every", "5"]
+        common = [*SMALL[:-2], "--steps", str(20 * rounds), "--save-every", "5", "--log-every", "5"]
         assert launch(2, *common, "--out", whole).wait() == 0
         report = kill_rounds(out, common, rounds, seed)
         for line in report:

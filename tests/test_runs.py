@@ -200,7 +200,7 @@ def kill_rounds(out, common, rounds, seed):
         again = ["--overwrite"] if os.path.exists(os.path.join(out, "log.jsonl")) else []
         job = launch(2, *(["--resume", out] if resumable else [*common, "--out", out, *again]))
         if n == rounds:
-            text = job.communicate(timeout=240)[0]
+            text = job.communicate(timeout=600)[0]
             assert job.returncode == 0, text[-2000:]
             return report
         deadline = time.time() + 60
