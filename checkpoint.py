@@ -94,12 +94,15 @@ def check_ranges(args):
 def check_device(name):
     """Raises ValueError for a --device that this machine or this torch does not have."""
     try:
-        kind = torch.device(name).type
+        device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name}: no such device; cpu, cuda, cuda:1 ...") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: this torch ({torch.__version__}) sees no GPU; give --device cpu, or "
-                         "install a CUDA build")
+        device = torch.device("meta")
+    found = dict(cpu=1, cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available())).get(device.type)
+    if found is None:
+        raise ValueError(f"--device {name}: no such device; cpu, cuda, cuda:1, mps ...")
+    if found <= (device.index or 0):
+        raise ValueError(f"--device {name}: this torch ({torch.__version__}) sees {found} of that kind; give --device "
+                         "cpu, or install a build of torch for it")
 
 def check_memory(device, trained):
     """ValueError where gradients and Adam's two moments of `trained` fp32 parameters do not fit any more."""

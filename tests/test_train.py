@@ -141,6 +141,9 @@ ERRORS = [
     (["--stage", "base", "--mix", "t2i=0.75", "--accum", "8"], r"take a multiple of 32"),
     (["--log-every", "0"], r"--log-every 0: must be from 1"),
     (["--device", "tpu9"], r"--device tpu9: no such device"),
+    (["--device", "meta"], r"--device meta: no such device"),
+    (["--device", "cuda:99"], r"--device cuda:99: this torch \(.*\) sees \d+ of that kind"),
+    (["--device", "mps:3"], r"--device mps:3: this torch \(.*\) sees \d+ of that kind"),
     (["--cfg", "0.5"], r"--cfg 0.5: must be from 1"),
     (["--stage", "tokenizer", "--cfg", "2"], r"--cfg 2: .*a tokenizer has no guidance"),
 ]
