@@ -23,8 +23,12 @@ import time
 import zipfile
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from text_tokenizer import BadFile, check_file, load_tokenizer, origin, read_json, reading
 
@@ -129,7 +133,7 @@ def one_line_errors(main):
             print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     except Exception as e:
-        peer = isinstance(e, torch.distributed.DistError) or (isinstance(e, RuntimeError) and "gloo" in str(e))
+        peer = isinstance(e, dist.DistError) or (isinstance(e, RuntimeError) and "gloo" in str(e))
         known = (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError)
         if os.environ.get("NANORECA_TRACEBACK") or not (peer or isinstance(e, known)):
             raise
@@ -288,38 +292,47 @@ def check_numbers(name, t, what):
                       f", read as {t.dtype}: the run that wrote it diverged, or the file is damaged")
     return t
 
-def load_strict(module, state, what="model"):
-    """Loads `state` into `module`; every key must match in name and shape. Tensors take the dtype (and, unless the
-    module was built on the meta device, the device) of the module. Raises ValueError as check_keys does; nothing is
-    loaded then."""
+def cast(parameters, dtype):
+    for p in parameters:
+        p.data = p.data.to(dtype)
+
+def own_rows(t):
+    """-> what this process holds of a tensor, and which rows of the whole that is."""
+    if not isinstance(t, DTensor):
+        return t, slice(None)
+    shape, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
+    return t.to_local(), slice(offset[0], offset[0] + shape[0])
+
+@torch.no_grad()
+def load_strict(module, state, what="model", device="cpu"):
+    """Copies `state` into `module`; every key must match in name and shape. Tensors take the module's dtype and device;
+    of a module on the meta device, sharded or not, memory on `device` is made first, and each process reads its own
+    rows alone. Buffers that are there already are exact and stay. Raises ValueError as check_keys does, before anything
+    is copied."""
     own = module.state_dict(keep_vars=True)
     check_keys(own, state, what)
-    # on the meta device there is nothing to copy into: the tensors of the file become the parameters
-    state = {k: check_numbers(k, state[k].to(device=None if t.is_meta else t.device, dtype=t.dtype), what)
-             for k, t in own.items()}
-    module.load_state_dict(state, strict=True, assign=any(t.is_meta for t in own.values()))
-    left = [k for k, b in module.named_buffers() if b.is_meta]
-    if left:
+    empty = {name for name, t in own.items() if t.device.type == "meta"}
+    if empty:
+        make_empty(module, device)
+        own = {name: t for name, t in module.state_dict(keep_vars=True).items() if name in empty}
+    for name, t in own.items():
+        mine, rows = own_rows(t)
+        mine.copy_(state[name][rows] if t.ndim else state[name])
+        check_numbers(name, mine, what)
+    if left := [k for k, b in module.named_buffers() if b.is_meta]:
         raise ValueError(f"{what}: buffers {left[:5]} are in no checkpoint: compute them after loading")
 
-def stream(module, path, names, device, dtype):
-    """Fills a module on the meta device from a .safetensors file, tensor by tensor, so that no second copy is ever
-    held. names: the keys that it must have. Raises FileNotFoundError, and ValueError as check_keys does."""
-    own = module.state_dict()
-    path = os.fspath(path)
-    check_weight_file(path)
-    kinds = {"F": torch.float32, "C": torch.complex64}  # BF16, F8_E4M3 and so on are floats
-    with read_safetensors(path), safe_open(path, framework="pt", device=str(device)) as f:
-        slices = {k: f.get_slice(k) for k in f.keys()}
-        found = {k: torch.empty(s.get_shape(), dtype=kinds.get(s.get_dtype().removeprefix("B")[0], torch.int64),
-                                device="meta") for k, s in slices.items()}
-        check_keys({k: own[k] for k in names}, found, path)
-        for name in names:
-            owner, _, last = name.rpartition(".")
-            owner, value = module.get_submodule(owner), check_numbers(name, f.get_tensor(name).to(dtype), path)
-            if last in owner._parameters:
-                value = torch.nn.Parameter(value, owner._parameters[last].requires_grad)
-            setattr(owner, last, value)
+def make_empty(module, device):
+    """Memory for a module on the meta device. Buffers with numbers in them, and which names share a parameter, stay."""
+    exact, names = {name: b for name, b in module.named_buffers() if not b.is_meta}, {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
+    module.to_empty(device=device)
+    for first, *others in names.values():
+        for owner, _, last in (name.rpartition(".") for name in others):
+            setattr(module.get_submodule(owner), last, module.get_parameter(first))
+    for name, buffer in exact.items():
+        module.get_buffer(name).copy_(buffer)
 
 def write_safetensors(path, state, metadata=None):
     """Writes {name: tensor} atomically, tied or overlapping tensors once per name. metadata: {string: string}."""
@@ -364,7 +377,8 @@ def check_state(state, path):
         return isinstance(value, dict) and all(isinstance(v, torch.Tensor) for v in value.values())
     get = state.get if isinstance(state, dict) else {}.get
     fits = {"step": type(get("step")) is int and get("step") >= 0, "args": isinstance(get("args"), dict),
-            "model": tensors(get("model")), "optimizers": dicts(get("optimizers"), "state", "param_groups"),
+            "model": tensors(get("model")) or isinstance(get("shards"), str), "config": isinstance(get("config"), dict),
+            "optimizers": dicts(get("optimizers"), "state", "param_groups"),
             "ema": get("ema") is None or tensors(get("ema")), "history": dicts(get("history"), "step")}
     if not all(fits.values()):
         wrong = ", ".join(name for name in fits if not fits[name])
@@ -451,13 +465,6 @@ def check_vocabulary(config, tokenizer, what):
         raise BadFile(f"{what}: the text tokenizer has {tokenizer.vocab_size:,} ids, the model's vocabulary {size:,}: "
                       "give --text-tokenizer the one that it was trained with")
 
-def whole_numbers(value):
-    """All whole numbers in nested dicts and tuples, in order."""
-    if isinstance(value, (dict, tuple)):
-        parts = value.values() if isinstance(value, dict) else value
-        return [n for part in parts for n in whole_numbers(part)]
-    return [value] if isinstance(value, int) else []
-
 def save_model(model, folder, arch, **extra):
     """Writes folder/model.safetensors and folder/config.json. extra: what else config.json is to hold."""
     os.makedirs(folder, exist_ok=True)
@@ -479,9 +486,10 @@ def read_config(folder):
     return meta
 
 def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer=None, device="cpu", dtype=None,
-               vision_ckpt=None):
+               vision_ckpt=None, prepare=None):
     """The model of `arch`, in eval mode, from one of our folders or, with `config` = a published size, from the
-    original files. Raises FileNotFoundError and ValueError with a message for the user."""
+    original files. prepare: called with the model while it has no memory, see train.place. Raises FileNotFoundError and
+    ValueError with a message for the user."""
     check_device(device)
     module, ckpt = model_file(arch), ckpt or default_weights(arch)
     if config is None or config == "tiny":
@@ -489,16 +497,8 @@ def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer
         fields = {f.name for f in dataclasses.fields(module.CONFIGS["tiny"])}
         if meta["arch"] != arch and not set(meta["config"]) <= fields:  # a copied model file may load the original's
             raise ValueError(f"{ckpt} holds a model of --arch {meta['arch']}, but --arch {arch} was asked for")
-        tiny, tokenizer = module.CONFIGS["tiny"], load_tokenizer(text_tokenizer or meta.get("text_tokenizer", "tiny"))
-        settings, state = from_dict(type(tiny), meta["config"], os.path.join(ckpt, "config.json")), read_weights(ckpt)
-        check_vocabulary(settings, tokenizer, ckpt)
-        with reading(ckpt, "no model can be built from its config.json"):
-            if whole_numbers(dataclasses.asdict(settings)) != whole_numbers(dataclasses.asdict(tiny)):
-                with torch.device("meta"):  # another size: nothing is allocated before it fits the weights
-                    check_keys(module.Model(settings, tokenizer).state_dict(), state, ckpt)
-            model = module.Model(settings, tokenizer)
-        load_strict(model, state, ckpt)
-        return model.to(device=device, dtype=dtype).eval()
+        tokenizer = load_tokenizer(text_tokenizer or meta.get("text_tokenizer", "tiny"))
+        return from_parts(arch, meta["config"], tokenizer, read_weights(ckpt), ckpt, device, dtype, prepare)
     if config not in module.CONFIGS:
         raise ValueError(f"--config {config}: --arch {arch} knows {', '.join(module.CONFIGS)}")
     if not text_tokenizer:
@@ -507,7 +507,22 @@ def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer
     tokenizer = load_tokenizer(text_tokenizer)
     check_vocabulary(module.CONFIGS[config], tokenizer, text_tokenizer)
     return module.Model.load_published(ckpt, config=config, tokenizer_path=tokenizer_ckpt, vision_path=vision_ckpt,
-                                       tokenizer=tokenizer, device=device, dtype=dtype)
+                                       tokenizer=tokenizer, device=device, dtype=dtype, prepare=prepare)
+
+def from_parts(arch, config, tokenizer, state, ckpt, device="cpu", dtype=None, prepare=None):
+    """A model in eval mode from its config (a dictionary) and its weights `state`; None: they will come in later."""
+    module = model_file(arch)
+    settings = from_dict(type(module.CONFIGS["tiny"]), config, os.path.join(ckpt, "config.json"))
+    check_vocabulary(settings, tokenizer, ckpt)
+    with reading(ckpt, "no model can be built from its config.json"), torch.device("meta"):
+        model = module.Model(settings, tokenizer).to(dtype)
+    if prepare:
+        prepare(model)
+    if state is None:
+        make_empty(model, device)
+    else:
+        load_strict(model, state, ckpt, device)
+    return model.eval()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # run state
@@ -578,7 +593,7 @@ def claim(args, rank, world):
         except (ValueError, OSError) as e:
             said[0] = e
     if world > 1:
-        torch.distributed.broadcast_object_list(said)
+        dist.broadcast_object_list(said)
     if isinstance(said[0], Exception):
         raise said[0]
     args.out = said[0]
@@ -650,19 +665,51 @@ def check_finite(named, folder):
                          "--lr")
 
 def save_state(run, step):
-    """checkpoint.pt of a run, for --resume: each step seeds itself, so the position is the step alone. Raises
+    """checkpoint.pt of a run, for --resume: each step seeds itself, so the position is the step alone. A sharded run
+    writes its tensors beside it, while the next steps run, and `settle` makes them the ones that count. Raises
     ValueError for weights that are not finite or a full disk, OSError where writing fails."""
-    folder, optimizers = run.args.out, [optimizer.state_dict() for optimizer in run.optimizers]
+    folder = run.args.out
     check_finite([*run.named, *(run.ema or {}).items()], folder)
-    state = dict(step=step, args=vars(run.args), command=run.about["command"], model=run.model.state_dict(),
-                 optimizers=optimizers, ema=run.ema, history=run.history)
+    config = json.loads(json.dumps(dataclasses.asdict(run.model.config)))
+    state = dict(step=step, args=vars(run.args), command=run.about["command"], config=config, history=run.history)
     check_disk(folder, run.checkpoint_size)
+    if not run.sharded:
+        optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
+        write_state(folder, dict(state, model=run.model.state_dict(), optimizers=optimizers, ema=run.ema))
+        return
+    settle(run)
+    shards = f"shards-{step}"
+    saving = dcp.async_save(all_tensors(run), checkpoint_id=os.path.join(folder, shards), process_group=run.side_group)
+    run.saving = saving, dict(state, shards=shards, optimizers=[], ema=None)
+
+def write_state(folder, state):
     path = os.path.join(folder, "checkpoint.pt")
 
     def write(temporary):
         torch.save(state, temporary)
         write_checksum(temporary, path)
     atomic(path, write)
+
+def settle(run):
+    """Waits until the shards that are being written are on all disks; then checkpoint.pt points to them."""
+    if run.saving is None:
+        return
+    (saving, state), run.saving, folder = run.saving, None, run.args.out
+    saving.result()
+    dist.barrier()
+    if run.rank == 0:
+        write_state(folder, state)
+        for name in os.listdir(folder):
+            if name.startswith("shards-") and name != state["shards"]:
+                shutil.rmtree(os.path.join(folder, name))
+
+def all_tensors(run):
+    """{name: tensor} of what a step changes or reads: weights, AdamW's state, averages; of each process its rows."""
+    out = {f"model.{name}": t for name, t in run.model.state_dict().items()}
+    out |= {f"ema.{name}": t for name, t in (run.ema or {}).items()}
+    for name, p in run.named:
+        out |= {f"adamw.{name}.{key}": t for key, t in run.optimizers[0].state.get(p, {}).items()}
+    return out
 
 def read_checkpoint(folder):
     path = os.path.join(folder, "checkpoint.pt")
@@ -679,16 +726,46 @@ def read_checkpoint(folder):
     return state
 
 def load_state(run, state):
-    """Optimizers, averages and history of a stored run; settings that are typed now win over the stored ones."""
-    for optimizer, saved in zip(run.optimizers, state["optimizers"]):
-        typed = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        optimizer.load_state_dict(saved)
-        for group, settings in zip(optimizer.param_groups, typed):
-            group.update(settings)
+    """Optimizers, averages and history of a stored run, of a sharded one the weights, too; settings that are typed now
+    win over the stored ones."""
+    if "shards" in state:
+        load_shards(run, os.path.join(run.args.resume, state["shards"]))
+    elif run.sharded:
+        load_rows(run.optimizers[0], state["optimizers"][0])
+    else:
+        for optimizer, saved in zip(run.optimizers, state["optimizers"]):
+            typed = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            optimizer.load_state_dict(saved)
+            for group, settings in zip(optimizer.param_groups, typed):
+                group.update(settings)
     if run.ema and state["ema"]:
         for name, value in state["ema"].items():
-            run.ema[name].copy_(value)
+            mine, rows = own_rows(run.ema[name])
+            mine.copy_(value[rows])
     run.start, run.history = state["step"], state["history"]
+
+def load_rows(optimizer, saved):
+    """AdamW's state of a run in one piece, of which a sharded run takes its rows."""
+    numbers = [i for group in saved["param_groups"] for i in group["params"]]
+    for i, p in zip(numbers, [p for group in optimizer.param_groups for p in group["params"]]):
+        for key, value in saved["state"].get(i, {}).items():
+            t = optimizer.state[p][key] = torch.zeros_like(p) if value.shape == p.shape else value
+            mine, rows = own_rows(t)
+            mine.copy_(value[rows] if value.ndim else value)
+
+def load_shards(run, path):
+    """What `all_tensors` wrote, for as many processes as there are now, also for one."""
+    optimizer = run.optimizers[0]
+    with reading(path, "not a whole sharded checkpoint"):
+        stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        for name, p in run.named:
+            if f"adamw.{name}.step" in stored:  # those that have had a gradient
+                step = torch.zeros((), device=p.device if optimizer.param_groups[0]["fused"] else "cpu")
+                optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        wanted = all_tensors(run)
+        if lacks := [name for name in wanted if name not in stored and not name.startswith("ema.")]:
+            raise BadFile(f"{path}: lacks {len(lacks)} of {len(wanted)} tensors, first {lacks[0]}: of another model")
+        dcp.load({name: t for name, t in wanted.items() if name in stored}, checkpoint_id=path)
 
 class Interrupted(Exception):
     """A signal came while the model was judged."""

@@ -685,7 +685,7 @@ class ShowO(nn.Module):
 
     @classmethod
     def load_published(cls, path, config="show-o-clip-512", tokenizer_path=None, vision_path=None, tokenizer=None,
-                       device="cpu", dtype=None):
+                       device="cpu", dtype=None, prepare=None):
         """Show-o or Show-o-RecA, with magvitv2 (tokenizer_path) and, for show-o-clip-*, clip-vit-large-patch14-336
         (vision_path) -> model in eval mode. Raises FileNotFoundError, and ValueError with the keys that do not fit."""
         c = CONFIGS[config] if isinstance(config, str) else config
@@ -698,8 +698,10 @@ class ShowO(nn.Module):
         with torch.device("meta"):
             model = cls(c, tokenizer).to(dtype or torch.float32)
         model.vq.float()  # a code is made of signs: rounding would flip some
-        load_strict(model, state, " + ".join(str(p) for p in (path, tokenizer_path, vision_path) if p))
-        return model.to(device).eval()
+        if prepare:
+            prepare(model)
+        load_strict(model, state, " + ".join(str(p) for p in (path, tokenizer_path, vision_path) if p), device)
+        return model.eval()
 
     # ---- base training from nothing
 

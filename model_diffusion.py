@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import vision_encoder as vision
-from checkpoint import stream
+from checkpoint import cast, load_strict, read_weights
 from custom_kernels import attention, attention_plan, flow_loss_rows, linear_cross_entropy, rms_norm
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig
 
@@ -698,7 +698,7 @@ class Bagel(nn.Module):
 
     @classmethod
     def load_published(cls, path, config="bagel-7b-mot", tokenizer_path=None, vision_path=None, tokenizer=None,
-                       device="cpu", dtype=None):
+                       device="cpu", dtype=None, prepare=None):
         """path: ema.safetensors (BAGEL-7B-MoT), model_bf16.safetensors (BAGEL-RecA) or the folder of one of them;
         tokenizer_path: ae.safetensors (None: the one beside it) -> model in eval mode, in `dtype` (None: float32; the
         autoencoder always). Raises FileNotFoundError, and ValueError with the keys that do not fit."""
@@ -711,12 +711,13 @@ class Bagel(nn.Module):
             path = os.path.join(path, *files)
         with torch.device("meta"):
             model = cls(CONFIGS[config] if isinstance(config, str) else config, tokenizer)
-        tables = model.latent_pos_embed.pos_embed, model.vit_pos_embed.pos_embed  # exact; the file has them rounded
-        names = [name for name in model.state_dict() if not name.startswith("vae.")]
-        stream(model, path, names, device, dtype or torch.float32)
+        cast(model.parameters(), dtype or torch.float32)  # not the two tables, which are exact; the file rounded them
+        model.vae.float()
+        if prepare:
+            prepare(model)
         tokenizer_path = tokenizer_path or os.path.join(os.path.dirname(path), "ae.safetensors")
-        stream(model.vae, tokenizer_path, list(model.vae.state_dict()), device, torch.float32)
-        model.latent_pos_embed.pos_embed, model.vit_pos_embed.pos_embed = (table.to(device) for table in tables)
+        state = read_weights(path) | {f"vae.{name}": t for name, t in read_weights(tokenizer_path).items()}
+        load_strict(model, state, f"{path} + {tokenizer_path}", device)
         return model.eval()
 
     # ---- base training from nothing

@@ -697,13 +697,13 @@ class Harmon(nn.Module):
 
     @classmethod
     def load_published(cls, path, config="harmon-0.5b", tokenizer_path=None, vision_path=None, tokenizer=None,
-                       device="cpu", dtype=None):
+                       device="cpu", dtype=None, prepare=None):
         """path: harmon_*.pth, with tokenizer_path: kl16.ckpt; or a checkpoint that has the VAE under `vae.` -> model in
         eval mode, in `dtype` (None: float32; the VAE always). FileNotFoundError, or ValueError if keys do not fit."""
         if vision_path:
             raise ValueError(f"{vision_path}: Harmon understands with its MAR encoder and takes no vision file")
-        state = read_weights(path, device)
-        for name, tensor in read_weights(tokenizer_path, device).items() if tokenizer_path else ():
+        state = read_weights(path)
+        for name, tensor in read_weights(tokenizer_path).items() if tokenizer_path else ():
             if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")):  # not its training loss
                 state[f"vae.{name}"] = tensor
         for prefix, hint in ("llm.", "not a Harmon checkpoint"), ("vae.", "give kl16.ckpt with --tokenizer-ckpt"):
@@ -714,8 +714,9 @@ class Harmon(nn.Module):
         with torch.device("meta"):
             model = cls(CONFIGS[config] if isinstance(config, str) else config, tokenizer).to(dtype or torch.float32)
         model.vae.float()
-        load_strict(model, state, f"{path} + {tokenizer_path}" if tokenizer_path else str(path))
-        model.llm.lm_head.weight = model.llm.model.embed_tokens.weight
+        if prepare:
+            prepare(model)
+        load_strict(model, state, f"{path} + {tokenizer_path}" if tokenizer_path else str(path), device)
         return model.eval()
 
     # ---- base training from nothing

@@ -33,11 +33,15 @@ import math
 import os
 import signal
 import time
+import warnings
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns that it need not have looked for unused parameters
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint as recomputed
 
@@ -48,6 +52,8 @@ import image_tokenizer
 import sample
 import shape_world
 from custom_kernels import Muon, peak_flops, step_if
+
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # no block writes into what another returned
 
 ALIGN_WEIGHT = 0.25  # a contrast over a batch of 48 starts at log 48, several times the other losses, far from 0
 
@@ -84,6 +90,7 @@ def parser():
     add("--seed", type=int, default=0)
     add = p.add_argument_group("machine and output").add_argument
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of products; auto: bf16 where a GPU has it")
+    add("--shard", action="store_true", help="weights and optimizer state in shares over all processes (FSDP2): AdamW")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="auto: published sizes on GPUs")
     add("--checkpoint", choices=("none", "full"), default="none", help="full: recompute activations: slower, smaller")
     add("--cache-gb", type=float, default=8.0, help="host memory for a pool's encodings; larger ones are not kept")
@@ -108,6 +115,9 @@ def parse_args(argv=None):
         if getattr(args, name) != state["args"][name]:
             raise ValueError(f"--resume {args.resume}: that is a run of --{name} {state['args'][name]}, not "
                              f"{getattr(args, name)}; give it to a new run as --ckpt {args.resume}")
+    if args.shard and first.muon_lr:
+        raise ValueError(f"--shard with --muon-lr {first.muon_lr:g}: Muon needs whole matrices: leave one of them out")
+    args.muon_lr *= not args.shard  # a recipe's Muon gives way to AdamW
     args.betas, args.mix = tuple(args.betas), data.read_mix(args.mix)
     args.mix = {part: share for part, share in args.mix.items() if loss_weight(args, part) > 0}
     args.out, args.overwrite = first.out or first.resume, first.overwrite
@@ -150,6 +160,8 @@ def check_args(args, world):
     checkpoint.check_device(args.device)
     if args.cfg is not None and args.stage == "tokenizer":
         raise ValueError(f"--cfg {args.cfg:g}: a tokenizer has no guidance")
+    if args.shard and args.stage == "tokenizer":
+        raise ValueError("--shard: a tokenizer is too small to be sharded: leave it out")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the machine, the model, the optimizers, one step
@@ -168,29 +180,58 @@ def setup(args):
         torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // here))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         checkpoint.end_with_launcher()
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if world > 1:  # a sharded checkpoint is written by gloo, while NCCL goes on
+        backend = "cpu:gloo,cuda:nccl" if args.shard else "nccl"
+        dist.init_process_group(backend if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
     return rank, world, device
 
-def build(args):
-    """The model of this run with the weights it starts from."""
+def build(args, state=None, prepare=None):
+    """The model of this run with the weights it starts from, or of a resumed run's state. prepare: see `place`."""
     file = checkpoint.model_file(args.arch)
     tokenizer = file.Model.image_tokenizer  # the frozen autoencoder's name, in the model and in its config
     if args.stage == "tokenizer":
         name = image_tokenizer.tiny_name(getattr(file.CONFIGS["tiny"], tokenizer))
-        return image_tokenizer.TokenizerStage(name, args.ckpt)
+        model = image_tokenizer.TokenizerStage(name, args.ckpt)
+        if state is not None:
+            checkpoint.load_strict(model, state["model"], args.resume)
+        return model.to(args.device)
+    if state is not None:
+        text_tokenizer = checkpoint.load_tokenizer(args.text_tokenizer or "tiny")
+        return checkpoint.from_parts(args.arch, state["config"], text_tokenizer, state.get("model"), args.resume,
+                                     args.device, prepare=prepare)
     if args.stage == "base" and not args.ckpt:
         config, text_tokenizer = file.CONFIGS[args.config], checkpoint.load_tokenizer(args.text_tokenizer or "tiny")
         config, weights = image_tokenizer.trained(config, tokenizer, args.tokenizer_ckpt)
         model = file.Model(config, text_tokenizer)
         checkpoint.load_strict(getattr(model, tokenizer), weights, "the image tokenizer")
+        model.to(args.device)
+        if prepare:
+            prepare(model)
     else:
         ckpt = args.ckpt or checkpoint.default_weights(args.arch, "base")
         model = checkpoint.load_model(args.arch, ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer,
-                                      vision_ckpt=args.vision_ckpt)
+                                      args.device, vision_ckpt=args.vision_ckpt, prepare=prepare)
     model.config.cfg = args.cfg or model.config.cfg
     return model
+
+def place(model, args, dtype, sharded):
+    """What has to be known of a model before memory is given to it: what trains, in fp32; what is frozen, in bf16 where
+    products are; and with --shard which rows of each block this process holds (FSDP2; in nodes, copies between)."""
+    model.trainable_parameters(args.stage)
+    apart = set(getattr(model, model.image_tokenizer).parameters())  # stays in fp32, and whole: it is small
+    if dtype == torch.bfloat16 and args.config != "tiny":
+        checkpoint.cast((p for p in model.parameters() if not p.requires_grad and p not in apart), dtype)
+    if not sharded:
+        return
+    world, here = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    mesh = init_device_mesh(torch.device(args.device).type, (world // here, here) if world > here else (world,))
+    how = MixedPrecisionPolicy(dtype if dtype != torch.float32 else None, torch.float32, cast_forward_inputs=False)
+    for block in model.blocks():
+        fully_shard(block, mesh=mesh, mp_policy=how)
+    fully_shard(model, mesh=mesh, mp_policy=how, ignored_params=apart)
+    for name in ("precompute", "generate", "reconstruct", "edit", "answer"):
+        register_fsdp_forward_method(model, name)
 
 def make_optimizers(args, model, named):
     """[AdamW], or with --muon-lr [AdamW, Muon]: Muon takes the 2-D weights of numbered modules (blocks, projectors),
@@ -217,14 +258,17 @@ class Run:
     """What a run holds. model: as it is saved; forward: as it is called, wrapped for several processes and compiled."""
 
     def __init__(self, args, state):
-        self.args, self.history, self.start, self.ema, self.judging = args, [], 0, None, False
+        self.args, self.history, self.start, self.ema, self.judging, self.saving = args, [], 0, None, False, None
         self.rank, self.world, self.device = setup(args)
+        self.sharded = args.shard and self.world > 1
+        self.side_group = dist.new_group(backend="gloo") if self.sharded else None
+        cuda = self.device.type == "cuda"
+        bf16 = args.dtype == "bf16" or (args.dtype == "auto" and cuda and torch.cuda.is_bf16_supported())
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.lock = checkpoint.claim(args, self.rank, self.world)
         self.about = checkpoint.describe(args, state)  # now: the commit may be another one when the run ends
-        self.model = build(args)
-        if state is not None:
-            checkpoint.load_strict(self.model, state["model"], args.resume)
-        self.model.to(self.device)
+        prepare = functools.partial(place, args=args, dtype=self.dtype, sharded=self.sharded)
+        self.model = build(args, state, prepare)
         self.named = self.model.trainable_parameters(args.stage)
         checkpoint.check_room(self)  # before anything is encoded
         self.weights = {part: loss_weight(args, part) for part in args.mix}
@@ -246,9 +290,7 @@ class Run:
         args, cuda, forward = self.args, self.device.type == "cuda", self.model
         for block in self.model.blocks() if args.checkpoint == "full" else ():
             block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
-        bf16 = args.dtype == "bf16" or (args.dtype == "auto" and cuda and torch.cuda.is_bf16_supported())
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
-        if self.world > 1:
+        if self.world > 1 and not self.sharded:
             forward = DDP(forward, device_ids=[self.device] if cuda else None, find_unused_parameters=True)
         if args.compile == "on" or (args.compile == "auto" and cuda and args.config != "tiny"):  # tiny runs are short
             torch._dynamo.config.suppress_errors = args.compile == "auto"  # then a failing compiler costs speed alone
@@ -264,7 +306,7 @@ def train_step(run, step, micro_batches):
     counts = global_counts(run, micro_batches)
     for micro, batch in enumerate(micro_batches):
         batch = run.batches.to_device(batch, counts)
-        alone = micro < M - 1 and run.world > 1  # gradients are exchanged in the last micro-batch only
+        alone = micro < M - 1 and isinstance(run.forward, DDP)  # gradients are exchanged in the last micro-batch only
         with (run.forward.no_sync() if alone else contextlib.nullcontext(),
               torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32)):
             losses = run.forward(batch)
@@ -273,6 +315,7 @@ def train_step(run, step, micro_batches):
         for part in parts:
             totals[part] += losses[part].detach() / M
     norm = torch.nn.utils.clip_grad_norm_([p for _, p in run.named], args.clip if args.clip > 0 else math.inf)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     apply(run, step, torch.isfinite(norm))
     return totals, norm
 
@@ -287,7 +330,7 @@ def apply(run, step, good):
             group["lr"] = learning_rate(run.args, step, peak)
         step_if(optimizer, good)
     for average, (_, p) in zip((run.ema or {}).values(), run.named):
-        average.lerp_(p.detach(), (1 - run.args.ema) * good)
+        checkpoint.own_rows(average)[0].lerp_(checkpoint.own_rows(p.detach())[0], (1 - run.args.ema) * good)
 
 def global_counts(run, micro_batches):
     """{part: what its loss is divided by}: the targets of the whole step, in all processes and micro-batches, over the
@@ -327,11 +370,12 @@ def report_step(run, done, totals, norm, seconds):
                      f"{r['images_per_s']:.0f} img/s{mfu} ETA {eta // 60}:{eta % 60:02d}")
 
 def scores(run, step, title):
-    """Judges the model on the first process, says and logs it -> scores, or None where there is nothing to judge."""
+    """Judges the model on the first process, or a sharded one on all together, says and logs it -> scores, or None
+    where there is nothing to judge."""
     args = run.args
-    if not args.eval_n or args.config != "tiny" or run.rank > 0:
+    if not args.eval_n or args.config != "tiny" or (run.rank > 0 and not run.sharded):
         return None
-    with checkpoint.averaged(run, may_end=True):
+    with checkpoint.averaged(run, may_end=not run.sharded):
         s = evaluate.score_all(run.model, args.eval_n, seed=0, split=args.eval_split,
                                questions=min(400, args.eval_n + 100), editing="edit" in run.weights)
     run.log.write(dict(step=step, scores=s), title + evaluate.report(s))
@@ -366,18 +410,23 @@ def stops(run, done, signals):
     return bool(flag)
 
 def finish(run, before, sheet, started):
-    """The end of a whole run, on the first process: scores, weights, result.json, pictures."""
+    """The end of a whole run, on the first process or all of a sharded one: scores, weights, result.json, pictures."""
     args = run.args
     if args.stage == "tokenizer":
         run.model.finish(data.to_float(shape_world.Scenes(4096, seed=args.seed).render(), run.device))
-    after = scores(run, args.steps, "after:  ")
-    save_weights(run, step=args.steps, scores_before=before, scores_after=after)
+    after, drawn = scores(run, args.steps, "after:  "), pictures(run)
+    if run.rank > 0:
+        return
+    if run.sharded:
+        run.log.say(f"the weights are in shares: python train.py --export {args.out} FOLDER joins them")
+    else:
+        save_weights(run, step=args.steps, scores_before=before, scores_after=after)
     curve = [(r["step"], r["scores"]) for r in run.history if "scores" in r]
     result = dict(run.about, seconds=time.time() - started, curve=curve, scores=after)
     checkpoint.write_text(os.path.join(args.out, "result.json"), json.dumps(result, indent=1, default=str))
     if before and after:
         run.log.say(evaluate.report_change(before, after))
-    sample.save_png(sample.before_after(sheet, pictures(run)), os.path.join(args.out, "before_after.png"))
+    sample.save_png(sample.before_after(sheet, drawn), os.path.join(args.out, "before_after.png"))
     run.log.say(f"run folder: {args.out} ({', '.join(sorted(os.listdir(args.out)))})")
 
 def main(argv=None):
@@ -389,7 +438,7 @@ def main(argv=None):
     before, sheet = next((r["scores"] for r in run.history if r["step"] == 0), None), None
     if run.start:
         run.log.say(f"resumed {args.out} at step {run.start}")
-    elif run.rank == 0:
+    elif run.rank == 0 or run.sharded:
         before = scores(run, 0, "before: ") if args.ckpt or args.stage in ("sft", "reca") else None
         sheet = pictures(run)
 
@@ -399,9 +448,10 @@ def main(argv=None):
             raise checkpoint.Interrupted
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     done = train(run, signals)
+    checkpoint.settle(run)
     for number, handler in handlers.items():
         signal.signal(number, handler)  # the last checkpoint is written: from now on a signal simply ends the program
-    if done == args.steps and run.rank == 0:
+    if done == args.steps and (run.rank == 0 or run.sharded):
         finish(run, before, sheet, started)
     elif done < args.steps:
         why = [signal.Signals(number).name for number in signals] or ["--stop-after"]
@@ -430,9 +480,9 @@ def train(run, signals):
             clock, since = time.time(), done
         halt = stops(run, done, signals)
         saves = halt or done == args.steps or (args.save_every and done % args.save_every == 0)
-        if saves and run.rank == 0:
+        if saves and (run.rank == 0 or run.sharded):
             checkpoint.save_state(run, done)
-            if not halt:
+            if not halt and not run.sharded:
                 save_weights(run, step=done)
         if halt:
             break
