@@ -84,14 +84,21 @@ CONFIGS = {
         max_dialogue=56, max_request=32, pad_multiple=4, cfg=2.0, mask_steps=6, reca_steps=6),
     "show-o-256": ShowOConfig(w_clip_vit=False, system_prompt="", max_request=384),
     "show-o-512": ShowOConfig(w_clip_vit=False, system_prompt="", max_request=384, image_size=512, reca_steps=20),
+    "show-o-512-blur8": ShowOConfig(w_clip_vit=False, system_prompt="", max_request=384, image_size=512, reca_steps=20,
+                                    reca_down_scale=8, reca_resize_back=True),  # show-o-512's files, another bottleneck
     "show-o-clip-256": ShowOConfig(max_dialogue=228),
     "show-o-clip-512": ShowOConfig(max_dialogue=996, image_size=512),
 }
 
-# Flags of train.py. Published: image-to-text keeps the shared backbone understanding. The rate is constant, as the
-# release spreads its cosine over a million steps. The batch is ours: the release fixes no number of GPUs.
-PUBLISHED = dict(lr=5e-7, betas=(0.9, 0.999), weight_decay=0.01, clip=0.0, warmup=1000, warmup_from=0, drop=0.0,
-                 schedule="constant", steps=5000, batch=16)
+# Flags of train.py. Published: image-to-text keeps the shared backbone understanding. One GPU; a micro-batch is 4 or 2
+# pictures to reconstruct, as many with questions, and 1 caption. For show-o-256 nothing is published: it is as 512.
+# The authors count optimizer steps, of `accum` micro-batches: 5,000 of a cosine over `horizon`, warm-up included.
+PUBLISHED = dict(lr=5e-7, betas=(0.9, 0.999), weight_decay=0.01, clip=0.0, warmup=1000, warmup_from=0, steps=5000)
+PUBLISHED = {"show-o-256": dict(PUBLISHED, batch=40, accum=20, horizon=10 ** 6),
+             "show-o-512": dict(PUBLISHED, batch=40, accum=20, horizon=10 ** 6),
+             "show-o-512-blur8": dict(PUBLISHED, batch=10, accum=5, horizon=10 ** 6),
+             "show-o-clip-256": dict(PUBLISHED, batch=20, accum=5, horizon=10 ** 4),
+             "show-o-clip-512": dict(PUBLISHED, batch=10, accum=5, horizon=10 ** 6)}
 RECIPES = {
     "tiny": {
         # Muon, because AdamW alone needs twice the samples. `align` and strong decay together cost it drawing: neither.
@@ -104,9 +111,8 @@ RECIPES = {
         "plain": dict(lr=2e-4, steps=300, batch=96, t2i_weight=0.0,  # a user's pictures, without captions
                       mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}),
     },
-    **dict.fromkeys(("show-o-256", "show-o-512", "show-o-clip-256", "show-o-clip-512"), {
-        "reca": dict(PUBLISHED, t2i_weight=0.0, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}),
-        "sft": dict(PUBLISHED, mix={"t2i": 1.0, "i2t": 1.0})}),
+    **{size: {"reca": dict(p, drop=0.0, t2i_weight=0.0, mix={"recon": 1.0, "i2t": 1.0, "t2i": p["accum"] / p["batch"]}),
+              "sft": dict(p, mix={"t2i": 1.0, "i2t": 1.0})} for size, p in PUBLISHED.items()},
 }
 
 # ---------------------------------------------------------------------------------------------------------------------

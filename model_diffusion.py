@@ -83,10 +83,11 @@ CONFIGS = {
 }
 
 # Keys are train.py's flags; a missing key has the flag's default. After the base stage the understanding expert is
-# frozen, so image-to-text data would teach nothing: i2t_weight 0. The release's own command stops at step 1000, inside
-# the warm-up, whose first step has rate 0. It fixes no number of GPUs: the batch is ours.
+# frozen, so image-to-text data would teach nothing: i2t_weight 0. Published: 8 pictures on each of 8 GPUs, no
+# accumulation (on 6 GPUs: --batch 48); the release's command averages (0.9999), its authors say that they did not.
+# They count optimizer steps: 1,000, all inside the warm-up of the release's command, whose first step has rate 0.
 PUBLISHED = dict(lr=4e-5, eps=1e-15, weight_decay=0.0, warmup=1000, warmup_from=0, schedule="constant", steps=1000,
-                 batch=48, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=0.0, t2i_weight=0.0)
+                 batch=64, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=0.0, t2i_weight=0.0)
 # After the base stage of the tiny model. The captions are poor, as the web's are: RecA has most to give there.
 TINY = dict(lr=2e-4, muon_lr=0.005, steps=400, batch=96, i2t_weight=0.0, sparse_captions=0.6, wrong_captions=0.4)
 RECIPES = {
