@@ -14,6 +14,7 @@ text on the left or in the middle: those pads are dropped, but positions count t
 
 Shapes: B rows, T text ids with pads, N codes of the target picture, A slots of the picture that is understood, D width.
 """
+import json
 import math
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import vision_encoder as vision
-from checkpoint import load_strict, read_weights
+from checkpoint import atomic, load_strict, read_weights, write_text
 from custom_kernels import attention, attention_plan, linear_cross_entropy
 from image_tokenizer import TOKENIZERS, LFQConfig, LFQTokenizer
 
@@ -706,6 +707,21 @@ class ShowO(nn.Module):
         model.vq.float()  # a code is made of signs: rounding would flip some
         load_strict(model, state, " + ".join(str(p) for p in (path, tokenizer_path, vision_path) if p))
         return model.to(device).eval()
+
+    def published_state(self):
+        """{name: tensor} as the published file has it, float32 on the CPU (meta stays meta): without vq and CLIP."""
+        return {name: t.to("meta" if t.is_meta else "cpu", torch.float32) for name, t in self.state_dict().items()
+                if not name.startswith(("vq.", "clip."))}
+
+    def save_published(self, folder):
+        """Writes what the original code loads to a folder that exists -> paths of its two files."""
+        c, paths = self.config, [f"{folder}/pytorch_model.bin", f"{folder}/config.json"]
+        atomic(paths[0], partial(torch.save, self.published_state()))
+        about = dict(_class_name="Showo", w_clip_vit=c.w_clip_vit, vocab_size=c.vocab_size, llm_vocab_size=c.text_vocab,
+                     llm_model_path="microsoft/phi-1_5", codebook_size=c.codebook_size, mask_token_id=c.mask_id,
+                     num_new_special_tokens=c.num_special, num_vq_tokens=self.side ** 2)
+        write_text(paths[1], json.dumps(about, indent=1))
+        return paths
 
     # ---- base training from nothing
 

@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import vision_encoder as vision
-from checkpoint import stream
+from checkpoint import stream, write_safetensors
 from custom_kernels import attention, attention_plan, flow_loss_rows, linear_cross_entropy, rms_norm
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig
 
@@ -719,6 +719,17 @@ class Bagel(nn.Module):
         stream(model.vae, tokenizer_path, list(model.vae.state_dict()), device, torch.float32)
         model.latent_pos_embed.pos_embed, model.vit_pos_embed.pos_embed = (table.to(device) for table in tables)
         return model.eval()
+
+    def published_state(self):
+        """{name: tensor} as ema.safetensors has it, bfloat16 on the CPU (meta stays meta): without the autoencoder."""
+        return {name: t.to("meta" if t.is_meta else "cpu", torch.bfloat16) for name, t in self.state_dict().items()
+                if not name.startswith("vae.")}
+
+    def save_published(self, folder):
+        """Writes ema.safetensors, for its place among BAGEL-7B-MoT's files, to a folder that exists -> [path]."""
+        path = f"{folder}/ema.safetensors"
+        write_safetensors(path, self.published_state())
+        return [path]
 
     # ---- base training from nothing
 

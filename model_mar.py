@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import vision_encoder as vision
-from checkpoint import load_strict, read_weights
+from checkpoint import atomic, load_strict, read_weights
 from custom_kernels import add_noise, attention, attention_plan, diffusion_loss_rows, linear_cross_entropy, rms_norm
 from custom_kernels.diffusion_process import T, diffusion_step, tables_on
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig
@@ -98,8 +98,8 @@ CONFIGS = {
                                 decoder_heads=16, diffloss_depth=12, diffloss_width=1536),
 }
 
-# What is missing takes train.py's default. RecA is as published: on each GPU a step is 4 micro-batches of 96 (0.5b) or 48
-# (1.5b), 2 to reconstruct and 2 of questions; ours hold half of each. How many GPUs is not said: 8 here.
+# What is missing takes train.py's default. RecA is as published: a step is 4 micro-batches of 96 (0.5b) or 48 (1.5b) on
+# each GPU, 2 to reconstruct and 2 of questions; ours hold half of each. How many GPUs is not said: 8 here.
 # The authors count micro-batches: 3,000 (0.5b) and 5,000 (1.5b) of a cosine over 50,000, after 500 of warm-up; their
 # step is taken at the last of 4, hence 0.75. The shared backbone needs questions; captions come with --t2i-weight.
 PUBLISHED = dict(lr=1e-5, warmup=125, warmup_from=0.75, horizon=12500, accum=4)
@@ -720,6 +720,18 @@ class Harmon(nn.Module):
         load_strict(model, state, f"{path} + {tokenizer_path}" if tokenizer_path else str(path))
         model.llm.lm_head.weight = model.llm.model.embed_tokens.weight
         return model.eval()
+
+    def published_state(self):
+        """{name: tensor} as harmon_*.pth has it, float32 on the CPU (meta stays meta): without the VAE."""
+        state = {name: t.to("meta" if t.is_meta else "cpu", torch.float32) for name, t in self.state_dict().items()
+                 if not name.startswith("vae.")}
+        return state | {"llm.lm_head.weight": state["llm.model.embed_tokens.weight"]}  # both names, stored once
+
+    def save_published(self, folder):
+        """Writes harmon_trained.pth, which the original code loads, to a folder that exists -> [path]."""
+        path = f"{folder}/harmon_trained.pth"
+        atomic(path, partial(torch.save, self.published_state()))
+        return [path]
 
     # ---- base training from nothing
 
