@@ -84,6 +84,7 @@ def test_a_save_that_fails_leaves_the_file_before(arch, model, tmp_path, monkeyp
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(checkpoint.os, "replace", full)
+    monkeypatch.setattr(model, "published_state", dict)
     with pytest.raises(OSError, match="No space left on device.*untouched"):
         model.save_published(str(tmp_path))
     with open(path, "rb") as f:
