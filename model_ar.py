@@ -95,11 +95,11 @@ CONFIGS = {
 # pictures to reconstruct, as many with questions, and 1 caption. For show-o-256 nothing is published: it is as 512.
 # The authors count optimizer steps, of `accum` micro-batches: 5,000 of a cosine over `horizon`, warm-up included.
 PUBLISHED = dict(lr=5e-7, betas=(0.9, 0.999), weight_decay=0.01, clip=0.0, warmup=1000, warmup_from=0, steps=5000)
-PUBLISHED = {"show-o-256": dict(PUBLISHED, batch=40, accum=20, horizon=10 ** 6),
-             "show-o-512": dict(PUBLISHED, batch=40, accum=20, horizon=10 ** 6),
-             "show-o-512-blur8": dict(PUBLISHED, batch=10, accum=5, horizon=10 ** 6),
-             "show-o-clip-256": dict(PUBLISHED, batch=20, accum=5, horizon=10 ** 4),
-             "show-o-clip-512": dict(PUBLISHED, batch=10, accum=5, horizon=10 ** 6)}
+SIZES = {"show-o-256": dict(PUBLISHED, batch=40, accum=20, horizon=10 ** 6),
+         "show-o-512": dict(PUBLISHED, batch=40, accum=20, horizon=10 ** 6),
+         "show-o-512-blur8": dict(PUBLISHED, batch=10, accum=5, horizon=10 ** 6),
+         "show-o-clip-256": dict(PUBLISHED, batch=20, accum=5, horizon=10 ** 4),
+         "show-o-clip-512": dict(PUBLISHED, batch=10, accum=5, horizon=10 ** 6)}
 RECIPES = {
     "tiny": {
         # Muon, because AdamW alone needs twice the samples. `align` and strong decay together cost it drawing: neither.
@@ -113,7 +113,7 @@ RECIPES = {
                       mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}),
     },
     **{size: {"reca": dict(p, drop=0.0, t2i_weight=0.0, mix={"recon": 1.0, "i2t": 1.0, "t2i": p["accum"] / p["batch"]}),
-              "sft": dict(p, mix={"t2i": 1.0, "i2t": 1.0})} for size, p in PUBLISHED.items()},
+              "sft": dict(p, mix={"t2i": 1.0, "i2t": 1.0})} for size, p in SIZES.items()},
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -681,7 +681,8 @@ class ShowO(nn.Module):
     def flops_per_sample(self, part):
         """Estimate for MFU: 6 operations per weight and token plus attention, forward and backward, one sample."""
         c, N, text, dialogue = self.config, self.side ** 2, 32, part in ("i2t", "text")
-        A = {"t2i": 0, "uncond": 0, "text": 0, "i2t": N}.get(part, N // c.reca_down_scale ** 2)
+        copied = N if c.reca_resize_back else N // c.reca_down_scale ** 2
+        A = {"t2i": 0, "uncond": 0, "text": 0, "i2t": N}.get(part, copied)
         A = self.clip.num_tokens if A and c.w_clip_vit else A
         tokens, read = text + A + (0 if dialogue else N + 2), text / 2 if dialogue else N
         layer = 4 * c.hidden_size + 2 * c.intermediate_size + 2 * tokens  # for each token and channel
@@ -714,7 +715,8 @@ class ShowO(nn.Module):
                 if not name.startswith(("vq.", "clip."))}
 
     def save_published(self, folder):
-        """Writes what the original code loads to a folder that exists -> paths of its two files."""
+        """Writes pytorch_model.bin and config.json, for the original code, to a folder that exists -> their paths.
+        Raises OSError."""
         c, paths = self.config, [f"{folder}/pytorch_model.bin", f"{folder}/config.json"]
         atomic(paths[0], partial(torch.save, self.published_state()))
         about = dict(_class_name="Showo", w_clip_vit=c.w_clip_vit, vocab_size=c.vocab_size, llm_vocab_size=c.text_vocab,

@@ -726,7 +726,7 @@ class Bagel(nn.Module):
                 if not name.startswith("vae.")}
 
     def save_published(self, folder):
-        """Writes ema.safetensors, for its place among BAGEL-7B-MoT's files, to a folder that exists -> [path]."""
+        """Writes folder/ema.safetensors (the folder exists) to stand among BAGEL-7B-MoT's files -> [path]. OSError."""
         path = f"{folder}/ema.safetensors"
         write_safetensors(path, self.published_state())
         return [path]

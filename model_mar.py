@@ -103,8 +103,8 @@ CONFIGS = {
 # The authors count micro-batches: 3,000 (0.5b) and 5,000 (1.5b) of a cosine over 50,000, after 500 of warm-up; their
 # step is taken at the last of 4, hence 0.75. The shared backbone needs questions; captions come with --t2i-weight.
 PUBLISHED = dict(lr=1e-5, warmup=125, warmup_from=0.75, horizon=12500, accum=4)
-PUBLISHED = {"harmon-0.5b": dict(PUBLISHED, steps=750, batch=1536),
-             "harmon-1.5b": dict(PUBLISHED, steps=1250, batch=768)}
+SIZES = {"harmon-0.5b": dict(PUBLISHED, steps=750, batch=1536),
+         "harmon-1.5b": dict(PUBLISHED, steps=1250, batch=768)}
 TINY = dict(lr=2e-4, steps=300, batch=96)
 RECIPES = {
     # A drawing loss is about 0.05 where a cross entropy is about 0.5: weights of 8 to 1 share the backbone's gradient.
@@ -124,7 +124,7 @@ RECIPES = {
         "plain": dict(TINY, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=0.125, t2i_weight=0.0),
     },
     **{size: {"reca": dict(flags, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, t2i_weight=0.0),
-              "sft": dict(flags, mix={"t2i": 1.0, "i2t": 1.0})} for size, flags in PUBLISHED.items()},
+              "sft": dict(flags, mix={"t2i": 1.0, "i2t": 1.0})} for size, flags in SIZES.items()},
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -728,7 +728,7 @@ class Harmon(nn.Module):
         return state | {"llm.lm_head.weight": state["llm.model.embed_tokens.weight"]}  # both names, stored once
 
     def save_published(self, folder):
-        """Writes harmon_trained.pth, which the original code loads, to a folder that exists -> [path]."""
+        """Writes folder/harmon_trained.pth (the folder exists) for the original code -> [path]. Raises OSError."""
         path = f"{folder}/harmon_trained.pth"
         atomic(path, partial(torch.save, self.published_state()))
         return [path]

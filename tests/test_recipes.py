@@ -1,8 +1,10 @@
 """The recipes of published sizes against the tables of the releases: what a RecA run really gets, flag by flag. (That a
 recipe holds flags of train.py only is a line of test_contract.py.)"""
+import dataclasses
 import math
 
 import pytest
+import torch
 
 import checkpoint
 import train
@@ -81,3 +83,17 @@ def test_rates_of_runs_that_count_optimizer_steps():
             end = 0.5 * (1 + math.cos(math.pi * 3999 / (horizon - warmup))) if horizon else 0.999
             assert train.learning_rate(args, args.steps - 1, 1.0) == pytest.approx(end)
     assert train.learning_rate(arguments("ar", "show-o-clip-256"), 5000, 1.0) == pytest.approx(0.587, abs=1e-3)
+
+def test_the_two_bottlenecks_of_image_codes():
+    """Half the size gives a quarter of the codes; blurred by 8 and enlarged again, a picture keeps all of them."""
+    file, flops = checkpoint.model_file("ar"), {}
+    for config, scale, back in (("show-o-512", 2, False), ("show-o-512-blur8", 8, True)):
+        c = file.CONFIGS[config]
+        assert (c.reca_down_scale, c.reca_resize_back, c.w_clip_vit) == (scale, back, False)
+        with torch.device("meta"):
+            flops[config] = file.Model(c).flops_per_sample("recon")
+    assert flops["show-o-512-blur8"] > 1.4 * flops["show-o-512"]
+    for back, codes in ((False, 1), (True, 9)):
+        model = file.Model(dataclasses.replace(file.CONFIGS["tiny"], w_clip_vit=False, reca_down_scale=3,
+                                               reca_resize_back=back))
+        assert model.understand(torch.zeros(1, 3, 48, 48))["small_codes"].shape == (1, codes)
