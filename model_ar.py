@@ -14,6 +14,7 @@ text on the left or in the middle: those pads are dropped, but positions count t
 
 Shapes: B rows, T text ids with pads, N codes of the target picture, A slots of the picture that is understood, D width.
 """
+import json
 import math
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import vision_encoder as vision
-from checkpoint import load_strict, read_weights
+from checkpoint import atomic, load_strict, read_weights, write_text
 from custom_kernels import attention, attention_plan, linear_cross_entropy
 from image_tokenizer import TOKENIZERS, LFQConfig, LFQTokenizer
 
@@ -84,14 +85,21 @@ CONFIGS = {
         max_dialogue=56, max_request=32, pad_multiple=4, cfg=2.0, mask_steps=6, reca_steps=6),
     "show-o-256": ShowOConfig(w_clip_vit=False, system_prompt="", max_request=384),
     "show-o-512": ShowOConfig(w_clip_vit=False, system_prompt="", max_request=384, image_size=512, reca_steps=20),
+    "show-o-512-blur8": ShowOConfig(w_clip_vit=False, system_prompt="", max_request=384, image_size=512, reca_steps=20,
+                                    reca_down_scale=8, reca_resize_back=True),  # show-o-512's files, another bottleneck
     "show-o-clip-256": ShowOConfig(max_dialogue=228),
     "show-o-clip-512": ShowOConfig(max_dialogue=996, image_size=512),
 }
 
-# Flags of train.py. Published: image-to-text keeps the shared backbone understanding. The rate is constant, as the
-# release spreads its cosine over a million steps. The batch is ours: the release fixes no number of GPUs.
-PUBLISHED = dict(lr=5e-7, betas=(0.9, 0.999), weight_decay=0.01, clip=0.0, warmup=1000, warmup_from=0, drop=0.0,
-                 schedule="constant", steps=5000, batch=16)
+# Flags of train.py. Published: image-to-text keeps the shared backbone understanding. One GPU; a micro-batch is 4 or 2
+# pictures to reconstruct, as many with questions, and 1 caption. For show-o-256 nothing is published: it is as 512.
+# The authors count optimizer steps, of `accum` micro-batches: 5,000 of a cosine over `horizon`, warm-up included.
+PUBLISHED = dict(lr=5e-7, betas=(0.9, 0.999), weight_decay=0.01, clip=0.0, warmup=1000, warmup_from=0, steps=5000)
+SIZES = {"show-o-256": dict(PUBLISHED, batch=40, accum=20, horizon=10 ** 6),
+         "show-o-512": dict(PUBLISHED, batch=40, accum=20, horizon=10 ** 6),
+         "show-o-512-blur8": dict(PUBLISHED, batch=10, accum=5, horizon=10 ** 6),
+         "show-o-clip-256": dict(PUBLISHED, batch=20, accum=5, horizon=10 ** 4),
+         "show-o-clip-512": dict(PUBLISHED, batch=10, accum=5, horizon=10 ** 6)}
 RECIPES = {
     "tiny": {
         # Muon, because AdamW alone needs twice the samples. `align` and strong decay together cost it drawing: neither.
@@ -104,9 +112,8 @@ RECIPES = {
         "plain": dict(lr=2e-4, steps=300, batch=96, t2i_weight=0.0,  # a user's pictures, without captions
                       mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}),
     },
-    **dict.fromkeys(("show-o-256", "show-o-512", "show-o-clip-256", "show-o-clip-512"), {
-        "reca": dict(PUBLISHED, t2i_weight=0.0, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}),
-        "sft": dict(PUBLISHED, mix={"t2i": 1.0, "i2t": 1.0})}),
+    **{size: {"reca": dict(p, drop=0.0, t2i_weight=0.0, mix={"recon": 1.0, "i2t": 1.0, "t2i": p["accum"] / p["batch"]}),
+              "sft": dict(p, mix={"t2i": 1.0, "i2t": 1.0})} for size, p in SIZES.items()},
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -674,7 +681,8 @@ class ShowO(nn.Module):
     def flops_per_sample(self, part):
         """Estimate for MFU: 6 operations per weight and token plus attention, forward and backward, one sample."""
         c, N, text, dialogue = self.config, self.side ** 2, 32, part in ("i2t", "text")
-        A = {"t2i": 0, "uncond": 0, "text": 0, "i2t": N}.get(part, N // c.reca_down_scale ** 2)
+        copied = N if c.reca_resize_back else N // c.reca_down_scale ** 2
+        A = {"t2i": 0, "uncond": 0, "text": 0, "i2t": N}.get(part, copied)
         A = self.clip.num_tokens if A and c.w_clip_vit else A
         tokens, read = text + A + (0 if dialogue else N + 2), text / 2 if dialogue else N
         layer = 4 * c.hidden_size + 2 * c.intermediate_size + 2 * tokens  # for each token and channel
@@ -702,6 +710,22 @@ class ShowO(nn.Module):
             prepare(model)
         load_strict(model, state, " + ".join(str(p) for p in (path, tokenizer_path, vision_path) if p), device)
         return model.eval()
+
+    def published_state(self):
+        """{name: tensor} as the published file has it, float32 on the CPU (meta stays meta): without vq and CLIP."""
+        return {name: t.to("meta" if t.is_meta else "cpu", torch.float32) for name, t in self.state_dict().items()
+                if not name.startswith(("vq.", "clip."))}
+
+    def save_published(self, folder):
+        """Writes pytorch_model.bin and config.json, for the original code, to a folder that exists -> their paths.
+        Raises OSError."""
+        c, paths = self.config, [f"{folder}/pytorch_model.bin", f"{folder}/config.json"]
+        atomic(paths[0], partial(torch.save, self.published_state()))
+        about = dict(_class_name="Showo", w_clip_vit=c.w_clip_vit, vocab_size=c.vocab_size, llm_vocab_size=c.text_vocab,
+                     llm_model_path="microsoft/phi-1_5", codebook_size=c.codebook_size, mask_token_id=c.mask_id,
+                     num_new_special_tokens=c.num_special, num_vq_tokens=self.side ** 2)
+        write_text(paths[1], json.dumps(about, indent=1))
+        return paths
 
     # ---- base training from nothing
 

@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import vision_encoder as vision
-from checkpoint import cast, load_strict, read_weights
+from checkpoint import cast, load_strict, read_weights, write_safetensors
 from custom_kernels import attention, attention_plan, flow_loss_rows, linear_cross_entropy, rms_norm
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig
 
@@ -83,10 +83,11 @@ CONFIGS = {
 }
 
 # Keys are train.py's flags; a missing key has the flag's default. After the base stage the understanding expert is
-# frozen, so image-to-text data would teach nothing: i2t_weight 0. The release's own command stops at step 1000, inside
-# the warm-up, whose first step has rate 0. It fixes no number of GPUs: the batch is ours.
+# frozen, so image-to-text data would teach nothing: i2t_weight 0. Published: 8 pictures on each of 8 GPUs, no
+# accumulation (on 6 GPUs: --batch 48); the release's command averages (0.9999), its authors say that they did not.
+# They count optimizer steps: 1,000, all inside the warm-up of the release's command, whose first step has rate 0.
 PUBLISHED = dict(lr=4e-5, eps=1e-15, weight_decay=0.0, warmup=1000, warmup_from=0, schedule="constant", steps=1000,
-                 batch=48, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=0.0, t2i_weight=0.0)
+                 batch=64, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=0.0, t2i_weight=0.0)
 # After the base stage of the tiny model. The captions are poor, as the web's are: RecA has most to give there.
 TINY = dict(lr=2e-4, muon_lr=0.005, steps=400, batch=96, i2t_weight=0.0, sparse_captions=0.6, wrong_captions=0.4)
 RECIPES = {
@@ -719,6 +720,17 @@ class Bagel(nn.Module):
         state = read_weights(path) | {f"vae.{name}": t for name, t in read_weights(tokenizer_path).items()}
         load_strict(model, state, f"{path} + {tokenizer_path}", device)
         return model.eval()
+
+    def published_state(self):
+        """{name: tensor} as ema.safetensors has it, bfloat16 on the CPU (meta stays meta): without the autoencoder."""
+        return {name: t.to("meta" if t.is_meta else "cpu", torch.bfloat16) for name, t in self.state_dict().items()
+                if not name.startswith("vae.")}
+
+    def save_published(self, folder):
+        """Writes folder/ema.safetensors (the folder exists) to stand among BAGEL-7B-MoT's files -> [path]. OSError."""
+        path = f"{folder}/ema.safetensors"
+        write_safetensors(path, self.published_state())
+        return [path]
 
     # ---- base training from nothing
 

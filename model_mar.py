@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import vision_encoder as vision
-from checkpoint import load_strict, read_weights
+from checkpoint import atomic, load_strict, read_weights
 from custom_kernels import add_noise, attention, attention_plan, diffusion_loss_rows, linear_cross_entropy, rms_norm
 from custom_kernels.diffusion_process import T, diffusion_step, tables_on
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig
@@ -98,9 +98,13 @@ CONFIGS = {
                                 decoder_heads=16, diffloss_depth=12, diffloss_width=1536),
 }
 
-# What is missing takes train.py's default. RecA is as published, but for the batch, which the release does not fix. The
-# backbone is shared, so image-to-text loss keeps understanding alive; captions would come with --t2i-weight.
-PUBLISHED = dict(lr=1e-5, warmup=125, warmup_from=0, steps=5000, batch=384)
+# What is missing takes train.py's default. RecA is as published: a step is 4 micro-batches of 96 (0.5b) or 48 (1.5b) on
+# each GPU, 2 to reconstruct and 2 of questions; ours hold half of each. How many GPUs is not said: 8 here.
+# The authors count micro-batches: 3,000 (0.5b) and 5,000 (1.5b) of a cosine over 50,000, after 500 of warm-up; their
+# step is taken at the last of 4, hence 0.75. The shared backbone needs questions; captions come with --t2i-weight.
+PUBLISHED = dict(lr=1e-5, warmup=125, warmup_from=0.75, horizon=12500, accum=4)
+SIZES = {"harmon-0.5b": dict(PUBLISHED, steps=750, batch=1536),
+         "harmon-1.5b": dict(PUBLISHED, steps=1250, batch=768)}
 TINY = dict(lr=2e-4, steps=300, batch=96)
 RECIPES = {
     # A drawing loss is about 0.05 where a cross entropy is about 0.5: weights of 8 to 1 share the backbone's gradient.
@@ -119,9 +123,8 @@ RECIPES = {
         # RecA on a user's own pictures, which have no captions
         "plain": dict(TINY, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=0.125, t2i_weight=0.0),
     },
-    **dict.fromkeys(("harmon-0.5b", "harmon-1.5b"), {
-        "reca": dict(PUBLISHED, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, t2i_weight=0.0),
-        "sft": dict(PUBLISHED, mix={"t2i": 1.0, "i2t": 1.0})}),
+    **{size: {"reca": dict(flags, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, t2i_weight=0.0),
+              "sft": dict(flags, mix={"t2i": 1.0, "i2t": 1.0})} for size, flags in SIZES.items()},
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -718,6 +721,18 @@ class Harmon(nn.Module):
             prepare(model)
         load_strict(model, state, f"{path} + {tokenizer_path}" if tokenizer_path else str(path), device)
         return model.eval()
+
+    def published_state(self):
+        """{name: tensor} as harmon_*.pth has it, float32 on the CPU (meta stays meta): without the VAE."""
+        state = {name: t.to("meta" if t.is_meta else "cpu", torch.float32) for name, t in self.state_dict().items()
+                 if not name.startswith("vae.")}
+        return state | {"llm.lm_head.weight": state["llm.model.embed_tokens.weight"]}  # both names, stored once
+
+    def save_published(self, folder):
+        """Writes folder/harmon_trained.pth (the folder exists) for the original code -> [path]. Raises OSError."""
+        path = f"{folder}/harmon_trained.pth"
+        atomic(path, partial(torch.save, self.published_state()))
+        return [path]
 
     # ---- base training from nothing
 

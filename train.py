@@ -100,7 +100,7 @@ def parser():
     add("--log-every", type=int, default=10)
     add("--stop-after", type=int, default=0, help="save a checkpoint and stop after this step, as a signal would")
     add("--log", choices=("wandb", "tensorboard"), help="optional extra logger")
-    p.set_defaults(eps=1e-8, warmup_from=1)  # of recipes only
+    p.set_defaults(eps=1e-8, warmup_from=1, horizon=0)  # of recipes only
     return p
 
 def parse_args(argv=None):
@@ -248,10 +248,11 @@ def make_optimizers(args, model, named):
     return optimizers
 
 def learning_rate(args, step, lr):
-    """Linear warm-up to `lr` (published ones from 0: warmup_from), then constant, or half a cosine to 0."""
+    """Linear warm-up to `lr` (published ones from 0: warmup_from), then constant, or half a cosine that is 0 at --steps
+    or, where a published run stops before its schedule ends, at `horizon`."""
     if step < args.warmup:
         return lr * (step + args.warmup_from) / args.warmup
-    t = (step - args.warmup) / max(1, args.steps - args.warmup) * (args.schedule == "cosine")
+    t = (step - args.warmup) / max(1, max(args.steps, args.horizon) - args.warmup) * (args.schedule == "cosine")
     return lr * 0.5 * (1 + math.cos(math.pi * min(1.0, t)))
 
 class Run:

@@ -25,6 +25,8 @@ What sample.py and evaluate.py call. generator: None, or one torch.Generator for
     reconstruct(images, prompt, ...), edit(images, instructions, ...) -> images (B, 3, H, W) in [-1, 1]
     answer(images or None, questions, max_new_tokens, temperature, generator) -> [text]
     load_published(path, config, tokenizer_path, vision_path, tokenizer, device, dtype): strict
+    published_state() -> {name: tensor} as the published file of weights has it, also of a model on the meta device
+    save_published(folder that exists) -> paths: the files that the original implementation loads, without frozen ones
 """
 import inspect
 
@@ -77,6 +79,7 @@ def test_names_recipes_and_signatures(arch):
         "collate": ["part", "samples", "generators", "shared", "pad_to"], "preprocess": ["image", "purpose"],
         "precompute": ["images"], "forward": ["batch"], "trainable_parameters": ["stage"], "no_decay": ["name", "p"],
         "flops_per_sample": ["part"], "blocks": [],
+        "published_state": [], "save_published": ["folder"],
         "load_published": ["path", "config", "tokenizer_path", "vision_path", "tokenizer", "device", "dtype"],
         "generate": ["prompts", "cfg", "steps", "temperature", "generator", "size"],
         "reconstruct": ["images", "prompt", "cfg", "steps", "temperature", "generator"],

@@ -298,7 +298,7 @@ def test_learning_rate():
     import train
     given, out, r = case("lr", "in"), case("lr"), Report()
     for steps, want in out.items():
-        args = types.SimpleNamespace(warmup=1000, warmup_from=0, schedule="cosine", steps=int(steps))
+        args = types.SimpleNamespace(warmup=1000, warmup_from=0, schedule="cosine", steps=1500, horizon=int(steps))
         rates = [train.learning_rate(args, step, 1.0) for step in given["steps"].tolist()]
         r.check(f"max {steps}", torch.tensor(rates), want)
     r.done()

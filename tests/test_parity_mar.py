@@ -620,7 +620,7 @@ def test_special_strings_of_users_are_spelled_out():
     assert model.encode(evil) == model.tokenizer.encode_ordinary(evil) and not set(ends) & set(model.encode(evil))
 
 def test_recipes():
-    assert set(RECIPES) == set(CONFIGS) and RECIPES["harmon-0.5b"] is RECIPES["harmon-1.5b"]
+    assert set(RECIPES) == set(CONFIGS) and set(RECIPES["harmon-0.5b"]) == {"reca", "sft"}
     assert set(RECIPES["tiny"]) == {"base", "reca", "sft", "plain"} and set(RECIPES["harmon-1.5b"]) == {"reca", "sft"}
     for recipes in RECIPES.values():
         assert all(not isinstance(v, dict) or k == "mix" for recipe in recipes.values() for k, v in recipe.items())
