@@ -549,6 +549,7 @@ class Log:
         if args.overwrite and not args.resume:  # not before everything is built and there is room
             for name in RUN_FILES:
                 pathlib.Path(args.out, name).unlink(missing_ok=True)
+            remove_shards(args.out)
         path = os.path.join(args.out, "log.jsonl")
         if start and os.path.exists(path):  # a run that died had gone further than its checkpoint
             with open(path, encoding="utf-8", errors="replace") as f:
@@ -671,7 +672,8 @@ def save_state(run, step):
     folder = run.args.out
     check_finite([*run.named, *(run.ema or {}).items()], folder)
     config = json.loads(json.dumps(dataclasses.asdict(run.model.config)))
-    state = dict(step=step, args=vars(run.args), command=run.about["command"], config=config, history=run.history)
+    state = dict(step=step, args=vars(run.args), command=run.about["command"], config=config, history=run.history,
+                 bf16=run.dtype == torch.bfloat16)
     check_disk(folder, run.checkpoint_size)
     if not run.sharded:
         optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
@@ -699,9 +701,12 @@ def settle(run):
     dist.barrier()
     if run.rank == 0:
         write_state(folder, state)
-        for name in os.listdir(folder):
-            if name.startswith("shards-") and name != state["shards"]:
-                shutil.rmtree(os.path.join(folder, name))
+        remove_shards(folder, state["shards"])
+
+def remove_shards(folder, but=None):
+    for name in os.listdir(folder):
+        if re.fullmatch(r"shards-\d+", name) and name != but:
+            shutil.rmtree(os.path.join(folder, name))
 
 def all_tensors(run):
     """{name: tensor} of what a step changes or reads: weights, AdamW's state, averages; of each process its rows."""
@@ -726,10 +731,9 @@ def read_checkpoint(folder):
     return state
 
 def load_state(run, state):
-    """Optimizers, averages and history of a stored run, of a sharded one the weights, too; settings that are typed now
-    win over the stored ones."""
+    """Optimizers, averages and history of a stored run; settings that are typed now win over the stored ones."""
     if "shards" in state:
-        load_shards(run, os.path.join(run.args.resume, state["shards"]))
+        load_adamw(run, os.path.join(run.args.resume, state["shards"]))
     elif run.sharded:
         load_rows(run.optimizers[0], state["optimizers"][0])
     else:
@@ -753,19 +757,25 @@ def load_rows(optimizer, saved):
             mine, rows = own_rows(t)
             mine.copy_(value[rows] if value.ndim else value)
 
-def load_shards(run, path):
-    """What `all_tensors` wrote, for as many processes as there are now, also for one."""
-    optimizer = run.optimizers[0]
+def shard_names(path):
     with reading(path, "not a whole sharded checkpoint"):
-        stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        for name, p in run.named:
-            if f"adamw.{name}.step" in stored:  # those that have had a gradient
-                step = torch.zeros((), device=p.device if optimizer.param_groups[0]["fused"] else "cpu")
-                optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        wanted = all_tensors(run)
-        if lacks := [name for name in wanted if name not in stored and not name.startswith("ema.")]:
-            raise BadFile(f"{path}: lacks {len(lacks)} of {len(wanted)} tensors, first {lacks[0]}: of another model")
-        dcp.load({name: t for name, t in wanted.items() if name in stored}, checkpoint_id=path)
+        return set(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
+
+def load_shards(path, wanted):
+    """Fills tensors {name: tensor}, whole or sharded over any number of processes, with what `all_tensors` wrote."""
+    if lacks := [name for name in wanted if name not in shard_names(path)]:
+        raise BadFile(f"{path}: lacks {len(lacks)} of {len(wanted)} tensors, first {lacks[0]}: of another model")
+    with reading(path, "not a whole sharded checkpoint"):
+        dcp.load(wanted, checkpoint_id=path, no_dist=not dist.is_initialized())
+
+def load_adamw(run, path):
+    """State of the optimizer and averages out of a sharded checkpoint."""
+    stored, optimizer = shard_names(path), run.optimizers[0]
+    for name, p in run.named:
+        if f"adamw.{name}.step" in stored:  # those that have had a gradient
+            step = torch.zeros((), device=p.device if optimizer.param_groups[0]["fused"] else "cpu")
+            optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    load_shards(path, {name: t for name, t in all_tensors(run).items() if name in stored and name[:6] != "model."})
 
 class Interrupted(Exception):
     """A signal came while the model was judged."""

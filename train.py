@@ -54,6 +54,7 @@ import shape_world
 from custom_kernels import Muon, peak_flops, step_if
 
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # no block writes into what another returned
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is, in one process
 
 ALIGN_WEIGHT = 0.25  # a contrast over a batch of 48 starts at log 48, several times the other losses, far from 0
 
@@ -63,6 +64,9 @@ def parser():
     p.add_argument("--stage", choices=("tokenizer", "base", "sft", "reca"), default="reca")
     p.add_argument("--out", help="run folder (default: runs/ARCH-STAGE, or the next free runs/ARCH-STAGE-N)")
     p.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    p.add_argument("--export", nargs=2, metavar=("RUN", "OUT"), help="join the model of a run into a folder")
+    p.add_argument("--layout", choices=("ours", "published"), default="ours", help="of --export: for sample.py, or the "
+                   "names and files that the original code loads")
     p.add_argument("--resume", metavar="RUN", help="run folder to continue; its arguments are kept unless given again")
     add = p.add_argument_group("your data (default: the shape world)").add_argument
     add("--data", nargs="+", help="images: folders, tar shards, files; captions are read for --stage sft and base only")
@@ -108,6 +112,7 @@ def parse_args(argv=None):
     """
     p = parser()
     first = p.parse_args(argv)
+    first.resume = first.export[0] if first.export else first.resume
     state = checkpoint.read_checkpoint(first.resume) if first.resume else None
     p.set_defaults(**(state["args"] if state else recipe(first)))
     args = p.parse_args(argv)
@@ -117,10 +122,12 @@ def parse_args(argv=None):
                              f"{getattr(args, name)}; give it to a new run as --ckpt {args.resume}")
     if args.shard and first.muon_lr:
         raise ValueError(f"--shard with --muon-lr {first.muon_lr:g}: Muon needs whole matrices: leave one of them out")
+    if args.shard and state and args.muon_lr:
+        raise ValueError(f"--resume {args.resume} --shard: that run trains with Muon, which needs whole matrices")
     args.muon_lr *= not args.shard  # a recipe's Muon gives way to AdamW
     args.betas, args.mix = tuple(args.betas), data.read_mix(args.mix)
     args.mix = {part: share for part, share in args.mix.items() if loss_weight(args, part) > 0}
-    args.out, args.overwrite = first.out or first.resume, first.overwrite
+    args.out, args.overwrite, args.resume = first.out or first.resume, first.overwrite, first.resume
     args.captioned = args.captioned or args.pool
     return args, state
 
@@ -198,8 +205,12 @@ def build(args, state=None, prepare=None):
         return model.to(args.device)
     if state is not None:
         text_tokenizer = checkpoint.load_tokenizer(args.text_tokenizer or "tiny")
-        return checkpoint.from_parts(args.arch, state["config"], text_tokenizer, state.get("model"), args.resume,
-                                     args.device, prepare=prepare)
+        model = checkpoint.from_parts(args.arch, state["config"], text_tokenizer, state.get("model"), args.resume,
+                                      args.device, prepare=prepare)
+        if "shards" in state:
+            wanted = {f"model.{name}": t for name, t in model.state_dict().items()}
+            checkpoint.load_shards(os.path.join(args.resume, state["shards"]), wanted)
+        return model
     if args.stage == "base" and not args.ckpt:
         config, text_tokenizer = file.CONFIGS[args.config], checkpoint.load_tokenizer(args.text_tokenizer or "tiny")
         config, weights = image_tokenizer.trained(config, tokenizer, args.tokenizer_ckpt)
@@ -286,6 +297,8 @@ class Run:
         batch = " + ".join(f"{n} {part}" for part, n in self.batches.samples.items())
         self.log.say(f"{args.arch} {args.config}, stage {args.stage}: {total:,} parameters, {trained:,} train; "
                      f"{self.world} x {self.device.type} in {self.dtype}, {args.steps} steps of {batch}")
+        if args.shard and not state and recipe(args).get("muon_lr"):
+            self.log.say("--shard: AdamW takes the place of the recipe's Muon, which needs whole matrices")
 
     def wrapped(self):
         args, cuda, forward = self.args, self.device.type == "cuda", self.model
@@ -396,10 +409,12 @@ def pictures(run):
 def save_weights(run, **extra):
     """model.safetensors and config.json, for sample.py, and loss.png."""
     args, model = run.args, run.model.tokenizer if run.args.stage == "tokenizer" else run.model
+    sample.save_png(sample.curves(run.history, run.weights), os.path.join(args.out, "loss.png"))
+    if run.sharded:
+        return run.log.say(f"the weights are in shares: python train.py --export {args.out} FOLDER joins them")
     with checkpoint.averaged(run):
         checkpoint.check_finite(model.named_parameters(), args.out)
         checkpoint.save_model(model, args.out, args.arch, text_tokenizer=args.text_tokenizer or "tiny", **extra)
-    sample.save_png(sample.curves(run.history, run.weights), os.path.join(args.out, "loss.png"))
 
 def stops(run, done, signals):
     """Do all processes stop after this step? They must agree; on GPUs, where asking waits, a signal takes ten steps."""
@@ -418,10 +433,7 @@ def finish(run, before, sheet, started):
     after, drawn = scores(run, args.steps, "after:  "), pictures(run)
     if run.rank > 0:
         return
-    if run.sharded:
-        run.log.say(f"the weights are in shares: python train.py --export {args.out} FOLDER joins them")
-    else:
-        save_weights(run, step=args.steps, scores_before=before, scores_after=after)
+    save_weights(run, step=args.steps, scores_before=before, scores_after=after)
     curve = [(r["step"], r["scores"]) for r in run.history if "scores" in r]
     result = dict(run.about, seconds=time.time() - started, curve=curve, scores=after)
     checkpoint.write_text(os.path.join(args.out, "result.json"), json.dumps(result, indent=1, default=str))
@@ -430,9 +442,33 @@ def finish(run, before, sheet, started):
     sample.save_png(sample.before_after(sheet, drawn), os.path.join(args.out, "before_after.png"))
     run.log.say(f"run folder: {args.out} ({', '.join(sorted(os.listdir(args.out)))})")
 
+def export(args, state):
+    """Writes the model of a run, with averaged weights where it has them, as one piece."""
+    run, folder = args.export
+    args.device = "cpu"
+    dtype = torch.bfloat16 if state["bf16"] else torch.float32  # of what is frozen, as it was trained with
+    model = build(args, state, functools.partial(place, args=args, dtype=dtype, sharded=False))
+    parameters = {f"ema.{name}": p.detach() for name, p in model.named_parameters()}
+    for name, average in (state["ema"] or {}).items():
+        parameters[f"ema.{name}"].copy_(average)
+    if "shards" in state:
+        path = os.path.join(run, state["shards"])
+        averaged = checkpoint.shard_names(path)
+        checkpoint.load_shards(path, {name: p for name, p in parameters.items() if name in averaged})
+    checkpoint.check_finite(model.named_parameters(), run)
+    if args.layout == "ours":
+        tokenizer = args.text_tokenizer or "tiny"
+        checkpoint.save_model(model, folder, args.arch, text_tokenizer=tokenizer, step=state["step"])
+    else:
+        os.makedirs(folder, exist_ok=True)
+        model.save_published(folder)
+    print(f"{run}, step {state['step']}: {folder} ({', '.join(sorted(os.listdir(folder)))})")
+
 def main(argv=None):
     started, signals = time.time(), []
     args, state = parse_args(argv)
+    if args.export:
+        return export(args, state)
     check_args(args, int(os.environ.get("WORLD_SIZE", 1)))
     run = Run(args, state)
     del state  # several times the model's size
