@@ -1,5 +1,5 @@
-"""--shard on two processes: a run that stops and goes on is the whole run, bit for bit; another number of processes goes
-on with it; export joins it. (That its losses and gradients are those of one process: test_train.py.)"""
+"""--shard on two processes: a run that stops and goes on is the whole run, bit for bit; another number of processes
+goes on with it; export joins it. (That its losses and gradients are those of one process: test_train.py.)"""
 import os
 
 import pytest
