@@ -64,7 +64,7 @@ def atomic(path, write):
         os.close(folder)
     except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors raise their own kinds on a full disk
         reason = getattr(e, "strerror", None) or reason_of(e)
-        raise OSError(f"{path}: cannot be written ({reason}); what was there before is untouched") from None
+        raise OSError(f"{path}: cannot be written ({reason}); what was there before is untouched") from origin(e)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -90,6 +90,16 @@ def check_ranges(args):
             if value is not None and not low <= value <= high:
                 flag = f"--{name.replace('_', '-')} {value:g}"
                 raise ValueError(f"{flag}: must be from {low:g} to {high:g}" + " (1 is no guidance)" * (name == "cfg"))
+
+def refuse_unused(parser, argv, *uses):
+    """Raises ValueError for a flag that was typed and would change nothing. uses: ("flag flag ...", are these used with
+    the others that were given?, what they are for)."""
+    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))  # to None, which nobody can type
+    typed = vars(parser.parse_args(argv))
+    for flags, used, purpose in uses:
+        for flag in flags.split():
+            if not used and typed.get(flag.replace("-", "_")) is not None:
+                raise ValueError(f"--{flag} is for {purpose}: here it would change nothing, leave it out")
 
 def check_device(name):
     """Raises ValueError for a --device that this machine or this torch does not have."""
@@ -399,6 +409,7 @@ def default_weights(arch, stage="reca"):
 FROM_ZERO = ("groups", "skip_last", "dropout", "grad", "ratio_min", "weight", "interval", "shift", "mean")
 HIGHEST = {"bits": 18, "positions": 256, "latent_size": 256, "grid": 256, "hidden_size": 32768, "width": 32768,
            "image_size": 8192, "layers": 512, "depth": 512, "blocks": 64, "ratio": 64, "theta": 1e9}
+SIDES, WIDTHS, MOST_PLACES = ("positions", "latent_size", "grid"), ("hidden_size", "width"), 4 * 10 ** 7
 PER_LEVEL = ("mult", "blocks", "resolutions")  # lists that may have any length
 
 def checked(field, value, default):
@@ -451,12 +462,20 @@ def check_vocabulary(config, tokenizer, what):
         raise BadFile(f"{what}: the text tokenizer has {tokenizer.vocab_size:,} ids, the model's vocabulary {size:,}: "
                       "give --text-tokenizer the one that it was trained with")
 
-def whole_numbers(value):
-    """All whole numbers in nested dicts and tuples, in order."""
+def whole_numbers(value, name=""):
+    """All whole numbers in nested dicts and tuples, in order: [(name, number)]."""
     if isinstance(value, (dict, tuple)):
-        parts = value.values() if isinstance(value, dict) else value
-        return [n for part in parts for n in whole_numbers(part)]
-    return [value] if isinstance(value, int) else []
+        parts = value.items() if isinstance(value, dict) else [(name, part) for part in value]
+        return [found for key, part in parts for found in whole_numbers(part, key)]
+    return [(name, value)] if isinstance(value, int) else []
+
+def check_tables(numbers, path):
+    """ValueError for fields of a config.json that are in their ranges, but not together: tables of places, side^2 x
+    width, are computed before the weights are looked at, even on the meta device. Published ones have 2 * 10^7."""
+    side, width = (max([n for name, n in numbers if name.endswith(ends)], default=0) for ends in (SIDES, WIDTHS))
+    if side * side * width > MOST_PLACES:
+        raise BadFile(f"{path}: places up to {side} x {side} of width {width} make tables of {side * side * width:,} "
+                      f"numbers, expected at most {MOST_PLACES:,}")
 
 def save_model(model, folder, arch, **extra):
     """Writes folder/model.safetensors and folder/config.json. extra: what else config.json is to hold."""
@@ -492,8 +511,10 @@ def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer
         tiny, tokenizer = module.CONFIGS["tiny"], load_tokenizer(text_tokenizer or meta.get("text_tokenizer", "tiny"))
         settings, state = from_dict(type(tiny), meta["config"], os.path.join(ckpt, "config.json")), read_weights(ckpt)
         check_vocabulary(settings, tokenizer, ckpt)
+        numbers, usual = (whole_numbers(dataclasses.asdict(config)) for config in (settings, tiny))
+        check_tables(numbers, os.path.join(ckpt, "config.json"))
         with reading(ckpt, "no model can be built from its config.json"):
-            if whole_numbers(dataclasses.asdict(settings)) != whole_numbers(dataclasses.asdict(tiny)):
+            if numbers != usual:
                 with torch.device("meta"):  # another size: nothing is allocated before it fits the weights
                     check_keys(module.Model(settings, tokenizer).state_dict(), state, ckpt)
             model = module.Model(settings, tokenizer)

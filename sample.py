@@ -169,6 +169,11 @@ def parse_args(argv=None):
         p.error("--image FILE and one of --question, --edit, --reconstruct, --inpaint, --extrapolate need each other")
     if args.image and len(args.prompt or ()) != bool(painting):
         p.error("one --prompt goes with --inpaint and --extrapolate, none with the other uses of --image")
+    checkpoint.refuse_unused(
+        p, argv, ("n batch steps cfg out", not args.question, "pictures, not for --question"),
+        ("seed", not args.question or args.temperature, "pictures, and for answers with a --temperature above 0"),
+        ("max-new-tokens", args.question, "--question"), ("no-exif", args.image, "--image"),
+        ("tokenizer-ckpt vision-ckpt", args.config != "tiny", "published models"))
     return args
 
 def call(model, args, name, *inputs, **options):

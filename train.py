@@ -131,8 +131,6 @@ def loss_weight(args, part):
 
 def check_args(args, world):
     checkpoint.check_ranges(args)
-    if args.image_root and not any(path.endswith(".json") for path in args.i2t_data or ()):
-        raise ValueError(f"--image-root {args.image_root} is for the pictures of an --i2t-data JSON, and there is none")
     if ("images" in args.mix or args.stage == "tokenizer") and (args.stage, [*args.mix]) != ("tokenizer", ["images"]):
         raise ValueError(f"--stage {args.stage} --mix {' '.join(args.mix)}: the tokenizer stage trains images alone")
     if not args.mix:
@@ -150,6 +148,30 @@ def check_args(args, world):
     checkpoint.check_device(args.device)
     if args.cfg is not None and args.stage == "tokenizer":
         raise ValueError(f"--cfg {args.cfg:g}: a tokenizer has no guidance")
+
+def check_typed(args, argv=None):
+    """ValueError for a flag that is typed and would change nothing: it was meant to change something."""
+    parts, tokenizer, tiny = set(args.mix), args.stage == "tokenizer", args.config == "tiny"
+    own = {"t2i", "align", "words", "uncond"} if args.stage in ("sft", "base") else {"recon", "images"}
+    world = parts - (own if args.data else set()) - ({"i2t"} if args.i2t_data else set())  # has its pictures from there
+    judged, drawn = tiny and args.eval_n, {"t2i", "edit", "uncond"}
+    json = [path for path in args.i2t_data or () if path.lower().endswith((".json", ".jsonl"))]
+    checkpoint.refuse_unused(
+        parser(), argv, ("ckpt overwrite", not args.resume, "new runs"), ("vision-ckpt", not tiny, "published models"),
+        ("config checkpoint", not tokenizer, "models, not for their image tokenizers"),
+        ("text-tokenizer drop", not tokenizer, "models that read text"), ("muon-decay", args.muon_lr, "--muon-lr"),
+        ("tokenizer-ckpt", not tiny or (args.stage == "base" and not args.ckpt), "published models and new bases"),
+        ("data", parts & own, f"parts of --mix that this stage draws from it: {', '.join(sorted(own))}"),
+        ("i2t-data", "i2t" in parts, "the part i2t, which --mix or --i2t-weight leaves out"),
+        ("i2t-weight", "i2t" in parts or not args.i2t_weight, "the part i2t, which --mix leaves out"),
+        ("t2i-weight", parts & drawn or not args.t2i_weight, "parts that --mix leaves out: t2i, edit, uncond"),
+        ("no-exif", args.data or args.i2t_data, "--data and --i2t-data"), ("image-root", json, "JSON of --i2t-data"),
+        ("pool", world, "the shape world"), ("questions", "i2t" in world, "the shape world's part i2t"),
+        ("captioned wrong-captions sparse-captions", world & {"t2i", "align"}, "captions of the shape world"),
+        ("understanding", "recon" in parts, "the part recon, which --mix leaves out"),
+        ("altered-share", "recon" in world and args.understanding != "full", "--understanding scrambled or shuffled"),
+        ("eval-n eval-every", tiny or not args.eval_n, "tiny models"),
+        ("eval-every eval-split", judged, "--eval-n above 0 and tiny models"))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the machine, the model, the optimizers, one step
@@ -182,6 +204,7 @@ def build(args):
         return image_tokenizer.TokenizerStage(name, args.ckpt)
     if args.stage == "base" and not args.ckpt:
         config, text_tokenizer = file.CONFIGS[args.config], checkpoint.load_tokenizer(args.text_tokenizer or "tiny")
+        checkpoint.check_vocabulary(config, text_tokenizer, args.text_tokenizer)
         config, weights = image_tokenizer.trained(config, tokenizer, args.tokenizer_ckpt)
         model = file.Model(config, text_tokenizer)
         checkpoint.load_strict(getattr(model, tokenizer), weights, "the image tokenizer")
@@ -384,6 +407,7 @@ def main(argv=None):
     started, signals = time.time(), []
     args, state = parse_args(argv)
     check_args(args, int(os.environ.get("WORLD_SIZE", 1)))
+    check_typed(args, argv)
     run = Run(args, state)
     del state  # several times the model's size
     before, sheet = next((r["scores"] for r in run.history if r["step"] == 0), None), None
