@@ -74,7 +74,7 @@ def write_text(path, text):
 
 MANY = 10 ** 9
 RANGES = {  # lowest and highest value of every flag that is a number, in train.py, sample.py and evaluate.py
-    **dict.fromkeys(("steps", "log_every", "captioned", "pool"), (1, MANY)),
+    **dict.fromkeys(("steps", "log_every", "pool", "captioned"), (1, MANY)),
     **dict.fromkeys(("warmup", "save_every", "eval_every", "eval_n", "stop_after", "clip"), (0, MANY)),
     **dict.fromkeys(("batch", "n", "max_new_tokens"), (1, 10 ** 6)), **dict.fromkeys(("accum", "threads"), (1, 4096)),
     **dict.fromkeys(("drop", "wrong_captions", "sparse_captions", "altered_share"), (0, 1)), "questions": (1, 64),
@@ -92,14 +92,13 @@ def check_ranges(args):
                 raise ValueError(f"{flag}: must be from {low:g} to {high:g}" + " (1 is no guidance)" * (name == "cfg"))
 
 def refuse_unused(parser, argv, *uses):
-    """Raises ValueError for a flag that was typed and would change nothing. uses: ("flag flag ...", are these used with
-    the others that were given?, what they are for)."""
+    """Raises ValueError for a flag that was typed, but not as 0, which asks for nothing, and would change nothing.
+    uses: ("flag flag ...", are these used with the others that were given?, what they are for)."""
     parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))  # to None, which nobody can type
     typed = vars(parser.parse_args(argv))
-    for flags, used, purpose in uses:
-        for flag in flags.split():
-            if not used and typed.get(flag.replace("-", "_")) is not None:
-                raise ValueError(f"--{flag} is for {purpose}: here it would change nothing, leave it out")
+    for flag, used, purpose in ((flag, *use) for flags, *use in uses for flag in flags.split()):
+        if not used and typed.get(flag.replace("-", "_")):
+            raise ValueError(f"--{flag} is for {purpose}: here it would change nothing, leave it out")
 
 def check_device(name):
     """Raises ValueError for a --device that this machine or this torch does not have."""
@@ -409,7 +408,7 @@ def default_weights(arch, stage="reca"):
 FROM_ZERO = ("groups", "skip_last", "dropout", "grad", "ratio_min", "weight", "interval", "shift", "mean")
 HIGHEST = {"bits": 18, "positions": 256, "latent_size": 256, "grid": 256, "hidden_size": 32768, "width": 32768,
            "image_size": 8192, "layers": 512, "depth": 512, "blocks": 64, "ratio": 64, "theta": 1e9}
-SIDES, WIDTHS, MOST_PLACES = ("positions", "latent_size", "grid"), ("hidden_size", "width"), 4 * 10 ** 7
+SIDES, WIDTHS = ("positions", "latent_size", "grid"), ("hidden_size", "width")  # of tables of places
 PER_LEVEL = ("mult", "blocks", "resolutions")  # lists that may have any length
 
 def checked(field, value, default):
@@ -470,12 +469,10 @@ def whole_numbers(value, name=""):
     return [(name, value)] if isinstance(value, int) else []
 
 def check_tables(numbers, path):
-    """ValueError for fields of a config.json that are in their ranges, but not together: tables of places, side^2 x
-    width, are computed before the weights are looked at, even on the meta device. Published ones have 2 * 10^7."""
+    """ValueError for sizes that are only together too much: these tables are computed before the weights are read."""
     side, width = (max([n for name, n in numbers if name.endswith(ends)], default=0) for ends in (SIDES, WIDTHS))
-    if side * side * width > MOST_PLACES:
-        raise BadFile(f"{path}: places up to {side} x {side} of width {width} make tables of {side * side * width:,} "
-                      f"numbers, expected at most {MOST_PLACES:,}")
+    if side * side * width > 4 * 10 ** 7:  # twice those of the largest published model
+        raise BadFile(f"{path}: tables of {side} x {side} places and width {width}, expected at most 4 * 10^7 numbers")
 
 def save_model(model, folder, arch, **extra):
     """Writes folder/model.safetensors and folder/config.json. extra: what else config.json is to hold."""

@@ -105,8 +105,7 @@ def open_image(source, exif=True):
 
 def encoding_of(raw):
     """Of a text that begins with these bytes: UTF-16 where a byte order mark says so, else UTF-8, never a guess."""
-    marked = raw.startswith((b"\xff\xfe", b"\xfe\xff")) and raw[2:4] != b"\0\0"  # that would be UTF-32
-    return "utf-16" if marked else "utf-8-sig"
+    return "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
 
 def read_caption(texts):
     """{".txt" or ".json": bytes} -> caption, or "". Of JSON the first of the keys caption, text, prompt that says
@@ -119,13 +118,15 @@ def read_caption(texts):
             raise ValueError(f"a {type(row).__name__}, expected an object with the key caption, text or prompt")
         said = [" ".join(row[k].split()) for k in ("caption", "text", "prompt") if isinstance(row.get(k), str)]
         caption = next(filter(None, said), "")
+    if "\0" in caption:  # UTF-16 without its mark, or UTF-32
+        raise ValueError("NUL characters: convert it to UTF-8")
     caption.encode()  # raises where JSON spells half a character, which no tokenizer takes
     return caption
 
 def read_rows(path):
     """The rows of a JSON list or of JSON lines (what is no JSON there comes as a string). ValueError."""
     with reading(shown(path), "not valid JSON", "; the file may be incomplete, fetch it again, or convert it to UTF-8"):
-        with open(path, encoding=encoding_of(read_part(path, 0, 4))) as f:
+        with open(path, encoding=encoding_of(read_part(path, 0, 2))) as f:
             text = f.read()
         try:
             rows = json.loads(text)

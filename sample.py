@@ -228,7 +228,6 @@ def main(argv=None):
                                   args.device, dtype, args.vision_ckpt)
     options = {k: v for k in ("cfg", "steps", "temperature") if (v := getattr(args, k)) is not None}
     if args.question:
-        options = {k: v for k, v in options.items() if k not in ("cfg", "steps")}
         picture = model.preprocess(data.open_image(args.image, exif=not args.no_exif), "answer")[None].to(args.device)
         answers = call(model, args, "answer", picture, [args.question], max_new_tokens=args.max_new_tokens,
                        generator=picture_generators(args.seed, args.n, [0]), **options)

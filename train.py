@@ -111,7 +111,7 @@ def parse_args(argv=None):
     args.betas, args.mix = tuple(args.betas), data.read_mix(args.mix)
     args.mix = {part: share for part, share in args.mix.items() if loss_weight(args, part) > 0}
     args.out, args.overwrite = first.out or first.resume, first.overwrite
-    args.captioned = args.captioned or args.pool
+    args.captioned = args.pool if args.captioned is None else args.captioned
     return args, state
 
 def recipe(args):
@@ -146,8 +146,6 @@ def check_args(args, world):
             raise ValueError(f"--batch {args.batch} gives {n} {part} samples, which {world} processes x --accum "
                              f"{args.accum} cannot share: take a multiple of {whole * world * args.accum}")
     checkpoint.check_device(args.device)
-    if args.cfg is not None and args.stage == "tokenizer":
-        raise ValueError(f"--cfg {args.cfg:g}: a tokenizer has no guidance")
 
 def check_typed(args, argv=None):
     """ValueError for a flag that is typed and would change nothing: it was meant to change something."""
@@ -155,23 +153,22 @@ def check_typed(args, argv=None):
     own = {"t2i", "align", "words", "uncond"} if args.stage in ("sft", "base") else {"recon", "images"}
     world = parts - (own if args.data else set()) - ({"i2t"} if args.i2t_data else set())  # has its pictures from there
     judged, drawn = tiny and args.eval_n, {"t2i", "edit", "uncond"}
-    json = [path for path in args.i2t_data or () if path.lower().endswith((".json", ".jsonl"))]
+    llava = [path for path in args.i2t_data or () if path.lower().endswith((".json", ".jsonl"))]
     checkpoint.refuse_unused(
         parser(), argv, ("ckpt overwrite", not args.resume, "new runs"), ("vision-ckpt", not tiny, "published models"),
-        ("config checkpoint", not tokenizer, "models, not for their image tokenizers"),
-        ("text-tokenizer drop", not tokenizer, "models that read text"), ("muon-decay", args.muon_lr, "--muon-lr"),
+        ("config", not tokenizer or tiny, "models"), ("text-tokenizer checkpoint cfg", not tokenizer, "models"),
+        ("drop", parts & {"t2i", "recon"}, "t2i and recon"), ("muon-decay", args.muon_lr, "--muon-lr above 0"),
         ("tokenizer-ckpt", not tiny or (args.stage == "base" and not args.ckpt), "published models and new bases"),
         ("data", parts & own, f"parts of --mix that this stage draws from it: {', '.join(sorted(own))}"),
         ("i2t-data", "i2t" in parts, "the part i2t, which --mix or --i2t-weight leaves out"),
-        ("i2t-weight", "i2t" in parts or not args.i2t_weight, "the part i2t, which --mix leaves out"),
-        ("t2i-weight", parts & drawn or not args.t2i_weight, "parts that --mix leaves out: t2i, edit, uncond"),
-        ("no-exif", args.data or args.i2t_data, "--data and --i2t-data"), ("image-root", json, "JSON of --i2t-data"),
+        ("i2t-weight", "i2t" in parts, "the part i2t, which --mix leaves out"),
+        ("t2i-weight", parts & drawn, "parts that --mix leaves out: t2i, edit, uncond"),
+        ("no-exif", args.data or args.i2t_data, "--data and --i2t-data"), ("image-root", llava, "JSON of --i2t-data"),
         ("pool", world, "the shape world"), ("questions", "i2t" in world, "the shape world's part i2t"),
         ("captioned wrong-captions sparse-captions", world & {"t2i", "align"}, "captions of the shape world"),
         ("understanding", "recon" in parts, "the part recon, which --mix leaves out"),
         ("altered-share", "recon" in world and args.understanding != "full", "--understanding scrambled or shuffled"),
-        ("eval-n eval-every", tiny or not args.eval_n, "tiny models"),
-        ("eval-every eval-split", judged, "--eval-n above 0 and tiny models"))
+        ("eval-n", tiny, "tiny models"), ("eval-every eval-split", judged, "tiny models with --eval-n above 0"))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the machine, the model, the optimizers, one step
