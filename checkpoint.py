@@ -407,7 +407,8 @@ def default_weights(arch, stage="reca"):
 # far: places and widths make tables before the weights are looked at.
 FROM_ZERO = ("groups", "skip_last", "dropout", "grad", "ratio_min", "weight", "interval", "shift", "mean")
 HIGHEST = {"bits": 18, "positions": 256, "latent_size": 256, "grid": 256, "hidden_size": 32768, "width": 32768,
-           "image_size": 8192, "layers": 512, "depth": 512, "blocks": 64, "ratio": 64, "theta": 1e9}
+           "image_size": 8192, "resize": 8192, "layers": 512, "depth": 512, "blocks": 64, "ratio": 64, "theta": 1e9,
+           "dropout": 1, "factor": 1, "ratio_min": 1}
 SIDES, WIDTHS = ("positions", "latent_size", "grid"), ("hidden_size", "width")  # of tables of places
 PER_LEVEL = ("mult", "blocks", "resolutions")  # lists that may have any length
 

@@ -288,6 +288,9 @@ def train_step(run, step, micro_batches):
         with (run.forward.no_sync() if alone else contextlib.nullcontext(),
               torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32)):
             losses = run.forward(batch)
+            if idle := [part for part in parts if not losses[part].requires_grad]:
+                raise ValueError(f"--mix: {' and '.join(idle)} would train nothing, as all that they need is frozen in "
+                                 f"--stage {args.stage}: leave them out")
             loss = sum(run.weights[part] * losses[part] for part in parts) / sum(run.weights.values()) / M
         loss.backward()
         for part in parts:

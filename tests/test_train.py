@@ -278,6 +278,12 @@ def test_nothing_on_the_device_is_in_double_precision(arch):
     names = ("attention", "linear_cross_entropy", "diffusion_loss_rows", "flow_loss_rows")
     assert {custom_kernels.pick.choose(name, None, device) for name in names} == {"reference"}
 
+@pytest.mark.parametrize("mix", ["i2t=1 --i2t-weight 1", "t2i=1 i2t=1 --i2t-weight 1", "recon=1 text=1"])
+def test_parts_that_would_train_nothing_are_refused(mix, tmp_path):
+    """Understanding is frozen there."""
+    with pytest.raises(ValueError, match="^--mix: (i2t|text) would train nothing, .* in --stage reca: leave"):
+        run("--arch", "diffusion", *SMALL, "--mix", *mix.split(), out=tmp_path / "r")
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_several_questions_about_a_picture_share_its_row(arch):
     """--questions: turns of one dialogue; every answer with its end is in the loss, at the place that predicts it."""
