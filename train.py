@@ -153,6 +153,9 @@ def check_typed(args, argv=None):
     own = {"t2i", "align", "words", "uncond"} if args.stage in ("sft", "base") else {"recon", "images"}
     world = parts - (own if args.data else set()) - ({"i2t"} if args.i2t_data else set())  # has its pictures from there
     judged, drawn = tiny and args.eval_n, {"t2i", "edit", "uncond"}
+    if lost := sorted(set(data.read_mix(parser().parse_args(argv).mix or {})) - parts):
+        raise ValueError(f"--mix {' '.join(lost)}: the weight is 0 here: give --i2t-weight or --t2i-weight, or leave "
+                         "this out")
     llava = [path for path in args.i2t_data or () if path.lower().endswith((".json", ".jsonl"))]
     checkpoint.refuse_unused(
         parser(), argv, ("ckpt overwrite", not args.resume, "new runs"), ("vision-ckpt", not tiny, "published models"),

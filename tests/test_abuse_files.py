@@ -698,6 +698,13 @@ def test_flags_that_would_be_ignored_are_refused(script, text, flag, tmp_path):
     with pytest.raises(ValueError, match=rf"^--{flag} is for [^\n]*: here it would change nothing, leave it out$"):
         typed(script, text, tmp_path)
 
+@pytest.mark.parametrize("text, part", [
+    ("--arch ar --mix recon=1 i2t=1", "i2t"), ("--mix recon=1 t2i=1 edit=1 --t2i-weight 0", "edit t2i"),
+    ("--config CONFIG --data x --mix recon=1 t2i=1", "t2i"), ("--data x --mix recon=1 uncond=1", "uncond")])
+def test_parts_whose_weight_is_0_are_not_dropped_without_a_word(text, part, tmp_path):
+    with pytest.raises(ValueError, match=f"^--mix {part}: the weight is 0 here: give [^\n]*$"):
+        typed("train", text, tmp_path)
+
 @pytest.mark.parametrize("script, text", [(script, text) for script, cases in USED.items() for text in cases])
 def test_flags_that_do_something_are_not(script, text, tmp_path):
     typed(script, text, tmp_path)
