@@ -267,7 +267,7 @@ def test_nothing_on_the_device_is_in_double_precision(arch):
     """Apple's GPUs (--device mps) have none: training and drawing by plain PyTorch, fp32, and no kernels."""
     _, model, batches = made("--arch", arch, "--stage", "base", "--muon-lr", "0.01", *SMALL)
     batch, own = batches.batch(0), [data.sample_generator(0, 0, 0, "picture")]
-    model.generate(["a star"], steps=2, generator=own)  # tables of noise are computed once, on the CPU
+    model(batches.to_device(batch, {})), model.generate(["a star"], steps=2, generator=own)  # tables, on the CPU, once
     with NoDoubles():
         sum(model(batches.to_device(batch, {})).values()).backward()
         with torch.no_grad():
