@@ -68,7 +68,7 @@ def atomic(path, write):
         os.close(folder)
     except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors raise their own kinds on a full disk
         reason = getattr(e, "strerror", None) or reason_of(e)
-        raise OSError(f"{path}: cannot be written ({reason}); what was there before is untouched") from None
+        raise OSError(f"{path}: cannot be written ({reason}); what was there before is untouched") from origin(e)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -78,7 +78,7 @@ def write_text(path, text):
 
 MANY = 10 ** 9
 RANGES = {  # lowest and highest value of every flag that is a number, in train.py, sample.py and evaluate.py
-    **dict.fromkeys(("steps", "log_every", "captioned", "pool"), (1, MANY)),
+    **dict.fromkeys(("steps", "log_every", "pool", "captioned"), (1, MANY)),
     **dict.fromkeys(("warmup", "save_every", "eval_every", "eval_n", "stop_after", "clip"), (0, MANY)),
     **dict.fromkeys(("batch", "n", "max_new_tokens"), (1, 10 ** 6)), **dict.fromkeys(("accum", "threads"), (1, 4096)),
     **dict.fromkeys(("drop", "wrong_captions", "sparse_captions", "altered_share"), (0, 1)), "questions": (1, 64),
@@ -94,6 +94,15 @@ def check_ranges(args):
             if value is not None and not low <= value <= high:
                 flag = f"--{name.replace('_', '-')} {value:g}"
                 raise ValueError(f"{flag}: must be from {low:g} to {high:g}" + " (1 is no guidance)" * (name == "cfg"))
+
+def refuse_unused(parser, argv, *uses):
+    """Raises ValueError for a flag that was typed, but not as 0, which asks for nothing, and would change nothing.
+    uses: ("flag flag ...", are these used with the others that were given?, what they are for)."""
+    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))  # to None, which nobody can type
+    typed = vars(parser.parse_args(argv))
+    for flag, used, purpose in ((flag, *use) for flags, *use in uses for flag in flags.split()):
+        if not used and typed.get(flag.replace("-", "_")):
+            raise ValueError(f"--{flag} is for {purpose}: here it would change nothing, leave it out")
 
 def check_device(name):
     """Raises ValueError for a --device that this machine or this torch does not have."""
@@ -412,7 +421,9 @@ def default_weights(arch, stage="reca"):
 # far: places and widths make tables before the weights are looked at.
 FROM_ZERO = ("groups", "skip_last", "dropout", "grad", "ratio_min", "weight", "interval", "shift", "mean")
 HIGHEST = {"bits": 18, "positions": 256, "latent_size": 256, "grid": 256, "hidden_size": 32768, "width": 32768,
-           "image_size": 8192, "layers": 512, "depth": 512, "blocks": 64, "ratio": 64, "theta": 1e9}
+           "image_size": 8192, "resize": 8192, "layers": 512, "depth": 512, "blocks": 64, "ratio": 64, "theta": 1e9,
+           "dropout": 1, "factor": 1, "ratio_min": 1}
+SIDES, WIDTHS = ("positions", "latent_size", "grid"), ("hidden_size", "width")  # of tables of places
 PER_LEVEL = ("mult", "blocks", "resolutions")  # lists that may have any length
 
 def checked(field, value, default):
@@ -465,6 +476,19 @@ def check_vocabulary(config, tokenizer, what):
         raise BadFile(f"{what}: the text tokenizer has {tokenizer.vocab_size:,} ids, the model's vocabulary {size:,}: "
                       "give --text-tokenizer the one that it was trained with")
 
+def whole_numbers(value, name=""):
+    """All whole numbers in nested dicts and tuples, in order: [(name, number)]."""
+    if isinstance(value, (dict, tuple)):
+        parts = value.items() if isinstance(value, dict) else [(name, part) for part in value]
+        return [found for key, part in parts for found in whole_numbers(part, key)]
+    return [(name, value)] if isinstance(value, int) else []
+
+def check_tables(numbers, path):
+    """ValueError for sizes that are only together too much: these tables are computed before the weights are read."""
+    side, width = (max([n for name, n in numbers if name.endswith(ends)], default=0) for ends in (SIDES, WIDTHS))
+    if side * side * width > 4 * 10 ** 7:  # twice those of the largest published model
+        raise BadFile(f"{path}: tables of {side} x {side} places and width {width}, expected at most 4 * 10^7 numbers")
+
 def save_model(model, folder, arch, **extra):
     """Writes folder/model.safetensors and folder/config.json. extra: what else config.json is to hold."""
     os.makedirs(folder, exist_ok=True)
@@ -514,6 +538,7 @@ def from_parts(arch, config, tokenizer, state, ckpt, device="cpu", dtype=None, p
     module = model_file(arch)
     settings = from_dict(type(module.CONFIGS["tiny"]), config, os.path.join(ckpt, "config.json"))
     check_vocabulary(settings, tokenizer, ckpt)
+    check_tables(whole_numbers(config), os.path.join(ckpt, "config.json"))
     with reading(ckpt, "no model can be built from its config.json"), torch.device("meta"):
         model = module.Model(settings, tokenizer).to(dtype)
     if prepare:

@@ -26,7 +26,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
 from tqdm import tqdm
 
 import shape_world
-from checkpoint import HERE, one_line_errors, reason_of
+from checkpoint import HERE, one_line_errors, origin, reading, reason_of
 from vision_encoder import VIEWS, altered, as_rgb, to_float, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,32 +97,36 @@ def open_image(source, exif=True):
             image = as_rgb(image, exif)
             image.thumbnail((MAX_SIDE, MAX_SIDE))  # which never enlarges
             return image
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{name}: no such image") from None
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{name}: no such image") from origin(e)
     except Exception as e:  # a broken file can raise anything in a decoder, and Pillow's message names an address
         why = "of no kind that Pillow here knows" if isinstance(e, UnidentifiedImageError) else reason_of(e)
-        raise ValueError(f"{name}: cannot be read as a picture ({why})") from None
+        raise ValueError(f"{name}: cannot be read as a picture ({why})") from origin(e)
+
+def encoding_of(raw):
+    """Of a text that begins with these bytes: UTF-16 where a byte order mark says so, else UTF-8, never a guess."""
+    return "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
 
 def read_caption(texts):
     """{".txt" or ".json": bytes} -> caption, or "". Of JSON the first of the keys caption, text, prompt that says
-    something. ValueError where it cannot be read."""
-    caption = " ".join(texts[".txt"].decode("utf-8-sig").split()) if ".txt" in texts else ""
+    something. ValueError or RecursionError where it cannot be read."""
+    text = texts.get(".txt", b"")
+    caption = " ".join(text.decode(encoding_of(text)).split())
     if not caption and ".json" in texts:
-        try:
-            row = json.loads(texts[".json"])
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
+        row = json.loads(texts[".json"])  # which knows UTF-16, too
         if not isinstance(row, dict):
             raise ValueError(f"a {type(row).__name__}, expected an object with the key caption, text or prompt")
         said = [" ".join(row[k].split()) for k in ("caption", "text", "prompt") if isinstance(row.get(k), str)]
         caption = next(filter(None, said), "")
+    if "\0" in caption:  # UTF-16 without its mark, or UTF-32
+        raise ValueError("NUL characters: convert it to UTF-8")
     caption.encode()  # raises where JSON spells half a character, which no tokenizer takes
     return caption
 
 def read_rows(path):
     """The rows of a JSON list or of JSON lines (what is no JSON there comes as a string). ValueError."""
-    try:
-        with open(path, encoding="utf-8-sig") as f:
+    with reading(shown(path), "not valid JSON", "; the file may be incomplete, fetch it again, or convert it to UTF-8"):
+        with open(path, encoding=encoding_of(read_part(path, 0, 2))) as f:
             text = f.read()
         try:
             rows = json.loads(text)
@@ -130,8 +134,6 @@ def read_rows(path):
             rows = [json_or_text(line) for line in text.split("\n") if line.strip()]
             if not rows or not isinstance(rows[0], dict):
                 raise
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{shown(path)}: not valid JSON ({e}); the file may be incomplete, fetch it again") from None
     if isinstance(rows, dict) and {"conversations", "messages"} & set(rows):
         rows = [rows]  # JSON lines with a single one
     if not isinstance(rows, list):
@@ -323,8 +325,9 @@ class Images:
         try:
             caption = read_caption({kind: read_part(*where) for kind, where in texts.items()})
             problem = "empty caption" if texts else "no caption (.txt or .json beside it)"
-        except (ValueError, OSError) as e:
-            caption, problem = "", f"unreadable caption ({reason_of(e)})"
+        except (ValueError, OSError, RecursionError) as e:
+            way_out = ": convert it to UTF-8" * isinstance(e, UnicodeDecodeError)
+            caption, problem = "", f"unreadable caption ({reason_of(e)}){way_out}"
         if self.captions and not caption:
             self.problems[sample.name] = problem
         else:
@@ -469,8 +472,8 @@ def read_mix(mix):
     items, text = [item.partition("=") for item in mix], f"--mix {' '.join(mix)}"
     try:
         out = {part: float(share) for part, _, share in items}
-    except ValueError:
-        raise ValueError(f"{text}: expected PART=SHARE ..., e.g. t2i=1 i2t=0.5") from None
+    except ValueError as e:
+        raise ValueError(f"{text}: expected PART=SHARE ..., e.g. t2i=1 i2t=0.5") from origin(e)
     if not set(out) <= set(PARTS) or len(out) < len(items):
         raise ValueError(f"{text}: the parts, each at most once, are {', '.join(PARTS)}")
     if not all(0 < share <= 1000 for share in out.values()):

@@ -202,11 +202,14 @@ def export_geneval(model, prompts_file, out, n=4, seed=0, **sampler):
     """n pictures for each prompt in the folder layout of GenEval's own scorer (00000/metadata.jsonl,
     00000/samples/0000.png), with the recipe beside them in recipe.json. prompts_file: GenEval's
     evaluation_metadata.jsonl, one JSON object with a "prompt" per line. A picture's noise is that of (seed, number of
-    the prompt, number of the picture). FileNotFoundError where prompts_file is missing."""
+    the prompt, number of the picture). FileNotFoundError where prompts_file is missing, ValueError where it is not
+    such lines."""
     if not os.path.isfile(prompts_file):
         raise FileNotFoundError(f"--geneval {prompts_file}: no such file; it is GenEval's evaluation_metadata.jsonl")
-    with open(prompts_file, encoding="utf-8") as f:
+    with checkpoint.reading(prompts_file, "not lines of JSON with a prompt each"), open(prompts_file, "rb") as f:
         rows = [json.loads(line) for line in f if line.strip()]
+        if not rows or not all(row["prompt"].strip().encode() for row in rows):
+            raise ValueError("an empty prompt, or none at all")
     for i, row in enumerate(tqdm(rows, "GenEval prompts", disable=None)):
         folder = os.path.join(out, f"{i:05d}")
         os.makedirs(os.path.join(folder, "samples"), exist_ok=True)
@@ -232,6 +235,9 @@ def parse_args(argv=None):
     p.add_argument("--out", default="geneval")
     args = p.parse_args(argv)
     checkpoint.check_ranges(args)
+    checkpoint.refuse_unused(
+        p, argv, ("split editing json", not args.geneval, "the shape world's scores, not for --geneval"),
+        ("out", args.geneval, "--geneval"), ("tokenizer-ckpt vision-ckpt", args.config != "tiny", "published models"))
     if args.n is None:
         args.n = 4 if args.geneval else 600
     if args.config != "tiny" and not args.geneval:

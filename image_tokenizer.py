@@ -321,7 +321,10 @@ def trained(config, name, folder=None):
     folder = folder or os.path.join(checkpoint.HERE, "weights", tiny_name(settings))
     settings = checkpoint.from_dict(type(settings), checkpoint.read_config(folder)["config"],
                                     os.path.join(folder, "config.json"))
-    return replace(config, **{name: settings}), checkpoint.read_weights(folder)
+    weights, kind = checkpoint.read_weights(folder), LFQTokenizer if isinstance(settings, LFQConfig) else Autoencoder
+    with checkpoint.reading(folder, "no image tokenizer can be built from its config.json"), torch.device("meta"):
+        checkpoint.check_keys(kind(settings).state_dict(), weights, folder)  # before anything is allocated
+    return replace(config, **{name: settings}), weights
 
 def tokenizer_loss(model, images):
     """images (B, 3, H, W) -> (scalar loss, {name: detached scalar}): L1 + MSE per pixel (flat drawings need no

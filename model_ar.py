@@ -495,8 +495,10 @@ class ShowO(nn.Module):
 
     @torch.no_grad()
     def edit(self, images, instructions, cfg=None, steps=None, temperature=1.0, generator=None):
-        """Pictures and what to change -> changed pictures. The published model was not trained for it."""
+        """Pictures and what to change -> changed pictures. The published model was not trained for it. ValueError for
+        an instruction that training would cut: half of it would do something else, without a word."""
         c, samples = self.config, [{"instruction": text} for text in instructions]
+        pad_rows([self.prompt_ids("edit", sample, math.inf)[0] for sample in samples], c.pad, c.max_request)
         request = self.collate("edit", samples, [torch.Generator()] * len(samples), None)
         request = {k: v.to(self.device) for k, v in request.items()}
         context = self.reca_context(**request, N=self.side ** 2, **self.understand(images.to(self.device)))
@@ -646,7 +648,10 @@ class ShowO(nn.Module):
             return t2i_prompt(self.encode(sample["caption"]), c, limit, sample.get("drop", False)), None
         if part in ("recon", "edit"):  # a request is never dropped: the published recipe has none
             request = sample["prompt" if part == "recon" else "instruction"]
-            return reca_prompt(self.encode(f"{c.user} \n {request} {c.assistant}"), c), None
+            ids, end = self.encode(f"{c.user} \n {request} {c.assistant}"), self.encode(f" {c.assistant}")
+            if (over := len(reca_prompt(ids, c)) - limit) > 0:  # the request loses its end, and the row nothing else
+                ids = [*ids[:-over - len(end)], *end]
+            return reca_prompt(ids, c), None
         ids = mmu_prompt([], c, self.system_ids) if part == "i2t" else [c.eos]
         labels = [IGNORE] * len(ids)
         for i, (question, answer) in enumerate(sample.get("turns") or [(sample["question"], sample["answer"])]):
@@ -658,8 +663,8 @@ class ShowO(nn.Module):
 
     def collate(self, part, samples, generators, shared, pad_to=None):
         """Samples (dicts), a generator for each -> what a loss needs beside the encodings. ids (B, T): right-padded to
-        pad_to, or to a multiple of pad_multiple. Captions and dialogues that are too long are cut, requests raise
-        ValueError. u (B,): how many codes are masked, r (B, N): which. count (): how many labels the loss has."""
+        pad_to, or to a multiple of pad_multiple. Texts that are too long are cut. u (B,): how many codes are masked,
+        r (B, N): which. count (): how many labels the loss has."""
         if part in ("align", "words"):
             return {"words": vision.caption_words(self.tokenizer, [s["caption"] for s in samples])}
         if part == "uncond":

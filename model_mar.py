@@ -34,7 +34,7 @@ from PIL import Image
 import vision_encoder as vision
 from checkpoint import atomic, load_strict, read_weights
 from custom_kernels import add_noise, attention, attention_plan, diffusion_loss_rows, linear_cross_entropy, rms_norm
-from custom_kernels.diffusion_process import T, diffusion_step, tables_on
+from custom_kernels.diffusion_process import T, diffusion_step, kept_steps, tables_on
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig
 from vision_encoder import caption_words, preprocess_pad, preprocess_stretch, to_pixels, word_alignment
 
@@ -325,6 +325,7 @@ class DiffLoss(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.net, self.spacing = Denoiser(c), c.num_sampling_steps
+        kept_steps(self.spacing)  # raises here what sampling would raise only after training
 
     def loss_rows(self, z, x0, t, noise):
         """Conditions z (B, k, E), latents x0 (B, k, C) -> mse of epsilon, variational bound, (B*M*k,) float32 each."""

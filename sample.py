@@ -169,6 +169,11 @@ def parse_args(argv=None):
         p.error("--image FILE and one of --question, --edit, --reconstruct, --inpaint, --extrapolate need each other")
     if args.image and len(args.prompt or ()) != bool(painting):
         p.error("one --prompt goes with --inpaint and --extrapolate, none with the other uses of --image")
+    checkpoint.refuse_unused(
+        p, argv, ("n batch steps cfg out", not args.question, "pictures, not for --question"),
+        ("seed", not args.question or args.temperature, "pictures, and for answers with a --temperature above 0"),
+        ("max-new-tokens", args.question, "--question"), ("no-exif", args.image, "--image"),
+        ("tokenizer-ckpt vision-ckpt", args.config != "tiny", "published models"))
     return args
 
 def call(model, args, name, *inputs, **options):
@@ -223,7 +228,6 @@ def main(argv=None):
                                   args.device, dtype, args.vision_ckpt)
     options = {k: v for k in ("cfg", "steps", "temperature") if (v := getattr(args, k)) is not None}
     if args.question:
-        options = {k: v for k, v in options.items() if k not in ("cfg", "steps")}
         picture = model.preprocess(data.open_image(args.image, exif=not args.no_exif), "answer")[None].to(args.device)
         answers = call(model, args, "answer", picture, [args.question], max_new_tokens=args.max_new_tokens,
                        generator=picture_generators(args.seed, args.n, [0]), **options)

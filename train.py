@@ -128,7 +128,7 @@ def parse_args(argv=None):
     args.betas, args.mix = tuple(args.betas), data.read_mix(args.mix)
     args.mix = {part: share for part, share in args.mix.items() if loss_weight(args, part) > 0}
     args.out, args.overwrite, args.resume = first.out or first.resume, first.overwrite, first.resume
-    args.captioned = args.captioned or args.pool
+    args.captioned = args.pool if args.captioned is None else args.captioned
     return args, state
 
 def recipe(args):
@@ -148,8 +148,6 @@ def loss_weight(args, part):
 
 def check_args(args, world):
     checkpoint.check_ranges(args)
-    if args.image_root and not any(path.endswith(".json") for path in args.i2t_data or ()):
-        raise ValueError(f"--image-root {args.image_root} is for the pictures of an --i2t-data JSON, and there is none")
     if ("images" in args.mix or args.stage == "tokenizer") and (args.stage, [*args.mix]) != ("tokenizer", ["images"]):
         raise ValueError(f"--stage {args.stage} --mix {' '.join(args.mix)}: the tokenizer stage trains images alone")
     if not args.mix:
@@ -165,10 +163,32 @@ def check_args(args, world):
             raise ValueError(f"--batch {args.batch} gives {n} {part} samples, which {world} processes x --accum "
                              f"{args.accum} cannot share: take a multiple of {whole * world * args.accum}")
     checkpoint.check_device(args.device)
-    if args.cfg is not None and args.stage == "tokenizer":
-        raise ValueError(f"--cfg {args.cfg:g}: a tokenizer has no guidance")
-    if args.shard and args.stage == "tokenizer":
-        raise ValueError("--shard: a tokenizer is too small to be sharded: leave it out")
+
+def check_typed(args, argv=None):
+    """ValueError for a flag that is typed and would change nothing: it was meant to change something."""
+    parts, tokenizer, tiny = set(args.mix), args.stage == "tokenizer", args.config == "tiny"
+    own = {"t2i", "align", "words", "uncond"} if args.stage in ("sft", "base") else {"recon", "images"}
+    world = parts - (own if args.data else set()) - ({"i2t"} if args.i2t_data else set())  # has its pictures from there
+    judged, drawn = tiny and args.eval_n, {"t2i", "edit", "uncond"}
+    if lost := sorted(set(data.read_mix(parser().parse_args(argv).mix or {})) - parts):
+        raise ValueError(f"--mix {' '.join(lost)}: the weight is 0 here: give --i2t-weight or --t2i-weight, or leave "
+                         "this out")
+    llava = [path for path in args.i2t_data or () if path.lower().endswith((".json", ".jsonl"))]
+    checkpoint.refuse_unused(
+        parser(), argv, ("ckpt overwrite", not args.resume, "new runs"), ("vision-ckpt", not tiny, "published models"),
+        ("config", not tokenizer or tiny, "models"), ("text-tokenizer checkpoint cfg", not tokenizer, "models"),
+        ("drop", parts & {"t2i", "recon"}, "t2i and recon"), ("shard", not tokenizer, "models"), ("muon-decay", args.muon_lr, "--muon-lr above 0"),
+        ("tokenizer-ckpt", not tiny or (args.stage == "base" and not args.ckpt), "published models and new bases"),
+        ("data", parts & own, f"parts of --mix that this stage draws from it: {', '.join(sorted(own))}"),
+        ("i2t-data", "i2t" in parts, "the part i2t, which --mix or --i2t-weight leaves out"),
+        ("i2t-weight", "i2t" in parts, "the part i2t, which --mix leaves out"),
+        ("t2i-weight", parts & drawn, "parts that --mix leaves out: t2i, edit, uncond"),
+        ("no-exif", args.data or args.i2t_data, "--data and --i2t-data"), ("image-root", llava, "JSON of --i2t-data"),
+        ("pool", world, "the shape world"), ("questions", "i2t" in world, "the shape world's part i2t"),
+        ("captioned wrong-captions sparse-captions", world & {"t2i", "align"}, "captions of the shape world"),
+        ("understanding", "recon" in parts, "the part recon, which --mix leaves out"),
+        ("altered-share", "recon" in world and args.understanding != "full", "--understanding scrambled or shuffled"),
+        ("eval-n", tiny, "tiny models"), ("eval-every eval-split", judged, "tiny models with --eval-n above 0"))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the machine, the model, the optimizers, one step
@@ -213,6 +233,7 @@ def build(args, state=None, prepare=None):
         return model
     if args.stage == "base" and not args.ckpt:
         config, text_tokenizer = file.CONFIGS[args.config], checkpoint.load_tokenizer(args.text_tokenizer or "tiny")
+        checkpoint.check_vocabulary(config, text_tokenizer, args.text_tokenizer)
         config, weights = image_tokenizer.trained(config, tokenizer, args.tokenizer_ckpt)
         model = file.Model(config, text_tokenizer)
         checkpoint.load_strict(getattr(model, tokenizer), weights, "the image tokenizer")
@@ -324,6 +345,9 @@ def train_step(run, step, micro_batches):
         with (run.forward.no_sync() if alone else contextlib.nullcontext(),
               torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32)):
             losses = run.forward(batch)
+            if idle := [part for part in parts if not losses[part].requires_grad]:
+                raise ValueError(f"--mix: {' and '.join(idle)} would train nothing, as all that they need is frozen in "
+                                 f"--stage {args.stage}: leave them out")
             loss = sum(run.weights[part] * losses[part] for part in parts) / sum(run.weights.values()) / M
         loss.backward()
         for part in parts:
@@ -470,6 +494,7 @@ def main(argv=None):
     if args.export:
         return export(args, state)
     check_args(args, int(os.environ.get("WORLD_SIZE", 1)))
+    check_typed(args, argv)
     run = Run(args, state)
     del state  # several times the model's size
     before, sheet = next((r["scores"] for r in run.history if r["step"] == 0), None), None

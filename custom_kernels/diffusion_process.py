@@ -10,12 +10,16 @@ TABLES = {}  # what tables_on has computed
 
 def kept_steps(spacing):
     """Which of the 1000 steps a sampler keeps: "" all; "100" that many, evenly from 0 to 999; "a,b,c" so many in each
-    of equal sections. ValueError where a section has fewer."""
-    counts, steps, start = [int(n) for n in str(spacing or T).split(",")], [], 0
+    of equal sections. ValueError where that is no such text, or where a section has fewer."""
+    steps, start, name = [], 0, f"num_sampling_steps {str(spacing)[:40]!r}"
+    counts = [int(n) if n.strip().isdecimal() else -1 for n in str(spacing or T).split(",")]
+    if min(counts) < 0 or not any(counts):
+        raise ValueError(f"{name}: expected a number of steps from 1 to {T}, or several, such as '10,5,5', for equal "
+                         "sections of these, or '' for all")
     for i, count in enumerate(counts):
         size = T // len(counts) + (i < T % len(counts))  # the first sections take the remainder
         if count > size:
-            raise ValueError(f"num_sampling_steps {spacing!r}: {count} steps in a section of {size} of the {T} trained")
+            raise ValueError(f"{name}: {count} steps in a section of {size} of the {T} trained")
         stride, at = (size - 1) / (count - 1) if count > 1 else 1, 0.0
         for _ in range(count):
             steps.append(start + round(at))

@@ -5,8 +5,8 @@ import torch
 
 class Muon(torch.optim.Optimizer):
     """Coefficients, Nesterov momentum, decay and scale as in torch.optim.Muon, which always iterates in bf16: on a
-    processor without bf16 products that is two thirds of a tiny model's step. Here the products are fp32 on CPUs and
-    bf16 on GPUs, and matrices of one shape go together. params: 2-D tensors."""
+    processor without bf16 products that is two thirds of a tiny model's step. Here the products are bf16 under CUDA
+    and fp32 elsewhere, and matrices of one shape go together. params: 2-D tensors."""
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -29,7 +29,7 @@ class Muon(torch.optim.Optimizer):
                     decay = decay * (1 - bad)
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 x = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # (matrices, rows, columns)
-                x = orthogonalize(x if x.device.type == "cpu" else x.bfloat16()).to(same[0].dtype)
+                x = orthogonalize(x.bfloat16() if x.is_cuda else x).to(same[0].dtype)
                 x = x if bad is None else x * (1 - bad)
                 torch._foreach_mul_(same, 1 - decay)
                 torch._foreach_add_(same, list(x.unbind()), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))

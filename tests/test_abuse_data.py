@@ -83,7 +83,7 @@ REFUSED = {  # name: (files, what is read, options, the line)
                        "1 of 4 samples are broken.*l.json:3 .*a str, expected an object"),
     "JSON empty": ({"l.json": ""}, "l.json", {}, "l.json: not valid JSON"),
     "JSON deep": ({"l.json": DEEP}, "l.json", {}, "l.json: not valid JSON .*recursion"),
-    "JSON in UTF-16": ({"l.json": json.dumps([ROW]).encode("utf-16")}, "l.json", {}, "l.json: not valid JSON .*decode"),
+    "JSON in Latin-1": ({"l.json": b'[{"image": "caf\xe9"}]'}, "l.json", {}, "not valid JSON .*0xe9.*convert it to U"),
     "JSON object": ({"l.json": {"data": []}}, "l.json", {}, "a dict, expected LLaVA JSON"),
     "JSON of numbers": ({"l.json": [1, 2]}, "l.json", {}, "2 of 2 samples.*a int, expected an object"),
     "JSON picture missing": ({"l.json": [ROW] * 3 + [dict(ROW, image="gone.png")] * 2, "i.png": picture()}, "l.json",
@@ -95,9 +95,18 @@ REFUSED = {  # name: (files, what is read, options, the line)
                          "turns are not human, gpt"),
     "JSON of text alone": ({"l.json": [{"conversations": talk("a", "b")}]}, "l.json", {},
                            "no pictures found.*rows without a picture: 1, e.g. .*l.json:0"),
-    "caption JSON deep": ({"d/a.png": picture(), "d/a.json": DEEP}, "d", {"captions": True}, "nested too deeply"),
+    "caption JSON deep": ({"d/a.png": picture(), "d/a.json": DEEP}, "d", {"captions": True}, "recursion depth"),
     "caption JSON a list": ({"d/a.png": picture(), "d/a.json": "[]"}, "d", {"captions": True}, "a list, expected"),
-    "caption in Latin-1": ({"d/a.png": picture(), "d/a.txt": b"caf\xe9"}, "d", {"captions": True}, "unreadable.*0xe9"),
+    "caption in Latin-1": ({"d/a.png": picture(), "d/a.txt": b"caf\xe9"}, "d", {"captions": True},
+                           "unreadable.*0xe9.*: convert it to UTF-8"),
+    "caption JSON in Latin-1": ({"d/a.png": picture(), "d/a.json": b'{"text": "caf\xe9"}'}, "d", {"captions": True},
+                                "unreadable.*0xe9.*: convert it to UTF-8"),
+    "caption in UTF-16 cut": ({"d/a.png": picture(), "d/a.txt": "green".encode("utf-16")[:-1]}, "d", {"captions": True},
+                              "truncated data.: convert it to UTF-8"),
+    "caption in UTF-16 unmarked": ({"d/a.png": picture(), "d/a.txt": "green".encode("utf-16-le")}, "d",
+                                   {"captions": True}, "NUL characters: convert it to UTF-8"),
+    "caption in UTF-32": ({"d/a.png": picture(), "d/a.txt": "green".encode("utf-32")}, "d", {"captions": True},
+                          "NUL characters: convert it to UTF-8"),
     "caption half a character": ({"d/a.png": picture(), "d/a.json": '{"text": "\\ud800"}'}, "d", {"captions": True},
                                  "unreadable caption .*surrogates"),
     "two captions of a key": ({"s.tar": whole_tar(("k.image.png", picture()), ("k.1.txt", b"x"), ("k.2.txt", b"y"))},
@@ -235,6 +244,16 @@ def test_captions_beside_pictures(tmp_path):
     for name in want:  # each picture alone, too
         assert data.Images(tmp_path / name, captions=True).samples[0].caption == want[name]
 
+def test_captions_in_utf_16_are_read_where_they_are_marked(tmp_path):
+    marked = {"a": "gr\u00fcn\r\n \U0001f600", "b": "zw\u00f6lf"}
+    marked = {"a": marked["a"].encode("utf-16"), "b": b"\xfe\xff" + marked["b"].encode("utf-16-be")}
+    files = {"c.json": '{"caption": "caf\u00e9"}'.encode("utf-16"), "d.txt": "\ufeffplain"}
+    files |= {f"{name}.txt": text for name, text in marked.items()} | {f"{name}.png": picture() for name in "abcd"}
+    want = ["gr\u00fcn \U0001f600", "zw\u00f6lf", "caf\u00e9", "plain"]
+    assert [s.caption for s in data.Images(write(tmp_path / "d", files), captions=True).samples] == want
+    pack(tmp_path / "s.tar", [(k, v.encode() if isinstance(v, str) else v) for k, v in sorted(files.items())])
+    assert [s.caption for s in data.Images(tmp_path / "s.tar", captions=True).samples] == want
+
 def test_names_are_printable_on_any_terminal(tmp_path):
     for name in (b"\xff\xfe.png", "zw\u00f6lf.png".encode(), b"two\nlines.png", b"esc\x1b[2J.png"):
         with open(os.path.join(os.fsencode(tmp_path), name), "wb") as f:
@@ -305,11 +324,12 @@ SPELLINGS = {
         {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes"}])}
 
 @pytest.mark.parametrize("name", SPELLINGS)
-@pytest.mark.parametrize("form", ["list", "lines", "one line", "BOM"])
+@pytest.mark.parametrize("form", ["list", "lines", "one line", "BOM", "UTF-16"])
 def test_every_spelling_of_a_row_is_read(name, form, tmp_path):
     row = SPELLINGS[name]
     text = {"list": json.dumps([row, row]), "lines": json.dumps(row) + "\n\n" + json.dumps(row) + "\n",
-            "one line": json.dumps(row), "BOM": "\ufeff" + json.dumps([row, row])}[form]
+            "one line": json.dumps(row), "BOM": "\ufeff" + json.dumps([row, row]),
+            "UTF-16": json.dumps([row, row]).encode("utf-16")}[form]
     write(tmp_path, {"l.json": text, "l.jsonl": text, "i.png": picture()})
     for path in ("l.json", "l.jsonl"):
         images = data.Images(tmp_path / path)

@@ -4,6 +4,8 @@ import base64
 import dataclasses
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 
@@ -13,7 +15,12 @@ import torch.nn as nn
 from safetensors.torch import save_file
 
 import checkpoint
+import data
+import evaluate
+import image_tokenizer
+import sample
 import text_tokenizer
+import train
 from checkpoint import check_state, load_strict, read_weights, stream, verify_checksum, write_checksum
 from text_tokenizer import QWEN_SPLIT, load_tokenizer, read_json
 
@@ -106,6 +113,33 @@ def test_the_origin_is_kept_on_demand(tmp_path, monkeypatch):
         assert isinstance(e.value.__cause__, origin)
         with pytest.raises(ValueError):
             checkpoint.one_line_errors(lambda: reader(tmp_path / name))
+
+def write_nothing(temporary):
+    raise OSError(28, "No space left on device")
+
+ORIGINS = {  # what rewords an error -> the kind that it rewords
+    "picture": (data.open_image, OSError), "no picture": (data.open_image, FileNotFoundError),
+    "rows": (lambda path: data.read_rows(str(path)), UnicodeDecodeError),
+    "mix": (lambda path: data.read_mix([str(path)]), ValueError),
+    "atomic": (lambda path: checkpoint.atomic(path, write_nothing), OSError)}
+
+@pytest.mark.parametrize("name", ORIGINS)
+def test_every_reworded_error_keeps_its_origin_on_demand(name, tmp_path, refused, monkeypatch):
+    call, kind = ORIGINS[name]
+    path = tmp_path / "x.png"
+    if name != "no picture":
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\xe9" * 40)
+    refused(lambda: call(path), path, error=(ValueError, OSError))
+    monkeypatch.setenv("NANORECA_TRACEBACK", "1")
+    with pytest.raises((ValueError, OSError)) as e:
+        call(path)
+    assert isinstance(e.value.__cause__, kind), repr(e.value.__cause__)
+
+def test_no_error_hides_its_origin_for_good():
+    for folder in (checkpoint.HERE, os.path.join(checkpoint.HERE, "custom_kernels")):
+        for name in (name for name in os.listdir(folder) if name.endswith(".py")):
+            with open(os.path.join(folder, name), encoding="utf-8") as f:
+                assert "from None" not in f.read(), name
 
 class PanicException(BaseException):  # as pyo3's: no Exception
     pass
@@ -242,6 +276,44 @@ def test_sizes_that_the_weights_do_not_have_are_never_allocated(arch, change, fo
         meta = changed(meta, field, value)
     (tmp_path / "m" / "config.json").write_text(json.dumps(meta))
     refused(lambda: checkpoint.load_model(arch, str(tmp_path / "m")), tmp_path / "m", "weights do not fit", table=True)
+
+@pytest.mark.parametrize("change", [{"max_latent_size": 256, "hidden_size": 32768}, {"hidden_size": 32768},
+                                    {"max_latent_size": 255, "hidden_size": 1024}])
+def test_fields_that_are_too_much_together_are_refused_before_anything_is_built(change, folder, tmp_path, refused,
+                                                                                monkeypatch):
+    """Tables of places are computed before the weights are looked at: up to 17 GB."""
+    path, meta = folder["diffusion"]
+    shutil.copytree(path, tmp_path / "m", symlinks=True)
+    for field, value in ({"max_latent_size": 64} | change).items():
+        meta = changed(meta, field, value)
+    (tmp_path / "m" / "config.json").write_text(json.dumps(meta))
+    monkeypatch.setattr(checkpoint.model_file("diffusion"), "Model", None)
+    refused(lambda: checkpoint.load_model("diffusion", str(tmp_path / "m")), tmp_path / "m" / "config.json",
+            f"and width {change['hidden_size']}, expected at most 4 * 10^7 numbers")
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_tables_of_every_config_are_allowed(arch):
+    for config in checkpoint.model_file(arch).CONFIGS.values():
+        checkpoint.check_tables(checkpoint.whole_numbers(dataclasses.asdict(config)), "")
+
+@pytest.mark.parametrize("value", ["0", "0,0", "-3", "abc", "1,,2", "2.5", ",", "1001", "600,1",
+                                   "9" * 5000, "1," * 999])
+def test_numbers_of_sampling_steps_that_are_none(value, folder, tmp_path, refused):
+    path, meta = folder["mar"]
+    shutil.copytree(path, tmp_path / "m", symlinks=True)
+    (tmp_path / "m" / "config.json").write_text(json.dumps(changed(meta, "num_sampling_steps", value)))
+    refused(lambda: checkpoint.load_model("mar", str(tmp_path / "m")), tmp_path / "m", "built from its config.json (")
+
+@pytest.mark.parametrize("name, change", [("vae", {"ch": 10 ** 6}), ("vae", {"z_channels": 17}), ("vae", {"groups": 3}),
+                                          ("vq", {"ch": 10 ** 6}), ("vq", {"bits": 18}), ("vq", {"patch": 8})])
+def test_image_tokenizers_that_their_weights_do_not_have(name, change, tmp_path, refused):
+    arch = "ar" if name == "vq" else "mar"
+    config = checkpoint.model_file(arch).CONFIGS["tiny"]
+    source = os.path.join(checkpoint.HERE, "weights", image_tokenizer.tiny_name(getattr(config, name)))
+    os.symlink(os.path.join(source, "model.safetensors"), tmp_path / "model.safetensors")
+    meta = read_json(os.path.join(source, "config.json"))
+    (tmp_path / "config.json").write_text(json.dumps(meta | {"config": meta["config"] | change}))
+    refused(lambda: image_tokenizer.trained(config, name, str(tmp_path)), tmp_path, table=True)
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_shipped_weights_load_as_they_are(arch):
@@ -456,6 +528,8 @@ def test_tokenizer_and_model_belong_together(arch, tmp_path, refused, monkeypatc
         path = str(tmp_path / f"{name}.tiktoken")
         refused(lambda: checkpoint.load_model(arch, ckpt, text_tokenizer=path), ckpt,
                 f"text tokenizer has {n:,} ids, the model's vocabulary 1,024")
+        args, _ = train.parse_args(["--arch", arch, "--stage", "base", "--text-tokenizer", path])
+        refused(lambda: train.build(args), path, f"text tokenizer has {n:,} ids, the model's vocabulary 1,024")
     published = next(name for name in module.CONFIGS if name != "tiny")
     path = str(tmp_path / "small.tiktoken")
     refused(lambda: checkpoint.load_model(arch, "nowhere", published, text_tokenizer=path), path, "306 ids")
@@ -523,3 +597,135 @@ def test_schema_of_a_good_run(refused):
         check_state(run_state(**change), "r/checkpoint.pt")
     for state in ([], None, {}, torch.zeros(1)):
         refused(lambda: check_state(state, "r/checkpoint.pt"), "step, args, model, optimizers")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flags: every one that is a number, and those that would be ignored
+
+def check_train(argv):
+    args = train.parse_args(argv)[0]
+    train.check_args(args, 1)
+    train.check_typed(args, argv)
+    return args
+
+PARSERS = {"train": check_train, "sample": sample.parse_args, "evaluate": evaluate.parse_args}
+HELD = [(script, name) for script in PARSERS for name in vars(PARSERS[script]([])) if name in checkpoint.RANGES]
+
+def bad_numbers(name):
+    low, high = checkpoint.RANGES[name]
+    return [f"{low - 1:g}", f"{high + 1 if high > 1 else high + 0.001:.17g}", "nan", "none"]
+
+@pytest.mark.parametrize("script, name", HELD)
+def test_every_number_is_held_to_its_range(script, name, capfd):
+    """Below, above, nan and no number: one line (argparse's own after its usage) and exit code 2."""
+    flag = f"--{name.replace('_', '-')}"
+    for text in bad_numbers(name):
+        values = [text, text] if name == "betas" else [text]
+        with pytest.raises((ValueError, SystemExit)) as e:
+            PARSERS[script]([flag, *values])
+        last = capfd.readouterr().err.strip().splitlines()[-1:]
+        if isinstance(e.value, SystemExit):
+            assert e.value.code == 2 and f"argument {flag}: " in last[0]
+        else:
+            assert str(e.value).startswith(f"{flag} ") and ": must be from " in str(e.value)
+            assert "\n" not in str(e.value)
+
+def test_every_flag_that_is_a_number_has_a_range(monkeypatch):
+    parsers, refuse = [train.parser()], checkpoint.refuse_unused
+    monkeypatch.setattr(checkpoint, "refuse_unused", lambda p, *more: (parsers.append(p), refuse(p, *more)))
+    sample.parse_args([]), evaluate.parse_args([])
+    assert len(parsers) == 3 and len(HELD) > 35
+    assert {a.dest for p in parsers for a in p._actions if a.type in (int, float)} == set(checkpoint.RANGES)
+
+UNUSED = {  # what is typed, and the flag that would change nothing
+    "train": [
+        ("--resume RUN --ckpt x", "ckpt"), ("--resume RUN --overwrite", "overwrite"),
+        ("--vision-ckpt x", "vision-ckpt"),
+        ("--stage tokenizer --config CONFIG", "config"), ("--stage tokenizer --text-tokenizer x", "text-tokenizer"),
+        ("--stage tokenizer --checkpoint full", "checkpoint"), ("--stage tokenizer --drop 0.5", "drop"),
+        ("--stage tokenizer --captioned 9", "captioned"), ("--stage tokenizer --i2t-data x.json", "i2t-data"),
+        ("--stage tokenizer --eval-split dev --eval-n 0", "eval-split"),
+        ("--stage tokenizer --pool 9 --data x", "pool"),
+        ("--tokenizer-ckpt x", "tokenizer-ckpt"), ("--stage base --ckpt x --tokenizer-ckpt y", "tokenizer-ckpt"),
+        ("--muon-decay 0.1 --arch ar", "muon-decay"), ("--muon-decay 0.1 --muon-lr 0", "muon-decay"),
+        ("--data x --mix i2t=1", "data"), ("--stage sft --data x --mix i2t=1 edit=1", "data"),
+        ("--i2t-data x --mix recon=1", "i2t-data"), ("--i2t-data x --i2t-weight 0", "i2t-data"),
+        ("--arch ar --i2t-data x", "i2t-data"), ("--arch diffusion --data x --i2t-data y", "i2t-data"),
+        ("--i2t-weight 0.5 --mix recon=1", "i2t-weight"), ("--t2i-weight 0.5 --mix recon=1", "t2i-weight"),
+        ("--drop 0.5 --mix i2t=1", "drop"), ("--no-exif", "no-exif"), ("--image-root x", "image-root"),
+        ("--image-root x --i2t-data folder", "image-root"), ("--image-root x --data x.json", "image-root"),
+        ("--data x --i2t-data y --pool 9", "pool"), ("--arch diffusion --data x --pool 9", "pool"),
+        ("--data x --questions 2 --i2t-data y", "questions"), ("--mix recon=1 --questions 2", "questions"),
+        ("--data x --captioned 9", "captioned"), ("--mix recon=1 --wrong-captions 0.1", "wrong-captions"),
+        ("--stage sft --data x --sparse-captions 0.1", "sparse-captions"),
+        ("--mix t2i=1 --t2i-weight 1 --captioned 9 --data x", "data"),
+        ("--stage sft --understanding scrambled", "understanding"), ("--altered-share 0.5 --arch ar", "altered-share"),
+        ("--altered-share 0.5 --understanding full", "altered-share"),
+        ("--altered-share 0.5 --data x", "altered-share"),
+        ("--config CONFIG --eval-n 9", "eval-n"), ("--config CONFIG --eval-every 9", "eval-every"),
+        ("--eval-n 0 --eval-every 9", "eval-every"), ("--eval-n 0 --eval-split dev", "eval-split")],
+    "sample": [
+        *((f"--image x --question q --{flag}", flag.split()[0]) for flag in (
+            "n 3", "batch 8", "steps 5", "cfg 2", "out x.png", "seed 1", "tokenizer-ckpt y", "vision-ckpt y")),
+        ("--max-new-tokens 5", "max-new-tokens"), ("--image x --edit y --max-new-tokens 5", "max-new-tokens"),
+        ("--no-exif --prompt x", "no-exif"), ("--ckpt x --tokenizer-ckpt y", "tokenizer-ckpt")],
+    "evaluate": [("--geneval x --split dev", "split"), ("--geneval x --editing", "editing"),
+                 ("--geneval x --json y", "json"), ("--out x", "out"), ("--tokenizer-ckpt x", "tokenizer-ckpt"),
+                 ("--vision-ckpt x", "vision-ckpt")]}
+USED = {
+    "train": [
+        "", "--i2t-weight 0 --t2i-weight 0 --mix recon=1", "--eval-n 0 --eval-every 0", "--stage tokenizer --data x",
+        "--config tiny --stage tokenizer", "--stage base --tokenizer-ckpt x --text-tokenizer y", "--text-tokenizer y",
+        "--config CONFIG --ckpt a --tokenizer-ckpt b --vision-ckpt c --text-tokenizer d --data e --eval-n 0",
+        "--data x --pool 9 --questions 2 --drop 0.2 --no-exif", "--data x --i2t-data y.JSONL --image-root z --no-exif",
+        "--stage sft --data x --i2t-data y --i2t-weight 1 --mix t2i=1 i2t=1", "--stage tokenizer --pool 9 --eval-n 9",
+        "--mix recon=1 --understanding shuffled --altered-share 0.5", "--stage base --muon-decay 0.1 --arch ar",
+        "--stage sft --captioned 9 --wrong-captions 0.1 --sparse-captions 0.1 --eval-n 6",
+        "--eval-n 6 --eval-every 3 --eval-split dev"],
+    "sample": ["", "--prompt a --n 2 --batch 3 --cfg 2 --steps 3 --seed 1 --temperature 0.5 --out x",
+               "--image x --question q --max-new-tokens 3 --temperature 0.5 --seed 1 --no-exif",
+               "--image x --reconstruct --no-exif --n 2 --cfg 1", "--image x --question q --think",
+               "--config CONFIG --tokenizer-ckpt a --vision-ckpt b --text-tokenizer c"],
+    "evaluate": ["", "--split dev --editing --json x --cfg 2", "--geneval x --out y --n 2 --steps 3 --seed 1"]}
+
+def typed(script, text, tmp_path):
+    published = next(name for name in checkpoint.model_file("mar").CONFIGS if name != "tiny")
+    if "--resume" in text:
+        torch.save(run_state(args=vars(train.parse_args([])[0]), history=[]), tmp_path / "checkpoint.pt")
+    PARSERS[script](shlex.split(text.replace("CONFIG", published).replace("RUN", str(tmp_path))))
+
+@pytest.mark.parametrize("script, text, flag", [(script, *case) for script, cases in UNUSED.items() for case in cases])
+def test_flags_that_would_be_ignored_are_refused(script, text, flag, tmp_path):
+    with pytest.raises(ValueError, match=rf"^--{flag} is for [^\n]*: here it would change nothing, leave it out$"):
+        typed(script, text, tmp_path)
+
+@pytest.mark.parametrize("text, part", [
+    ("--arch ar --mix recon=1 i2t=1", "i2t"), ("--mix recon=1 t2i=1 edit=1 --t2i-weight 0", "edit t2i"),
+    ("--config CONFIG --data x --mix recon=1 t2i=1", "t2i"), ("--data x --mix recon=1 uncond=1", "uncond")])
+def test_parts_whose_weight_is_0_are_not_dropped_without_a_word(text, part, tmp_path):
+    with pytest.raises(ValueError, match=f"^--mix {part}: the weight is 0 here: give [^\n]*$"):
+        typed("train", text, tmp_path)
+
+@pytest.mark.parametrize("script, text", [(script, text) for script, cases in USED.items() for text in cases])
+def test_flags_that_do_something_are_not(script, text, tmp_path):
+    typed(script, text, tmp_path)
+
+def test_no_command_of_the_documents_has_a_flag_too_many(tmp_path):
+    seen = 0
+    for path in ("README.md", "weights/README.md", "results/README.md"):
+        with open(os.path.join(checkpoint.HERE, path), encoding="utf-8") as f:
+            text = re.sub(r"\\\n\s*", " ", f.read())
+        for script, argv in re.findall(r"(train|sample|evaluate)\.py((?: [^\n`]*)?)", text):
+            if argv.startswith(" --") and "--resume" not in argv:
+                typed(script, argv.partition("#")[0], tmp_path)
+                seen += 1
+    assert seen >= 15
+
+BAD_PROMPTS = {"no prompt": '{"tag": "counting"}', "a number": '{"prompt": 5}', "empty": "", "blank": '{"prompt": " "}',
+               "no JSON": "two cats", "a list": '["two cats"]', "cut": '{"prompt": "two cats"}\n{"prompt',
+               "half a character": '{"prompt": "\\ud800"}', "deep": "[" * 100_000}
+
+@pytest.mark.parametrize("kind", BAD_PROMPTS)
+def test_prompts_of_geneval_that_are_none(kind, tmp_path, refused):
+    (tmp_path / "p.jsonl").write_text(BAD_PROMPTS[kind])
+    refused(lambda: evaluate.export_geneval(None, str(tmp_path / "p.jsonl"), str(tmp_path / "out")),
+            tmp_path / "p.jsonl", "not lines of JSON with a prompt each")

@@ -126,19 +126,13 @@ def test_golden_magvit():
     z = m.features(given["pixels"])
     side = math.isqrt(given["decode_indices"].shape[1])
     square = given["decode_indices"].view(-1, side, side)
-    commitment, _ = m.quantizer_losses(z)
-    on = torch.sigmoid(4 * z)  # the published entropy loss counts bits where ours counts codes
-
-    def bits(p):
-        return -(p * p.log() + (1 - p) * (1 - p).log()).mean()
-
-    entropy = m.config.entropy_weight * (bits(on) - bits(on.mean((0, 2, 3))))
+    commitment, _ = m.quantizer_losses(z)  # its entropy counts codes, the published one bits: no golden number for it
     compare([("vae.out.z", z), ("vae.out.rect_z", m.features(given["rect_pixels"])),
              ("vae.out.indices", m.encode(given["pixels"]).flatten(1)),
              ("vae.out.rect_indices", m.encode(given["rect_pixels"]).flatten(1)), ("vae.out.decoded", m.decode(square)),
              ("vae.out.codebook_entry", m.quantize.embedding[square].permute(0, 3, 1, 2)),
              ("vae.out.decoded_nonsquare", m.decode(given["nonsquare_indices"].view(-1, *c["nonsquare"]))),
-             ("vae.out.quantizer_loss", commitment), ("vae.out.entropy_loss", entropy)], cases, 2e-5)
+             ("vae.out.quantizer_loss", commitment)], cases, 2e-5)
 
 @pytest.mark.parametrize("name, file, prefix", [("kl16", "harmon-0.5b", "vae."), ("flux", "flux-ae", ""),
                                                 ("magvitv2", "magvitv2", "")])

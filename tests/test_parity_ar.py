@@ -721,8 +721,15 @@ def test_collate():
                                ("i2t", {"question": "<|endoftext|>", "answer": "<|endoftext|>"}, 1)):
         ids = collate(part, [sample])["ids"]
         assert (ids == c.eos).sum() == ends and "<|endoftext|>" in decode([i for i in ids[0].tolist() if i != c.eos])
-    with pytest.raises(ValueError, match="do not fit into 32: shorten"):
-        collate("edit", [{"instruction": "star " * 99}])
+    # a request that is too long loses its own end in training; what is typed is refused: half of it says another thing
+    cut = collate("edit", [{"instruction": "star " * 99}, {"instruction": "a star"}])
+    assert cut["lengths"][0] == cut["ids"].shape[1] == c.max_request and cut["lengths"][1] < c.max_request
+    assert decode(cut["ids"][0].tolist()).startswith("<|endoftext|>Question: \n star star")
+    assert decode(cut["ids"][0].tolist()).endswith("star star Answer:<|endoftext|>")
+    for call in (lambda: m.edit(torch.zeros(1, 3, 48, 48), ["star " * 99]),
+                 lambda: m.reconstruct(torch.zeros(1, 3, 48, 48), "star " * 30)):
+        with pytest.raises(ValueError, match="^[0-9]+ ids do not fit into 32: shorten the text"):
+            call()
     with pytest.raises(ValueError, match="--text-tokenizer"):
         ShowO(dataclasses.replace(c, text_vocab=9, eos=8), m.tokenizer)
 

@@ -9,9 +9,11 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import checkpoint
+import sample
 import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -168,6 +170,59 @@ def test_disks_and_paths(tmp_path, monkeypatch):
     os.symlink(tmp_path / "real", tmp_path / "link")
     checkpoint.write_text(tmp_path / "link", "new")
     assert os.path.islink(tmp_path / "link") and open(tmp_path / "real").read() == "new"
+
+OUTS = {"a file": "file", "below a file": "file/sub", "a pipe": "pipe", "a link to itself": "loop", "a device": "null",
+        "too long": "x" * 300, "no folder can be there": "/proc/nowhere", "half a name": "a\0b"}
+
+@pytest.mark.parametrize("kind", OUTS)
+def test_places_where_nothing_can_be_written(kind, tmp_path, monkeypatch):
+    """Said before anything is built, drawn or encoded, in one line; what is there stays as it is."""
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink("/dev/null", tmp_path / "null")
+    os.symlink("loop", tmp_path / "loop")
+    monkeypatch.setattr(train, "build", None)
+    out = os.path.join(tmp_path, OUTS[kind])
+    for call in (lambda: run(*SMALL, "--out", out), lambda: sample.save_png(Image.new("RGB", (4, 4)), out + "/x.png"),
+                 lambda: checkpoint.write_text(out + "/scores.json", "{}")):
+        with pytest.raises((ValueError, OSError)) as e:
+            call()
+        said = str(e.value)
+        assert "\n" not in said and (OUTS[kind] in said or kind == "half a name" or "/dev/null" in said)
+    assert sorted(os.listdir(tmp_path)) == ["file", "loop", "null", "pipe"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+@pytest.mark.parametrize("argv, message", [
+    ("--mix align=1 --accum 2", "--accum 2: align contrasts a whole batch"),
+    ("--mix t2i=1 align=0.5 --accum 4", "--accum 4: align"), ("--mix align=1 i2t=1 --accum 8", "--accum 8: align"),
+    ("--mix images=1", "--stage base --mix images: the tokenizer stage trains images alone"),
+    ("--stage tokenizer --mix t2i=1", "--stage tokenizer --mix t2i: the tokenizer stage"),
+    ("--stage tokenizer --mix images=1 t2i=1", "--stage tokenizer --mix images t2i: the tokenizer stage"),
+    ("--t2i-weight 0 --i2t-weight 0 --mix t2i=1 i2t=1", "leave nothing to train on"),
+    ("--batch 8 --mix t2i=0.01", "--batch 8 gives 0 t2i samples"), ("--batch 9 --accum 2", "cannot share: take a mul")])
+def test_parts_and_batches_that_do_not_fit(argv, message, tmp_path):
+    with pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*$"):
+        run(*SMALL, *argv.split(), "--out", str(tmp_path / "a"))
+    assert not os.listdir(tmp_path)
+
+@pytest.mark.parametrize("kind", ["a folder", "empty", "cut", "text", "list", "one bit", "no sum"])
+def test_checkpoints_that_are_none(kind, tmp_path, capsys):
+    path, content = tmp_path / "checkpoint.pt", {"text": b"hello " * 99, "empty": b""}.get(kind)
+    if kind == "a folder":
+        path.mkdir()
+    else:
+        torch.save([1] if kind == "list" else {"step": 1, "model": torch.zeros(999)}, path)
+        checkpoint.write_checksum(path, path)
+        good = path.read_bytes()
+        content = {"cut": good[:-99], "one bit": good[:500] + bytes([good[500] ^ 1]) + good[501:]}.get(kind, content)
+    if content is not None:
+        path.write_bytes(content)
+    if kind == "no sum":
+        os.remove(f"{path}.sha256")
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises((ValueError, OSError)) as e:
+        run("--resume", str(tmp_path))
+    assert "checkpoint.pt" in str(e.value) and "\n" not in str(e.value) and sorted(os.listdir(tmp_path)) == before
 
 def test_one_fault_is_one_line_under_torchrun(tmp_path):
     done = launch(3, "--ckpt", "no/such", "--batch", "12", "--device", "cpu", "--out", str(tmp_path / "a"))

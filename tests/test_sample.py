@@ -71,7 +71,8 @@ def run(tmp_path, monkeypatch):
         monkeypatch.setattr(checkpoint, "load_model", lambda *args: model)
         files = {"PICTURE": str(tmp_path / "picture.png"), "MASK": str(tmp_path / "mask.png")}
         out = tmp_path / "out.png"
-        sample.main([*(files.get(f, f) for f in flags), "--device", "cpu", "--out", str(out)])
+        out_flag = [] if "--question" in flags else ["--out", str(out)]
+        sample.main([*(files.get(f, f) for f in flags), "--device", "cpu", *out_flag])
         return np.asarray(Image.open(out)) if out.exists() else None
     return go
 
@@ -124,7 +125,7 @@ def test_flags_reach_the_model(run, capsys):
     assert model.calls == [("generate", sample.DEFAULT_PROMPTS, dict(cfg=None, steps=None, temperature=1.0))]
     model = Fake()
     capsys.readouterr()
-    asked = ["--question", "what?", "--max-new-tokens", "7", "--temperature", "0.25", "--n", "3"]
+    asked = ["--question", "what?", "--max-new-tokens", "7", "--temperature", "0.25", "--seed", "3"]
     run(model, "--image", "PICTURE", *asked)
     assert model.calls == [("answer", (48, 48)), ("answer", (1, 3, 8, 8), ["what?"], 7, 0.25)]
     assert capsys.readouterr().out == "blue\n"

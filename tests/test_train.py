@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import checkpoint
+import custom_kernels.pick
 import data
 import shape_world
 import train
@@ -145,7 +148,7 @@ ERRORS = [
     (["--device", "cuda:99"], r"--device cuda:99: this torch \(.*\) sees \d+ of that kind"),
     (["--device", "mps:3"], r"--device mps:3: this torch \(.*\) sees \d+ of that kind"),
     (["--cfg", "0.5"], r"--cfg 0.5: must be from 1"),
-    (["--stage", "tokenizer", "--cfg", "2"], r"--cfg 2: .*a tokenizer has no guidance"),
+    (["--stage", "tokenizer", "--cfg", "2"], r"--cfg is for models: here it would change nothing"),
 ]
 
 @pytest.mark.parametrize("argv, message", ERRORS, ids=[m[1][:25] for m in ERRORS])
@@ -255,6 +258,34 @@ def test_a_step_is_one_graph(arch):
     torch._dynamo.reset()
     found = torch._dynamo.explain(model)(batches.batch(0))
     assert (found.graph_count, found.graph_break_count) == (1, 0), [r.reason for r in found.break_reasons]
+
+class NoDoubles(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        assert not any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in tree_leaves(out)), function
+        return out
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nothing_on_the_device_is_in_double_precision(arch):
+    """Apple's GPUs (--device mps) have none: training and drawing by plain PyTorch, fp32, and no kernels."""
+    _, model, batches = made("--arch", arch, "--stage", "base", "--muon-lr", "0.01", *SMALL)
+    batch, own = batches.batch(0), [data.sample_generator(0, 0, 0, "picture")]
+    model(batches.to_device(batch, {})), model.generate(["a star"], steps=2, generator=own)  # tables, on the CPU, once
+    with NoDoubles():
+        sum(model(batches.to_device(batch, {})).values()).backward()
+        with torch.no_grad():
+            picture = model.generate(["a star"], steps=2, generator=own)
+            model.edit(picture, ["More."], steps=2, generator=own)
+            model.answer(picture, ["What?"], max_new_tokens=3, generator=own)
+    device = torch.device("mps")
+    names = ("attention", "linear_cross_entropy", "diffusion_loss_rows", "flow_loss_rows")
+    assert {custom_kernels.pick.choose(name, None, device) for name in names} == {"reference"}
+
+@pytest.mark.parametrize("mix", ["i2t=1 --i2t-weight 1", "t2i=1 i2t=1 --i2t-weight 1", "recon=1 text=1"])
+def test_parts_that_would_train_nothing_are_refused(mix, tmp_path):
+    """Understanding is frozen there."""
+    with pytest.raises(ValueError, match="^--mix: (i2t|text) would train nothing, .* in --stage reca: leave"):
+        run("--arch", "diffusion", *SMALL, "--mix", *mix.split(), out=tmp_path / "r")
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_several_questions_about_a_picture_share_its_row(arch):
