@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from custom_kernels import load_lora, lora_config, lora_layers, lora_state, merge_lora
 from text_tokenizer import BadFile, check_file, load_tokenizer, origin, read_json, reading
 
 try:
@@ -80,7 +81,7 @@ RANGES = {  # lowest and highest value of every flag that is a number, in train.
     **dict.fromkeys(("drop", "wrong_captions", "sparse_captions", "altered_share"), (0, 1)), "questions": (1, 64),
     **dict.fromkeys(("betas", "ema"), (0, 1 - 1e-9)), **dict.fromkeys(("lr", "muon_lr", "muon_decay"), (0, 100)),
     **dict.fromkeys(("weight_decay", "temperature"), (0, 100)), **dict.fromkeys(("i2t_weight", "t2i_weight"), (0, 1e6)),
-    "cfg": (1, 1000), "cache_gb": (0, 1e6), "seed": (0, 2 ** 62)}
+    "cfg": (1, 1000), "lora": (0, 4096), "cache_gb": (0, 1e6), "seed": (0, 2 ** 62)}
 
 def check_ranges(args):
     """Raises ValueError for a number outside of its range; nan is outside of every range."""
@@ -233,6 +234,9 @@ def weight_files(folder):
     for name in ("model.safetensors", "pytorch_model.bin"):
         if name in names:
             names = [name]
+    if "adapter_model.safetensors" in names and "model.safetensors" not in names:
+        raise ValueError(f"{folder}: a run with --lora, which holds adapters alone: give sample.py and evaluate.py its "
+                         f"base as --ckpt, and --lora {folder}")
     if len(names) != 1:
         raise FileNotFoundError(f"{folder}: a folder with {len(names)} weight files {names}: name the one to read")
     return {os.path.join(folder, names[0]): []}
@@ -461,9 +465,39 @@ def whole_numbers(value):
 def save_model(model, folder, arch, **extra):
     """Writes folder/model.safetensors and folder/config.json. extra: what else config.json is to hold."""
     os.makedirs(folder, exist_ok=True)
-    write_safetensors(os.path.join(folder, "model.safetensors"), model.state_dict())
+    if lora_layers(model):
+        save_adapters(model, folder)
+    else:
+        write_safetensors(os.path.join(folder, "model.safetensors"), model.state_dict())
     meta = dict(arch=arch, config=dataclasses.asdict(model.config), **extra)
     write_text(os.path.join(folder, "config.json"), json.dumps(meta, indent=1))
+
+def save_adapters(model, folder):
+    """Writes folder/adapter_model.safetensors and folder/adapter_config.json, as PEFT does."""
+    write_safetensors(os.path.join(folder, "adapter_model.safetensors"), lora_state(model))
+    write_text(os.path.join(folder, "adapter_config.json"), json.dumps(lora_config(model), indent=1))
+
+def load_adapters(model, folder):
+    """Merges the adapters of a run with --lora, or of PEFT, into the weights that they were trained on. Guidance is
+    what that run says. Raises FileNotFoundError, and ValueError where they do not fit."""
+    path, what = os.path.join(folder, "adapter_config.json"), f"--lora {folder}"
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{what}: no adapter_config.json there; expected the folder of a run with --lora")
+    settings = read_json(path)
+    get = settings.get if isinstance(settings, dict) else {}.get
+    rank, alpha = get("r"), get("lora_alpha")
+    odd = [name for name in ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern") if get(name)]
+    if type(rank) is not int or not 0 < rank <= RANGES["lora"][1] or type(alpha) not in (int, float) or odd:
+        raise BadFile(f"{path}: r {rank}, lora_alpha {alpha} {' '.join(odd)}: expected r, lora_alpha and plain LoRA")
+    state = read_weights(os.path.join(folder, "adapter_model.safetensors"))
+    load_lora(model, {k: check_numbers(k, v, what) for k, v in state.items()}, what, settings)
+    merge_lora(model)
+    if os.path.isfile(os.path.join(folder, "config.json")):
+        model.config.cfg = from_dict(type(model.config), read_config(folder)["config"], folder).cfg
+
+def saved_state(model):
+    """What checkpoint.pt keeps of a model: its adapters alone where it has some."""
+    return lora_state(model) if lora_layers(model) else model.state_dict()
 
 def read_config(folder):
     path = os.path.join(folder, "config.json")
@@ -479,10 +513,15 @@ def read_config(folder):
     return meta
 
 def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer=None, device="cpu", dtype=None,
-               vision_ckpt=None):
+               vision_ckpt=None, adapters=None):
     """The model of `arch`, in eval mode, from one of our folders or, with `config` = a published size, from the
-    original files. Raises FileNotFoundError and ValueError with a message for the user."""
+    original files, with the adapters of a run with --lora merged (then the base is where ckpt is None). Raises FileNotFoundError and ValueError with a message for the user."""
     check_device(device)
+    if adapters:
+        base = ckpt or default_weights(arch, "base")
+        model = load_model(arch, base, config, tokenizer_ckpt, text_tokenizer, device, dtype, vision_ckpt)
+        load_adapters(model, adapters)
+        return model
     module, ckpt = model_file(arch), ckpt or default_weights(arch)
     if config is None or config == "tiny":
         meta = read_config(ckpt)
@@ -566,7 +605,7 @@ class Log:
         if self.file:
             self.file.close()
 
-RUN_FILES = ("checkpoint.pt", "checkpoint.pt.sha256", "model.safetensors", "log.jsonl")
+RUN_FILES = ("checkpoint.pt", "checkpoint.pt.sha256", "model.safetensors", "adapter_model.safetensors", "log.jsonl")
 
 def claim(args, rank, world):
     """Makes the run folder this run's own until it ends -> the open lock, on the first process. Sets args.out, on all
@@ -635,7 +674,7 @@ def check_room(run):
     """Sets run.checkpoint_size, in bytes, and raises ValueError where it does not fit on the disk, or training in
     memory."""
     trained = size_of(p for _, p in run.named)
-    run.checkpoint_size = size_of(run.model.state_dict().values()) + trained * (3 if run.args.ema else 2)
+    run.checkpoint_size = size_of(saved_state(run.model).values()) + trained * (3 if run.args.ema else 2)
     if run.rank == 0:
         check_disk(run.args.out, run.checkpoint_size)
     check_memory(run.args.device, trained // 4)
@@ -654,7 +693,7 @@ def save_state(run, step):
     ValueError for weights that are not finite or a full disk, OSError where writing fails."""
     folder, optimizers = run.args.out, [optimizer.state_dict() for optimizer in run.optimizers]
     check_finite([*run.named, *(run.ema or {}).items()], folder)
-    state = dict(step=step, args=vars(run.args), command=run.about["command"], model=run.model.state_dict(),
+    state = dict(step=step, args=vars(run.args), command=run.about["command"], model=saved_state(run.model),
                  optimizers=optimizers, ema=run.ema, history=run.history)
     check_disk(folder, run.checkpoint_size)
     path = os.path.join(folder, "checkpoint.pt")

@@ -47,7 +47,7 @@ import evaluate
 import image_tokenizer
 import sample
 import shape_world
-from custom_kernels import Muon, peak_flops, step_if
+from custom_kernels import Muon, add_lora, load_lora, peak_flops, step_if
 
 ALIGN_WEIGHT = 0.25  # a contrast over a batch of 48 starts at log 48, several times the other losses, far from 0
 
@@ -80,12 +80,14 @@ def parser():
     add("--warmup", type=int, default=20, help="steps")
     add("--schedule", choices=("cosine", "constant"), default="cosine")
     add("--clip", type=float, default=1.0, help="gradient norm; 0 = off")
+    add("--lora", type=int, default=0, metavar="R", help="0, or the rank of adapters that train in place of "
+        "the linear layers and are saved alone; they want about ten times the --lr")
     add("--ema", type=float, default=0.0, help="decay of averaged weights, e.g. 0.999; 0 = off")
     add("--seed", type=int, default=0)
     add = p.add_argument_group("machine and output").add_argument
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of products; auto: bf16 where a GPU has it")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="auto: published sizes on GPUs")
-    add("--checkpoint", choices=("none", "full"), default="none", help="full: recompute activations: slower, smaller")
+    add("--recompute", default="none", metavar="none|blocks|N", help="keep no activations of blocks, or of every Nth")
     add("--cache-gb", type=float, default=8.0, help="host memory for a pool's encodings; larger ones are not kept")
     add("--threads", type=int, help="CPU threads per process")
     add("--cfg", type=float, help="guidance the model is scored at and saved with (default: the checkpoint's)")
@@ -104,15 +106,32 @@ def parse_args(argv=None):
     state = checkpoint.read_checkpoint(first.resume) if first.resume else None
     p.set_defaults(**(state["args"] if state else recipe(first)))
     args = p.parse_args(argv)
-    for name in ("arch", "config", "stage") if state else ():
-        if getattr(args, name) != state["args"][name]:
+    for name in ("arch", "config", "stage", "lora") if state else ():
+        if getattr(args, name) != state["args"].get(name, 0):  # runs that are older than --lora have none
             raise ValueError(f"--resume {args.resume}: that is a run of --{name} {state['args'][name]}, not "
                              f"{getattr(args, name)}; give it to a new run as --ckpt {args.resume}")
     args.betas, args.mix = tuple(args.betas), data.read_mix(args.mix)
     args.mix = {part: share for part, share in args.mix.items() if loss_weight(args, part) > 0}
     args.out, args.overwrite = first.out or first.resume, first.overwrite
     args.captioned = args.captioned or args.pool
+    if args.lora:
+        check_lora(args, first.muon_lr, state)
     return args, state
+
+def check_lora(args, muon_lr, state):
+    """Errors of --lora, and AdamW in place of a recipe's Muon, which would make B A's factors orthogonal, not B A.
+    muon_lr: the typed one."""
+    if muon_lr:
+        raise ValueError(f"--muon-lr {muon_lr:g}: adapters (--lora {args.lora}) are trained by AdamW: leave it out")
+    if args.stage == "tokenizer" or (args.stage == "base" and not args.ckpt):
+        raise ValueError(f"--lora {args.lora}: --stage {args.stage} starts from nothing that adapters could be trained "
+                         "on: take --stage reca or sft, or give --stage base a --ckpt")
+    if state and args.ckpt and not os.path.exists(args.ckpt):
+        raise FileNotFoundError(f"--resume {args.resume}: its adapters were trained on --ckpt {args.ckpt}, which is no "
+                                "longer there: give --ckpt where it is now")
+    if args.muon_lr and int(os.environ.get("RANK", 0)) == 0:
+        print(f"--lora {args.lora}: AdamW trains adapters, in place of the recipe's Muon", flush=True)
+    args.muon_lr = 0.0
 
 def recipe(args):
     """The recipe of this run, a flat dictionary of flags: RECIPES[config][stage] of the model file."""
@@ -131,6 +150,7 @@ def loss_weight(args, part):
 
 def check_args(args, world):
     checkpoint.check_ranges(args)
+    every_nth(args.recompute)
     if args.image_root and not any(path.endswith(".json") for path in args.i2t_data or ()):
         raise ValueError(f"--image-root {args.image_root} is for the pictures of an --i2t-data JSON, and there is none")
     if ("images" in args.mix or args.stage == "tokenizer") and (args.stage, [*args.mix]) != ("tokenizer", ["images"]):
@@ -206,12 +226,26 @@ def make_optimizers(args, model, named):
         optimizers.append(Muon(inside.values(), lr=args.muon_lr, weight_decay=args.muon_decay))
     return optimizers
 
+def every_nth(text):
+    """--recompute -> which blocks are computed again in the backward pass: every Nth; 0: none. Raises ValueError."""
+    words = {"none": 0, "blocks": 1}
+    if text not in words and (not text.isdecimal() or int(text) < 1):
+        raise ValueError(f"--recompute {text}: expected none, blocks, or N of at least 1: every Nth block")
+    return words[text] if text in words else int(text)
+
 def learning_rate(args, step, lr):
     """Linear warm-up to `lr` (published ones from 0: warmup_from), then constant, or half a cosine to 0."""
     if step < args.warmup:
         return lr * (step + args.warmup_from) / args.warmup
     t = (step - args.warmup) / max(1, args.steps - args.warmup) * (args.schedule == "cosine")
     return lr * 0.5 * (1 + math.cos(math.pi * min(1.0, t)))
+
+def adapted(args, model, named, state):
+    """Puts adapters on the model, those of a resumed run where there is one -> their [(name, parameter)]."""
+    named = add_lora(model, named, args.lora, data.sample_generator(args.seed, 0, 0, "lora"))
+    if state is not None:
+        load_lora(model, state["model"], args.resume)
+    return named
 
 class Run:
     """What a run holds. model: as it is saved; forward: as it is called, wrapped for several processes and compiled."""
@@ -222,10 +256,12 @@ class Run:
         self.lock = checkpoint.claim(args, self.rank, self.world)
         self.about = checkpoint.describe(args, state)  # now: the commit may be another one when the run ends
         self.model = build(args)
-        if state is not None:
+        if state is not None and not args.lora:
             checkpoint.load_strict(self.model, state["model"], args.resume)
         self.model.to(self.device)
         self.named = self.model.trainable_parameters(args.stage)
+        if args.lora:
+            self.named = adapted(args, self.model, self.named, state)
         checkpoint.check_room(self)  # before anything is encoded
         self.weights = {part: loss_weight(args, part) for part in args.mix}
         self.batches = data.Batches(args, self.model, self.device, self.rank, self.world)
@@ -244,7 +280,8 @@ class Run:
 
     def wrapped(self):
         args, cuda, forward = self.args, self.device.type == "cuda", self.model
-        for block in self.model.blocks() if args.checkpoint == "full" else ():
+        every = every_nth(args.recompute)
+        for block in self.model.blocks()[::every] if every else ():
             block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
         bf16 = args.dtype == "bf16" or (args.dtype == "auto" and cuda and torch.cuda.is_bf16_supported())
         self.dtype = torch.bfloat16 if bf16 else torch.float32
