@@ -515,7 +515,8 @@ def read_config(folder):
 def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer=None, device="cpu", dtype=None,
                vision_ckpt=None, adapters=None):
     """The model of `arch`, in eval mode, from one of our folders or, with `config` = a published size, from the
-    original files, with the adapters of a run with --lora merged (then the base is where ckpt is None). Raises FileNotFoundError and ValueError with a message for the user."""
+    original files. adapters: the folder of a run with --lora, merged into the weights; without ckpt into the shipped
+    base. Raises FileNotFoundError and ValueError with a message for the user."""
     check_device(device)
     if adapters:
         base = ckpt or default_weights(arch, "base")

@@ -80,8 +80,8 @@ def lora_config(model):
     layers = lora_layers(model)
     layer = next(iter(layers.values()))
     rank = len(layer.lora_A)
-    return dict(peft_type="LORA", r=rank, lora_alpha=layer.scale * rank, target_modules=list(layers), lora_dropout=0.0,
-                bias="none", task_type=None, base_model_name_or_path="", inference_mode=True)
+    return dict(peft_type="LORA", task_type=None, r=rank, lora_alpha=round(layer.scale * rank), lora_dropout=0.0,
+                bias="none", target_modules=list(layers), base_model_name_or_path="", inference_mode=True)
 
 def load_lora(model, state, what, config=None):
     """Loads what `lora_state` gave. With `config`, of an adapter_config.json, the layers that `state` names get their
