@@ -15,10 +15,14 @@ class LoRALinear(nn.Linear):
     bias and their names stay, so that what reads, shards or saves the base by name finds it as before. The sum is made
     only for code that reads `weight` (a fused product, a tied loss): it takes memory, and bf16 rounds small B A off."""
 
-    @property
-    def weight(self):
+    def merged(self):
         own = self._parameters["weight"]
         return (own + self.scale * self.lora_B @ self.lora_A).to(own.dtype)
+
+    @property
+    def weight(self):  # between two uses of a sharded layer FSDP asks for its parameter by this name
+        own = self._parameters["weight"]
+        return own if isinstance(own, DTensor) else self.merged()
 
     def forward(self, x):
         low = F.linear(x, self.lora_A.to(x.dtype)) * self.scale
@@ -104,6 +108,6 @@ def load_lora(model, state, what, config=None):
 def merge_lora(model):
     """Adds every B A to its weight, in place, and leaves plain linear layers."""
     for layer in lora_layers(model).values():
-        layer._parameters["weight"].copy_(layer.weight)
+        layer._parameters["weight"].copy_(layer.merged())
         del layer.lora_A, layer.lora_B, layer.scale
         layer.__class__ = nn.Linear
