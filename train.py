@@ -81,7 +81,7 @@ def parser():
     add("--schedule", choices=("cosine", "constant"), default="cosine")
     add("--clip", type=float, default=1.0, help="gradient norm; 0 = off")
     add("--lora", type=int, default=0, metavar="R", help="0, or the rank of adapters that train in place of "
-        "the linear layers and are saved alone; they want about ten times the --lr")
+        "the linear layers and are saved alone; they want a higher --lr")
     add("--ema", type=float, default=0.0, help="decay of averaged weights, e.g. 0.999; 0 = off")
     add("--seed", type=int, default=0)
     add = p.add_argument_group("machine and output").add_argument
