@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from custom_kernels import load_lora, lora_config, lora_layers, lora_state, merge_lora
 from text_tokenizer import BadFile, check_file, load_tokenizer, origin, read_json, reading
 
 try:
@@ -84,7 +85,7 @@ RANGES = {  # lowest and highest value of every flag that is a number, in train.
     **dict.fromkeys(("drop", "wrong_captions", "sparse_captions", "altered_share"), (0, 1)), "questions": (1, 64),
     **dict.fromkeys(("betas", "ema"), (0, 1 - 1e-9)), **dict.fromkeys(("lr", "muon_lr", "muon_decay"), (0, 100)),
     **dict.fromkeys(("weight_decay", "temperature"), (0, 100)), **dict.fromkeys(("i2t_weight", "t2i_weight"), (0, 1e6)),
-    "cfg": (1, 1000), "cache_gb": (0, 1e6), "seed": (0, 2 ** 62)}
+    "cfg": (1, 1000), "lora": (0, 4096), "cache_gb": (0, 1e6), "seed": (0, 2 ** 62)}
 
 def check_ranges(args):
     """Raises ValueError for a number outside of its range; nan is outside of every range."""
@@ -246,6 +247,9 @@ def weight_files(folder):
     for name in ("model.safetensors", "pytorch_model.bin"):
         if name in names:
             names = [name]
+    if "adapter_model.safetensors" in names and "model.safetensors" not in names:
+        raise ValueError(f"{folder}: a run with --lora, which holds adapters alone: give sample.py and evaluate.py its "
+                         f"base as --ckpt, and --lora {folder}")
     if len(names) != 1:
         raise FileNotFoundError(f"{folder}: a folder with {len(names)} weight files {names}: name the one to read")
     return {os.path.join(folder, names[0]): []}
@@ -305,6 +309,8 @@ def cast(parameters, dtype):
     for p in parameters:
         p.data = p.data.to(dtype)
 
+ADAPTERS = (".lora_A", ".lora_B")  # which come from elsewhere than the weights they stand beside
+
 def own_rows(t):
     """-> what this process holds of a tensor, and which rows of the whole that is."""
     if not isinstance(t, DTensor):
@@ -318,7 +324,7 @@ def load_strict(module, state, what="model", device="cpu"):
     of a module on the meta device, sharded or not, memory on `device` is made first, and each process reads its own
     rows alone. Buffers that are there already are exact and stay. Raises ValueError as check_keys does, before anything
     is copied."""
-    own = module.state_dict(keep_vars=True)
+    own = {name: t for name, t in module.state_dict(keep_vars=True).items() if not name.endswith(ADAPTERS)}
     check_keys(own, state, what)
     empty = {name for name, t in own.items() if t.device.type == "meta"}
     if empty:
@@ -492,9 +498,40 @@ def check_tables(numbers, path):
 def save_model(model, folder, arch, **extra):
     """Writes folder/model.safetensors and folder/config.json. extra: what else config.json is to hold."""
     os.makedirs(folder, exist_ok=True)
-    write_safetensors(os.path.join(folder, "model.safetensors"), model.state_dict())
+    if lora_layers(model):
+        save_adapters(model, folder)
+    else:
+        write_safetensors(os.path.join(folder, "model.safetensors"), model.state_dict())
     meta = dict(arch=arch, config=dataclasses.asdict(model.config), **extra)
     write_text(os.path.join(folder, "config.json"), json.dumps(meta, indent=1))
+
+def save_adapters(model, folder):
+    """Writes folder/adapter_model.safetensors and folder/adapter_config.json, as PEFT does."""
+    write_safetensors(os.path.join(folder, "adapter_model.safetensors"), lora_state(model))
+    write_text(os.path.join(folder, "adapter_config.json"), json.dumps(lora_config(model), indent=1))
+
+def load_adapters(model, folder):
+    """Merges the adapters of a run with --lora, or of PEFT, into the weights that they were trained on. Guidance is
+    what that run says. Raises FileNotFoundError, and ValueError where they do not fit."""
+    path, what = os.path.join(folder, "adapter_config.json"), f"--lora {folder}"
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{what}: no adapter_config.json there; expected the folder of a run with --lora")
+    settings = read_json(path)
+    get = settings.get if isinstance(settings, dict) else {}.get
+    rank, alpha = get("r"), get("lora_alpha")
+    odd = [name for name in ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern") if get(name)]
+    if type(rank) is not int or not 0 < rank <= RANGES["lora"][1] or type(alpha) not in (int, float) or odd:
+        raise BadFile(f"{path}: r {rank}, lora_alpha {alpha} {' '.join(odd)}: expected r, lora_alpha and plain LoRA")
+    state = read_weights(os.path.join(folder, "adapter_model.safetensors"))
+    load_lora(model, {k: check_numbers(k, v, what) for k, v in state.items()}, what, settings)
+    merge_lora(model)
+    if os.path.isfile(os.path.join(folder, "config.json")):
+        model.config.cfg = from_dict(type(model.config), read_config(folder)["config"], folder).cfg
+
+def saved_state(model):
+    """What a checkpoint keeps of a model: its adapters alone where it has some."""
+    state, adapted = model.state_dict(), lora_layers(model)
+    return {name: t for name, t in state.items() if not adapted or name.endswith(ADAPTERS)}
 
 def read_config(folder):
     path = os.path.join(folder, "config.json")
@@ -510,11 +547,17 @@ def read_config(folder):
     return meta
 
 def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer=None, device="cpu", dtype=None,
-               vision_ckpt=None, prepare=None):
+               vision_ckpt=None, prepare=None, adapters=None):
     """The model of `arch`, in eval mode, from one of our folders or, with `config` = a published size, from the
-    original files. prepare: called with the model while it has no memory, see train.place. Raises FileNotFoundError and
+    original files. prepare: called with the model while it has no memory, see train.place. adapters: the folder of a
+    run with --lora, merged into the weights; without ckpt into the shipped base. Raises FileNotFoundError and
     ValueError with a message for the user."""
     check_device(device)
+    if adapters:
+        base = ckpt or default_weights(arch, "base")
+        model = load_model(arch, base, config, tokenizer_ckpt, text_tokenizer, device, dtype, vision_ckpt)
+        load_adapters(model, adapters)
+        return model
     module, ckpt = model_file(arch), ckpt or default_weights(arch)
     if config is None or config == "tiny":
         meta = read_config(ckpt)
@@ -607,7 +650,7 @@ class Log:
         if self.file:
             self.file.close()
 
-RUN_FILES = ("checkpoint.pt", "checkpoint.pt.sha256", "model.safetensors", "log.jsonl")
+RUN_FILES = ("checkpoint.pt", "checkpoint.pt.sha256", "model.safetensors", "adapter_model.safetensors", "log.jsonl")
 
 def claim(args, rank, world):
     """Makes the run folder this run's own until it ends -> the open lock, on the first process. Sets args.out, on all
@@ -676,7 +719,7 @@ def check_room(run):
     """Sets run.checkpoint_size, in bytes, and raises ValueError where it does not fit on the disk, or training in
     memory."""
     trained = size_of(p for _, p in run.named)
-    run.checkpoint_size = size_of(run.model.state_dict().values()) + trained * (3 if run.args.ema else 2)
+    run.checkpoint_size = size_of(saved_state(run.model).values()) + trained * (3 if run.args.ema else 2)
     if run.rank == 0:
         check_disk(run.args.out, run.checkpoint_size)
     check_memory(run.args.device, trained // 4)
@@ -702,7 +745,7 @@ def save_state(run, step):
     check_disk(folder, run.checkpoint_size)
     if not run.sharded:
         optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
-        write_state(folder, dict(state, model=run.model.state_dict(), optimizers=optimizers, ema=run.ema))
+        write_state(folder, dict(state, model=saved_state(run.model), optimizers=optimizers, ema=run.ema))
         return
     settle(run)
     shards = f"shards-{step}"
@@ -735,7 +778,7 @@ def remove_shards(folder, but=None):
 
 def all_tensors(run):
     """{name: tensor} of what a step changes or reads: weights, AdamW's state, averages; of each process its rows."""
-    out = {f"model.{name}": t for name, t in run.model.state_dict().items()}
+    out = {f"model.{name}": t for name, t in saved_state(run.model).items()}
     out |= {f"ema.{name}": t for name, t in (run.ema or {}).items()}
     for name, p in run.named:
         out |= {f"adamw.{name}.{key}": t for key, t in run.optimizers[0].state.get(p, {}).items()}
@@ -792,6 +835,17 @@ def load_shards(path, wanted):
         raise BadFile(f"{path}: lacks {len(lacks)} of {len(wanted)} tensors, first {lacks[0]}: of another model")
     with reading(path, "not a whole sharded checkpoint"):
         dcp.load(wanted, checkpoint_id=path, no_dist=not dist.is_initialized())
+
+def load_trained(model, state, folder):
+    """What a resumed run's checkpoint keeps of the model."""
+    own = saved_state(model)
+    if "shards" in state:
+        load_shards(os.path.join(folder, state["shards"]), {f"model.{name}": t for name, t in own.items()})
+        return
+    check_keys(own, state["model"], folder)
+    for name, t in own.items():
+        mine, rows = own_rows(t)
+        mine.copy_(state["model"][name][rows])
 
 def load_adamw(run, path):
     """State of the optimizer and averages out of a sharded checkpoint."""

@@ -224,6 +224,7 @@ def export_geneval(model, prompts_file, out, n=4, seed=0, **sampler):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     checkpoint.add_flags(p)
+    p.add_argument("--lora", dest="adapters", metavar="RUN", help="adapters of a run with --lora, trained on --ckpt")
     p.add_argument("--n", type=int, help="judged pictures (default 600); with --geneval: per prompt (default 4)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--split", choices=("dev", "test"), default="test", help="dev: prompts for choosing settings")
@@ -250,7 +251,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     model = checkpoint.load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer,
-                                  args.device, vision_ckpt=args.vision_ckpt)
+                                  args.device, vision_ckpt=args.vision_ckpt, adapters=args.adapters)
     sampler = {k: v for k, v in dict(cfg=args.cfg, steps=args.steps).items() if v is not None}
     if args.geneval:
         return export_geneval(model, args.geneval, args.out, args.n, args.seed, **sampler)

@@ -144,6 +144,7 @@ def save_sheet(pictures, captions, out, number):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     checkpoint.add_flags(p)
+    p.add_argument("--lora", dest="adapters", metavar="RUN", help="adapters of a run with --lora, trained on --ckpt")
     p.add_argument("--prompt", action="append", help="what to draw; may be repeated, but not with --image")
     p.add_argument("--image", help="picture for one of the next five flags")
     p.add_argument("--no-exif", action="store_true", help="do not turn --image as its EXIF says, as published")
@@ -225,7 +226,7 @@ def main(argv=None):
     args = parse_args(argv)
     dtype = torch.bfloat16 if args.device.startswith("cuda") and args.config != "tiny" else None
     model = checkpoint.load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer,
-                                  args.device, dtype, args.vision_ckpt)
+                                  args.device, dtype, args.vision_ckpt, args.adapters)
     options = {k: v for k in ("cfg", "steps", "temperature") if (v := getattr(args, k)) is not None}
     if args.question:
         picture = model.preprocess(data.open_image(args.image, exif=not args.no_exif), "answer")[None].to(args.device)

@@ -51,7 +51,7 @@ import evaluate
 import image_tokenizer
 import sample
 import shape_world
-from custom_kernels import Muon, peak_flops, step_if
+from custom_kernels import Muon, add_lora, init_lora, merge_lora, peak_flops, step_if
 
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # no block writes into what another returned
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is, in one process
@@ -90,13 +90,15 @@ def parser():
     add("--warmup", type=int, default=20, help="steps")
     add("--schedule", choices=("cosine", "constant"), default="cosine")
     add("--clip", type=float, default=1.0, help="gradient norm; 0 = off")
+    add("--lora", type=int, default=0, metavar="R", help="0, or the rank of adapters that train in place of "
+        "the linear layers and are saved alone; they want a higher --lr")
     add("--ema", type=float, default=0.0, help="decay of averaged weights, e.g. 0.999; 0 = off")
     add("--seed", type=int, default=0)
     add = p.add_argument_group("machine and output").add_argument
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of products; auto: bf16 where a GPU has it")
     add("--shard", action="store_true", help="weights and optimizer state in shares over all processes (FSDP2): AdamW")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="auto: published sizes on GPUs")
-    add("--checkpoint", choices=("none", "full"), default="none", help="full: recompute activations: slower, smaller")
+    add("--recompute", default="none", metavar="none|blocks|N", help="keep no activations of blocks, or of every Nth")
     add("--cache-gb", type=float, default=8.0, help="host memory for a pool's encodings; larger ones are not kept")
     add("--threads", type=int, help="CPU threads per process")
     add("--cfg", type=float, help="guidance the model is scored at and saved with (default: the checkpoint's)")
@@ -116,8 +118,8 @@ def parse_args(argv=None):
     state = checkpoint.read_checkpoint(first.resume) if first.resume else None
     p.set_defaults(**(state["args"] if state else recipe(first)))
     args = p.parse_args(argv)
-    for name in ("arch", "config", "stage") if state else ():
-        if getattr(args, name) != state["args"][name]:
+    for name in ("arch", "config", "stage", "lora") if state else ():
+        if getattr(args, name) != state["args"].get(name, 0):  # runs that are older than --lora have none
             raise ValueError(f"--resume {args.resume}: that is a run of --{name} {state['args'][name]}, not "
                              f"{getattr(args, name)}; give it to a new run as --ckpt {args.resume}")
     if args.shard and first.muon_lr:
@@ -129,7 +131,24 @@ def parse_args(argv=None):
     args.mix = {part: share for part, share in args.mix.items() if loss_weight(args, part) > 0}
     args.out, args.overwrite, args.resume = first.out or first.resume, first.overwrite, first.resume
     args.captioned = args.pool if args.captioned is None else args.captioned
+    if args.lora:
+        check_lora(args, first.muon_lr, state)
     return args, state
+
+def check_lora(args, muon_lr, state):
+    """Errors of --lora, and AdamW in place of a recipe's Muon, which would make B A's factors orthogonal, not B A.
+    muon_lr: the typed one."""
+    if muon_lr:
+        raise ValueError(f"--muon-lr {muon_lr:g}: adapters (--lora {args.lora}) are trained by AdamW: leave it out")
+    if args.stage == "tokenizer" or (args.stage == "base" and not args.ckpt):
+        raise ValueError(f"--lora {args.lora}: --stage {args.stage} starts from nothing that adapters could be trained "
+                         "on: take --stage reca or sft, or give --stage base a --ckpt")
+    if state and args.ckpt and not os.path.exists(args.ckpt):
+        raise FileNotFoundError(f"--resume {args.resume}: its adapters were trained on --ckpt {args.ckpt}, which is no "
+                                "longer there: give --ckpt where it is now")
+    if args.muon_lr and int(os.environ.get("RANK", 0)) == 0:
+        print(f"--lora {args.lora}: AdamW trains adapters, in place of the recipe's Muon", flush=True)
+    args.muon_lr = 0.0
 
 def recipe(args):
     """The recipe of this run, a flat dictionary of flags: RECIPES[config][stage] of the model file."""
@@ -148,6 +167,7 @@ def loss_weight(args, part):
 
 def check_args(args, world):
     checkpoint.check_ranges(args)
+    every_nth(args.recompute)
     if ("images" in args.mix or args.stage == "tokenizer") and (args.stage, [*args.mix]) != ("tokenizer", ["images"]):
         raise ValueError(f"--stage {args.stage} --mix {' '.join(args.mix)}: the tokenizer stage trains images alone")
     if not args.mix:
@@ -176,8 +196,8 @@ def check_typed(args, argv=None):
     llava = [path for path in args.i2t_data or () if path.lower().endswith((".json", ".jsonl"))]
     checkpoint.refuse_unused(
         parser(), argv, ("ckpt overwrite", not args.resume, "new runs"), ("vision-ckpt", not tiny, "published models"),
-        ("config", not tokenizer or tiny, "models"), ("text-tokenizer checkpoint cfg", not tokenizer, "models"),
-        ("drop", parts & {"t2i", "recon"}, "t2i and recon"), ("shard", not tokenizer, "models"), ("muon-decay", args.muon_lr, "--muon-lr above 0"),
+        ("config", not tokenizer or tiny, "models"), ("text-tokenizer recompute shard cfg", not tokenizer, "models"),
+        ("drop", parts & {"t2i", "recon"}, "t2i and recon"), ("muon-decay", args.muon_lr, "--muon-lr above 0"),
         ("tokenizer-ckpt", not tiny or (args.stage == "base" and not args.ckpt), "published models and new bases"),
         ("data", parts & own, f"parts of --mix that this stage draws from it: {', '.join(sorted(own))}"),
         ("i2t-data", "i2t" in parts, "the part i2t, which --mix or --i2t-weight leaves out"),
@@ -222,14 +242,14 @@ def build(args, state=None, prepare=None):
         model = image_tokenizer.TokenizerStage(name, args.ckpt)
         if state is not None:
             checkpoint.load_strict(model, state["model"], args.resume)
+        model.trainable_parameters(args.stage)
         return model.to(args.device)
-    if state is not None:
+    if state is not None and not args.lora:
         text_tokenizer = checkpoint.load_tokenizer(args.text_tokenizer or "tiny")
         model = checkpoint.from_parts(args.arch, state["config"], text_tokenizer, state.get("model"), args.resume,
                                       args.device, prepare=prepare)
         if "shards" in state:
-            wanted = {f"model.{name}": t for name, t in model.state_dict().items()}
-            checkpoint.load_shards(os.path.join(args.resume, state["shards"]), wanted)
+            checkpoint.load_trained(model, state, args.resume)
         return model
     if args.stage == "base" and not args.ckpt:
         config, text_tokenizer = file.CONFIGS[args.config], checkpoint.load_tokenizer(args.text_tokenizer or "tiny")
@@ -245,12 +265,18 @@ def build(args, state=None, prepare=None):
         model = checkpoint.load_model(args.arch, ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer,
                                       args.device, vision_ckpt=args.vision_ckpt, prepare=prepare)
     model.config.cfg = args.cfg or model.config.cfg
+    if args.lora:
+        init_lora(model, data.sample_generator(args.seed, 0, 0, "lora"))
+    if args.lora and state is not None:
+        checkpoint.load_trained(model, state, args.resume)
     return model
 
 def place(model, args, dtype, sharded):
     """What has to be known of a model before memory is given to it: what trains, in fp32; what is frozen, in bf16 where
     products are; and with --shard which rows of each block this process holds (FSDP2; in nodes, copies between)."""
-    model.trainable_parameters(args.stage)
+    named = model.trainable_parameters(args.stage)
+    if args.lora:
+        add_lora(model, named, args.lora, torch.Generator())
     apart = set(getattr(model, model.image_tokenizer).parameters())  # stays in fp32, and whole: it is small
     if dtype == torch.bfloat16 and args.config != "tiny":
         checkpoint.cast((p for p in model.parameters() if not p.requires_grad and p not in apart), dtype)
@@ -279,6 +305,13 @@ def make_optimizers(args, model, named):
         optimizers.append(Muon(inside.values(), lr=args.muon_lr, weight_decay=args.muon_decay))
     return optimizers
 
+def every_nth(text):
+    """--recompute -> which blocks are computed again in the backward pass: every Nth; 0: none. Raises ValueError."""
+    words = {"none": 0, "blocks": 1}
+    if text not in words and (not text.isdecimal() or int(text) < 1):
+        raise ValueError(f"--recompute {text}: expected none, blocks, or N of at least 1: every Nth block")
+    return words[text] if text in words else int(text)
+
 def learning_rate(args, step, lr):
     """Linear warm-up to `lr` (published ones from 0: warmup_from), then constant, or half a cosine that is 0 at --steps
     or, where a published run stops before its schedule ends, at `horizon`."""
@@ -302,7 +335,7 @@ class Run:
         self.about = checkpoint.describe(args, state)  # now: the commit may be another one when the run ends
         prepare = functools.partial(place, args=args, dtype=self.dtype, sharded=self.sharded)
         self.model = build(args, state, prepare)
-        self.named = self.model.trainable_parameters(args.stage)
+        self.named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         checkpoint.check_room(self)  # before anything is encoded
         self.weights = {part: loss_weight(args, part) for part in args.mix}
         self.batches = data.Batches(args, self.model, self.device, self.rank, self.world)
@@ -323,7 +356,8 @@ class Run:
 
     def wrapped(self):
         args, cuda, forward = self.args, self.device.type == "cuda", self.model
-        for block in self.model.blocks() if args.checkpoint == "full" else ():
+        every = every_nth(args.recompute)
+        for block in self.model.blocks()[::every] if every else ():
             block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
         if self.world > 1 and not self.sharded:
             forward = DDP(forward, device_ids=[self.device] if cuda else None, find_unused_parameters=True)
@@ -480,6 +514,7 @@ def export(args, state):
         averaged = checkpoint.shard_names(path)
         checkpoint.load_shards(path, {name: p for name, p in parameters.items() if name in averaged})
     checkpoint.check_finite(model.named_parameters(), run)
+    merge_lora(model)
     if args.layout == "ours":
         tokenizer = args.text_tokenizer or "tiny"
         checkpoint.save_model(model, folder, args.arch, text_tokenizer=tokenizer, step=state["step"])
