@@ -35,20 +35,14 @@ import os
 import re
 import signal
 import time
-import weakref
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns that it need not have looked for unused parameters
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as recomputed
-from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import custom_kernels
@@ -57,7 +51,7 @@ import evaluate
 import image_tokenizer
 import sample
 import shape_world
-from custom_kernels import Muon, peak_flops, pick, step_if
+from custom_kernels import Muon, count_flops, peak_bytes, peak_flops, step_if
 
 ALIGN_WEIGHT = 0.25  # a contrast over a batch of 48 starts at log 48, several times the other losses, far from 0
 
@@ -247,7 +241,8 @@ class Run:
         if state is not None:
             checkpoint.load_state(self, state)
         known = peak_flops(self.device) < math.inf
-        self.flops = step_flops(args, self.batches.batch(0), self.world) if known else 0.0
+        step = count_flops(rehearsal(args)[0], self.batches.batch(0)) if known else 0.0
+        self.flops = step * self.world * args.accum
         self.forward = self.wrapped()
         self.skipped, self.streak, self.last_skip = torch.zeros(3, dtype=torch.int64, device=self.device).unbind()
         self.log = checkpoint.Log(args, self.rank == 0, self.start)
@@ -463,75 +458,8 @@ def train(run, signals):
 # --plan: what a run needs, rehearsed on the meta device, where tensors have shapes and no numbers
 
 MFU = 0.4  # assumed for times: what large models reach on good hardware
-PRODUCTS = {F.linear, F.conv2d, F.scaled_dot_product_attention, torch.matmul, torch.Tensor.matmul, torch.bmm}
-EXACT = {F.layer_norm, F.group_norm, F.cross_entropy, F.softmax, torch.softmax}
+LONGEST = 2000  # words: more than fit into any row
 Machine = collections.namedtuple("Machine", "world here gpu room peak name")  # here: processes of a node; room: of one
-
-class Held(TorchDispatchMode):
-    """Counts the bytes that all tensors but `known` ones hold, now and at most."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.now = self.peak = 0
-        self.sizes = dict.fromkeys((t.untyped_storage()._cdata for t in known), 0)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and (key := t.untyped_storage()._cdata) not in self.sizes:
-                self.sizes[key] = t.untyped_storage().nbytes()
-                self.now += self.sizes[key]
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(t.untyped_storage(), self.freed, key)
-        return out
-
-    def freed(self, key):
-        self.now -= self.sizes.pop(key)
-
-class StandIn(TorchFunctionMode):
-    """Meta tensors hold what those of a CPU or GPU would: no scores of attention, but where a CPU drops some; and with
-    `low` products are in bf16, as under autocast, which the meta device lacks. keep: weights are cast once."""
-
-    def __init__(self, gpu=False, low=False, keep=True):
-        super().__init__()
-        self.gpu, self.low, self.keep, self.casts, self.own = gpu, low, keep, {}, torch.autocast
-
-    def __enter__(self):
-        torch.autocast, pick.META = self.autocast, "cuda" if self.gpu else "cpu"
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        torch.autocast = self.own
-        return super().__exit__(*error)
-
-    @contextlib.contextmanager
-    def autocast(self, *args, enabled=True, **kwargs):
-        was, self.low = self.low, self.low and enabled
-        yield
-        self.low = was
-
-    def cast(self, t, dtype):
-        if not isinstance(t, torch.Tensor) or not t.is_floating_point() or t.dtype == dtype:
-            return t
-        if not (self.keep and t.is_leaf and t.requires_grad):
-            return t.to(dtype)
-        if id(t) not in self.casts:
-            self.casts[id(t)] = t.to(dtype)
-        return self.casts[id(t)]
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if self.low and (function in PRODUCTS or function in EXACT):
-            dtype = torch.bfloat16 if function in PRODUCTS else torch.float32
-            args, kwargs = [self.cast(t, dtype) for t in args], {k: self.cast(t, dtype) for k, t in kwargs.items()}
-        if function is F.rms_norm:  # one operation, as ours is on CPUs and torch's on GPUs
-            return F.layer_norm(*args, kwargs["weight"], None, kwargs["eps"])
-        if function is not F.scaled_dot_product_attention or (kwargs.get("dropout_p") and not self.gpu):
-            return function(*args, **kwargs)
-        q, k, v = args[:3]
-        if not self.gpu and q.shape[1] > k.shape[1]:  # the CPU's kernel copies them for each head
-            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 def machine_of(args):
     """The Machine that --plan-on names, or this one. Its GB are 10^9 bytes: cards have 7 % more, which CUDA takes."""
@@ -540,15 +468,15 @@ def machine_of(args):
     if not args.plan_on:
         room = checkpoint.free_memory(device) / (1 if device.type == "cuda" else here)
         return Machine(world, here, device.type != "cpu", room, peak_flops(device), f"{world} x {device.type}")
-    found = re.fullmatch(r"(\d+)x(\d+)", args.plan_on)
-    if not found or not int(found[1]):
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.plan_on)
+    if not found:
         raise ValueError(f"--plan-on {args.plan_on}: expected GPUs x GB of each, e.g. 8x80")
     world, gb = int(found[1]), int(found[2])
-    return Machine(world, min(world, 8), True, 1e9 * gb, 989e12 if gb >= 80 else 165e12, f"{world} GPUs of {gb} GB")
+    return Machine(world, min(world, 8), True, 1e9 * gb, 989e12 if gb >= 80 else 165e12, f"{world} x GPU of {gb} GB")
 
-def rehearsal_model(args, low):
-    """-> the run's model on the meta device, in the types that it trains in, [(name, parameter)] of what trains, and
-    the parameters of the frozen autoencoder, which is never cast or sharded."""
+def rehearsal(args, low=False):
+    """-> the run's model on the meta device, in the types that it trains in (low: what is frozen is bf16), [(name,
+    parameter)] of what trains, and the parameters of the frozen autoencoder, which is never cast or sharded."""
     file, folder = checkpoint.model_file(args.arch), args.ckpt or ""
     config = file.CONFIGS[args.config]
     if args.config == "tiny" and os.path.isfile(os.path.join(folder, "config.json")):  # of any size
@@ -559,169 +487,118 @@ def rehearsal_model(args, low):
             model = image_tokenizer.TokenizerStage(name)
             return model, model.trainable_parameters(args.stage), []
         model = file.Model(config).to("meta")
-    model.tokenizer = checkpoint.load_tokenizer("tiny")  # any will do: rows are as long as they may be
+    model.tokenizer = checkpoint.load_tokenizer("tiny")  # any will do
     named, apart = model.trainable_parameters(args.stage), list(getattr(model, model.image_tokenizer).parameters())
     if getattr(args, "lora", 0):
         named = custom_kernels.add_lora(model, named, args.lora, torch.Generator())
-    whole = {id(p) for p in [*apart, *dict(named).values()]}
-    for p in model.parameters() if low and args.config != "tiny" else ():
-        p.data = p.data if id(p) in whole else p.data.bfloat16()
+    if low and args.config != "tiny":
+        lower(model, apart + [p for _, p in named])
     return model, named, apart
 
+def lower(model, but):
+    but = {id(p) for p in but}
+    for p in model.parameters():
+        p.data = p.data if id(p) in but else p.data.bfloat16()
+
 def rehearsal_batch(model, part, n, text):
-    """What `data.Batches.batch` gives for n samples of a part, with texts of so many words and pictures not encoded."""
-    words, draw = "star " * text, [torch.Generator() for _ in range(n)]
+    """What `data.Batches.batch` gives for n samples of a part, their texts of so many words, no picture encoded yet."""
+    words, generators = "star " * text, [torch.Generator() for _ in range(n)]
     sample = dict(caption=words, prompt=data.RECA_TEMPLATES[0], instruction="Make it red.", question="What?",
                   answer=words)
-    batch = model.collate(part, [sample] * n, draw, torch.Generator().manual_seed(0))
+    batch = model.collate(part, [sample] * n, generators, torch.Generator().manual_seed(0))
     picture = model.preprocess(Image.new("RGB", (64, 64)), part if part in ("t2i", "i2t") else "recon")
     for prefix in {"edit": ("", "source_"), "text": ()}.get(part, ("",)):
         batch[prefix + "pixels_in"] = picture.expand(n, -1, -1, -1)
     return batch
 
-def rehearse(model, batch, mode):
-    """One micro-batch, encoded, forward and backward -> {part: bytes of the encodings of one of its pictures}."""
-    encoded, sizes = {}, {}
-    with mode:
-        model.eval()
-        for part, tensors in batch.items():
-            encoded[part] = {k: v.to("meta") for k, v in tensors.items()}
-            for name in [k for k in tensors if k.endswith("pixels_in")]:
-                pixels, prefix = encoded[part].pop(name), name.removesuffix("pixels_in")
-                with torch.no_grad(), mode.autocast(enabled=False):
-                    encodings = model.precompute(pixels)
-                sizes[part] = checkpoint.size_of(encodings.values()) // len(pixels)
-                encoded[part] |= {prefix + k: v for k, v in encodings.items()}
-        model.train()
-        loss = sum(model(encoded).values())
-        mode.casts.clear()
-        loss.backward()
-    return sizes
-
-def step_flops(args, batch, world):
-    """Operations of a step of all processes, forward and backward, by torch's counter; recomputed ones are not counted,
-    and attention's as if nothing were masked. batch: one micro-batch, of which only the shapes matter."""
-    with FlopCounterMode(display=False) as counter:
-        rehearse(rehearsal_model(args, low=False)[0], batch, StandIn())
-    return counter.get_total_flops() * world * args.accum
-
-def activations(args, model, machine, low, text):
-    """-> the most bytes that a micro-batch of one process holds beside weights and their gradients, and {part: bytes of
-    the encodings of a picture}. text: words of captions and answers."""
-    every = dict(none=0, blocks=1).get(getattr(args, "recompute", "none")) or int(getattr(args, "recompute", 0))
-    mode = StandIn(machine.gpu, low, keep=not every)
-    again = functools.partial(recomputed, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), mode))
-    for block in model.blocks()[::every] if every else ():
-        block.forward = functools.partial(again, block.forward)
-    trains = [p for p in model.parameters() if p.requires_grad]
-    always = args.accum > 1 or getattr(args, "shard", False)  # gradients are there, or in shares, all the time
-    for p in trains if always else ():
-        p.register_post_accumulate_grad_hook(drop_gradient)
-    held = Held([*model.parameters(), *model.buffers()])
-    with held:
-        batch = {part: rehearsal_batch(model, part, n // (machine.world * args.accum), text)
-                 for part, n in samples_of(args).items()}
-        sizes = rehearse(model, batch, mode)
-    return held.peak - (0 if always else checkpoint.size_of(trains)), sizes
-
-def drop_gradient(p):
-    p.grad = None
-
-def samples_of(args):
-    """{part: samples of a step}, of all processes"""
-    return {part: round(args.batch * share) for part, share in args.mix.items()}
+def samples_of(args, shares=1):
+    return {part: round(args.batch * share) // shares for part, share in args.mix.items()}
 
 def needs(args, machine, text):
     """-> {item: bytes of one process}, bytes of a checkpoint, {part: bytes of the encodings of a picture}, parameters
-    that train, all of them. text: see `activations`; 0: without them."""
+    that train, all of them. text: words of captions and answers; 0: no activations."""
     low, shard, size = machine.gpu and args.dtype != "fp32", getattr(args, "shard", False), checkpoint.size_of
-    model, named, apart = rehearsal_model(args, low)
-    trains, share = [p for _, p in named], machine.here if shard else 1
+    model, named, apart = rehearsal(args, low)
+    trains, share, sizes = [p for _, p in named], machine.here if shard else 1, {}
     plain = argparse.Namespace(**vars(args) | dict(device="cpu", muon_lr=0 if shard else args.muon_lr))
     muon = sum(size(group["params"]) for o in make_optimizers(plain, model, named)[1:] for group in o.param_groups)
     trained, whole, tokenizer = size(trains), size([*model.parameters(), *model.buffers()]), size(apart)
-    state, averages = 2 * trained - muon, trained * bool(args.ema)  # Adam keeps two moments, Muon one
+    state, averages = 2 * trained - muon, trained * bool(args.ema)  # AdamW keeps two moments, Muon one
     items = {"weights that train": trained / share, "gradients": trained / share, "optimizer state": state / share,
              "averages (--ema)": averages / share,
              "frozen weights": (whole - trained - tokenizer) / share + tokenizer}
     counts = sum(p.numel() for p in trains), sum(p.numel() for p in model.parameters())
-    if shard:  # the rest of the model, a block and the next are whole, and the gradients of one of them
-        width, blocks = 2 if low else 4, [list(block.parameters()) for block in model.blocks()]
-        for p in model.parameters() if low else ():
-            p.data = p.data if any(p is q for q in apart) else p.data.bfloat16()
+    if shard:  # whole are what is in no block, a block and the next one; and gradients until they are summed, in fp32
+        if low:
+            lower(model, apart)
+        blocks = [list(block.parameters()) for block in model.blocks()]
         inside = {id(p) for group in [apart, *blocks] for p in group}
-        rest, most = [p for p in model.parameters() if id(p) not in inside], max(map(size, blocks))
-        summed = max(sum(p.numel() for p in group if p.requires_grad) for group in [rest, *blocks])
-        items["gathered weights"], items["gradients to be summed"] = size(rest) + 2 * most, (4 + width) * summed
+        rest = [p for p in model.parameters() if id(p) not in inside]
+        items["gathered weights"] = size(rest) + 2 * max(map(size, blocks))
+        summed = ([p for p in group if p.requires_grad] for group in [rest, *blocks])
+        items["gradients to be summed"] = max(size(group) + 4 * sum(p.numel() for p in group) for group in summed)
     elif machine.world > 1:
         items["buckets of DDP"] = trained
-    sizes = {}
     if text:
-        items["activations"], sizes = activations(args, model, machine, low, text)
+        batch = {part: rehearsal_batch(model, part, n, text)
+                 for part, n in samples_of(args, machine.world * args.accum).items()}
+        recompute = str(getattr(args, "recompute", "none"))
+        every = int(recompute) if recompute.isdigit() else int(recompute == "blocks")
+        items["activations"], sizes = peak_bytes(model, batch, machine.gpu, low, every, drop=shard or args.accum > 1)
     disk = (trained if getattr(args, "lora", 0) else whole) + state + averages
     return {name: n for name, n in items.items() if n}, disk, sizes, *counts
 
-def what_helps(args, machine, text):
-    """-> flags with which a run fits that does not, and the bytes that it then needs; or "" and 0."""
+def verdict(args, machine, total, text):
+    """Whether a run fits that needs `total` bytes; if not, with which flags it would."""
+    if total <= machine.room:
+        return f"fits, {(machine.room - total) / 1e9:.1f} GB are left of {machine.room / 1e9:.1f}"
+    said = f"does not fit, {(total - machine.room) / 1e9:.1f} GB more than {machine.room / 1e9:.1f}; "
     blocks, shard = dict(recompute="blocks"), dict(shard=True) if machine.world > 1 else {}
     per = math.gcd(*samples_of(args).values()) // (machine.world * args.accum)
     for tried in ({}, blocks, shard, shard | blocks, shard | blocks | dict(lora=16)):
         there = argparse.Namespace(**vars(args) | tried)
         room = machine.room - sum(needs(there, machine, 0)[0].values())
         more = needs(there, machine, text)[0]["activations"] if room > 0 else math.inf
-        for parts in range(1, per + 1):
-            if per % parts == 0 and more / parts <= room:
-                flags = tried | dict(accum=args.accum * parts) if parts > 1 else tried
-                total = sum(needs(argparse.Namespace(**vars(args) | flags), machine, text)[0].values())
-                if total <= machine.room:
-                    return " ".join(f"--{k} {v}".removesuffix(" True") for k, v in flags.items()), total
-    return "", 0
-
-def verdict(args, machine, total, text):
-    if total <= machine.room:
-        return f"fits: {(machine.room - total) / 1e9:.1f} GB are left of {machine.room / 1e9:.1f}"
-    flags, less = what_helps(args, machine, text)
-    return (f"does not fit: {(total - machine.room) / 1e9:.1f} GB more than {machine.room / 1e9:.1f}; "
-            + (f"{flags} needs {less / 1e9:.1f} GB" if flags else "take a smaller --config, or a larger machine"))
-
-LONGEST = 2000  # words: more than any row takes
+        for parts in [n for n in range(1, per + 1) if per % n == 0 and more <= room * n]:
+            flags = tried | (dict(accum=args.accum * parts) if parts > 1 else {})
+            less = sum(needs(argparse.Namespace(**vars(args) | flags), machine, text)[0].values())
+            if less <= machine.room:
+                flags = " ".join(f"--{k} {v}".removesuffix(" True") for k, v in flags.items())
+                return said + f"{flags} needs {less / 1e9:.1f}"
+    return said + "take a smaller --config, or a larger machine"
 
 def plan(args, machine):
     """-> the lines of --plan. Texts are as long as rows may be, so memory and time are what a run needs at most."""
     items, disk, sizes, trained, whole = needs(args, machine, LONGEST)
-    alone = argparse.Namespace(**vars(args) | dict(accum=1))
-    flops = {}
-    for part in args.mix:
-        flops[part] = step_flops(alone, {part: rehearsal_batch(rehearsal_model(args, False)[0], part, 1, LONGEST)}, 1)
-    step, total = sum(n * flops[part] for part, n in samples_of(args).items()), sum(items.values())
-    batch = " + ".join(f"{n} {part}" for part, n in samples_of(args).items())
+    model, samples, total = rehearsal(args)[0], samples_of(args), sum(items.values())
+    flops = {part: count_flops(model, {part: rehearsal_batch(model, part, 1, LONGEST)}) for part in args.mix}
+    step = sum(n * flops[part] for part, n in samples.items())
+    each = ", ".join(f"{part} {n / 1e12:,.3g} T" for part, n in flops.items())
     lines = [f"plan of {args.arch} {args.config}, stage {args.stage}, on {machine.name}: computed, not measured",
              f"  parameters: {trained / 1e6:,.1f} million train, {(whole - trained) / 1e6:,.1f} million are frozen",
-             "  operations, forward and backward, of one sample: "
-             + ", ".join(f"{part} {n / 1e12:,.3g} T" for part, n in flops.items())
-             + f"; of a step of {batch}: {step / 1e12:,.3g} T",
-             f"  memory of one process, 1/{args.accum * machine.world} of a step at a time, with texts of full length:"]
-    lines += [f"    {name:24s}{n / 1e9:9.3f} GB" for name, n in items.items()]
-    lines += [f"    {'together':24s}{total / 1e9:9.3f} GB, {verdict(args, machine, total, LONGEST)}",
-              f"  disk: {disk / 1e9:.2f} GB for each checkpoint"
-              f"; encodings of a picture, kept in host memory up to --cache-gb {args.cache_gb:g}: "
-              + ", ".join(f"{part} {n / 1e3:,.0f} kB" for part, n in sizes.items())]
+             f"  operations, forward and backward: {each} per sample; {step / 1e12:,.5g} T per step of "
+             + " + ".join(f"{n} {part}" for part, n in samples.items()),
+             f"  memory of one process, 1/{args.accum * machine.world} of a step at a time, texts of full length, GB:"]
+    lines += [f"    {name:24s}{n / 1e9:9.3f}" for name, n in items.items()]
+    lines += [f"    {'together':24s}{total / 1e9:9.3f}: {verdict(args, machine, total, LONGEST)}",
+              f"  disk: {disk / 1e9:.2f} GB per checkpoint; encodings of a picture, of which the host keeps up to "
+              f"--cache-gb {args.cache_gb:g}: " + ", ".join(f"{part} {n / 1e3:,.0f} kB" for part, n in sizes.items())]
     if 0 < machine.peak < math.inf:
         hours = args.steps * step / (machine.world * machine.peak * MFU) / 3600
-        lines.append(f"  time: {hours:,.1f} hours for {args.steps:,} steps, if {MFU:.0%} of {machine.peak / 1e12:.0f} "
-                     "TFLOP/s per GPU are reached")
+        lines.append(f"  time: {hours:,.1f} hours for {args.steps:,} steps at {MFU:.0%} of {machine.peak / 1e12:.0f} "
+                     "TFLOP/s per GPU, which is assumed")
     return lines
 
 def check_room(args, machine, rank):
-    """-> the bytes of a checkpoint. Raises ValueError where the run cannot fit, whatever the texts: on the disk, or in
-    memory, of which tiny models need too little to rehearse it."""
+    """-> the bytes of a checkpoint. Raises ValueError where the run cannot fit, however short its texts are, on the
+    disk or in memory. Tiny models are not rehearsed for it: what they need is small."""
     text = int(args.config != "tiny")
     items, disk, *_ = needs(args, machine, text)
     if rank == 0:
         checkpoint.check_disk(args.out, disk)
     if (total := sum(items.values())) > machine.room:
-        raise ValueError(f"{total / 1e9:.1f} GB are needed in each process, {verdict(args, machine, total, text)}; "
-                         "--plan only says for what")
+        raise ValueError(f"memory: {total / 1e9:.1f} GB in each process: {verdict(args, machine, total, text)} "
+                         "(--plan only says for what)")
     return disk
 
 if __name__ == "__main__":

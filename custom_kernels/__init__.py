@@ -8,8 +8,9 @@ from .diffusion_loss import add_noise, diffusion_loss_rows, diffusion_tables, fl
 from .linear_cross_entropy import linear_cross_entropy
 from .muon import Muon, step_if
 from .pick import peak_flops
+from .rehearsal import count_flops, peak_bytes
 from .rms_norm import rms_norm
 
-__all__ = ["Muon", "add_noise", "attention", "attention_plan", "diffusion_loss_rows", "diffusion_tables",
-           "flow_loss_rows", "linear_cross_entropy", "peak_flops", "rms_norm",
+__all__ = ["Muon", "add_noise", "attention", "attention_plan", "count_flops", "diffusion_loss_rows",
+           "diffusion_tables", "flow_loss_rows", "linear_cross_entropy", "peak_bytes", "peak_flops", "rms_norm",
            "step_if"]
