@@ -118,17 +118,14 @@ def check_device(name):
         raise ValueError(f"--device {name}: this torch ({torch.__version__}) sees {found} of that kind; give --device "
                          "cpu, or install a build of torch for it")
 
-def check_memory(device, trained):
-    """ValueError where gradients and Adam's two moments of `trained` fp32 parameters do not fit any more."""
-    need, free = 12 * trained, float("inf")
-    if device.startswith("cuda"):
-        free = torch.cuda.mem_get_info()[0]
-    elif os.path.exists("/proc/meminfo"):  # Linux
+def free_memory(device):
+    """Bytes that are free on a torch.device; infinite where nothing says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and os.path.exists("/proc/meminfo"):  # Linux
         with open("/proc/meminfo") as lines:
-            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    if need > free:
-        raise ValueError(f"{need / 1e9:.1f} GB are needed for gradients and Adam before any activation, "
-                         f"{free / 1e9:.1f} GB are free: take a smaller --config, or a larger machine")
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return float("inf")
 
 def one_line_errors(main):
     """Runs main() and exits with what it returns. What the user can put right (a missing file, a wrong value, too
@@ -714,15 +711,6 @@ def check_disk(folder, need):
 def last_good(folder):
     path = os.path.join(folder, "checkpoint.pt")
     return f"{path} is good, go on from it with --resume" if os.path.exists(path) else "no checkpoint was saved before"
-
-def check_room(run):
-    """Sets run.checkpoint_size, in bytes, and raises ValueError where it does not fit on the disk, or training in
-    memory."""
-    trained = size_of(p for _, p in run.named)
-    run.checkpoint_size = size_of(saved_state(run.model).values()) + trained * (3 if run.args.ema else 2)
-    if run.rank == 0:
-        check_disk(run.args.out, run.checkpoint_size)
-    check_memory(run.args.device, trained // 4)
 
 def check_finite(named, folder):
     """ValueError where weights are not finite, with what can be gone back to."""

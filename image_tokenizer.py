@@ -405,6 +405,3 @@ class TokenizerStage(nn.Module):
 
     def collate(self, part, samples, generators, shared, pad_to=None):
         return {}  # the loss, a mean over pictures of one size, needs nothing beside them
-
-    def flops_per_sample(self, part):
-        return 0.0  # not worth an estimate

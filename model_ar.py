@@ -683,17 +683,6 @@ class ShowO(nn.Module):
         count = masked_count(u, N).sum() + (2 * len(u) if part == "t2i" else 0)
         return {"ids": ids, "lengths": lengths, "u": u, "r": r, "count": count}
 
-    def flops_per_sample(self, part):
-        """Estimate for MFU: 6 operations per weight and token plus attention, forward and backward, one sample."""
-        c, N, text, dialogue = self.config, self.side ** 2, 32, part in ("i2t", "text")
-        copied = N if c.reca_resize_back else N // c.reca_down_scale ** 2
-        A = {"t2i": 0, "uncond": 0, "text": 0, "i2t": N}.get(part, copied)
-        A = self.clip.num_tokens if A and c.w_clip_vit else A
-        tokens, read = text + A + (0 if dialogue else N + 2), text / 2 if dialogue else N
-        layer = 4 * c.hidden_size + 2 * c.intermediate_size + 2 * tokens  # for each token and channel
-        total = 6 * c.hidden_size * (tokens * c.num_layers * layer + read * c.vocab_size)
-        return 0 if part in ("align", "words") else total
-
     # ---- published weights
 
     @classmethod

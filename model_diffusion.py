@@ -684,17 +684,6 @@ class Bagel(nn.Module):
             posterior = torch.cat([*source, posterior], 1)
         return {**out, "u": u, "noise": noise, "posterior": posterior, "count": out["gen_noisy"].sum().float()}
 
-    def flops_per_sample(self, part):
-        """Estimate with the longest text: 2 operations per weight and token, 4 more backward where there is a graph."""
-        if part in ("align", "words"):
-            return 0.0
-        c, dim, text = self.config, self.config.hidden_size // self.config.num_heads, self.text_limit[part]
-        und = text + (self.vit_side ** 2 + 2) * (part in ("recon", "edit", "i2t"))
-        gen = {"i2t": 0, "text": 0, "edit": 2}.get(part, 1) * (c.image_size // self.stride) ** 2
-        layer = c.hidden_size * (2 * (c.hidden_size + c.num_kv_heads * dim + und + gen) + 3 * c.intermediate_size)
-        head = 0 if gen else text * c.vocab_size * c.hidden_size
-        return 6.0 * gen * c.num_layers * layer + (2.0 + 4.0 * self.context_grad) * (und * c.num_layers * layer + head)
-
     # ---- published weights
 
     @classmethod

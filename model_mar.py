@@ -681,22 +681,6 @@ class Harmon(nn.Module):
             rows.append((order[:k], order[k:].sort().values, t, noise))  # visible tokens enter in raster order
         return dict(zip(("masked", "visible", "t", "noise"), map(torch.stack, zip(*rows))))
 
-    def flops_per_sample(self, part, text=32):
-        """Estimate for MFU at the mean mask rate: 6 operations per weight and token, and attention; text: tokens."""
-        c, mar, L, S = self.config, self.mar, (self.config.image_size // self.stride) ** 2, self.config.buffer_size
-        llm, encoder, decoder, projector, diffloss = (sum(p.numel() for p in module.parameters()) for module in (
-            self.llm.model.layers, mar.encoder_blocks, mar.decoder_blocks, self.proj_in, mar.diffloss))
-        unit, edge = NormalDist(), (1 - c.mask_ratio_min) / 0.25
-        visible = 0.25 * (unit.pdf(0) - unit.pdf(edge)) / (unit.cdf(edge) - 0.5) * L
-        draws, reads = part not in ("i2t", "text"), part in ("recon", "edit", "i2t")
-        shown, made, clean = draws * (visible + S), draws * (L + S), reads * (L + S)
-        sequence, answer = text + clean + shown, (not draws) * text / 2
-        weights = sequence * llm + (clean + 2 * shown) * projector + (clean + shown) * encoder + made * decoder
-        weights += draws * (L - visible) * c.diffusion_batch_mul * diffloss + answer * c.vocab_size * c.hidden_size
-        scores = sequence ** 2 / 2 * c.hidden_size * c.num_layers + made ** 2 * c.decoder_dim * c.decoder_depth
-        scores += (clean ** 2 + shown ** 2) * c.encoder_dim * c.encoder_depth
-        return 0.0 if part in ("align", "words") else 6 * weights + 12 * scores
-
     # ---- published weights
 
     @classmethod

@@ -25,12 +25,14 @@ The run folder gets model.safetensors + config.json (for sample.py), checkpoint.
 commit, scores), log.jsonl, loss.png, before_after.png. Ctrl-C, SIGTERM and SIGHUP save a checkpoint first.
 """
 import argparse
+import collections
 import contextlib
 import fractions
 import functools
 import json
 import math
 import os
+import re
 import signal
 import time
 import warnings
@@ -39,6 +41,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns that it need 
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -46,12 +49,13 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import checkpoint
+import custom_kernels
 import data
 import evaluate
 import image_tokenizer
 import sample
 import shape_world
-from custom_kernels import Muon, add_lora, init_lora, merge_lora, peak_flops, step_if
+from custom_kernels import Muon, add_lora, count_flops, init_lora, merge_lora, peak_bytes, peak_flops, step_if
 
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # no block writes into what another returned
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is, in one process
@@ -106,6 +110,8 @@ def parser():
     add("--log-every", type=int, default=10)
     add("--stop-after", type=int, default=0, help="save a checkpoint and stop after this step, as a signal would")
     add("--log", choices=("wandb", "tensorboard"), help="optional extra logger")
+    add("--plan", nargs="?", const="first", choices=("first", "only"), help="say what the run needs before it; or only")
+    add("--plan-on", metavar="NxGB", help="--plan only, for another machine: 8x80 are 8 GPUs of 80 GB")
     p.set_defaults(eps=1e-8, warmup_from=1, horizon=0)  # of recipes only
     return p
 
@@ -333,10 +339,10 @@ class Run:
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.lock = checkpoint.claim(args, self.rank, self.world)
         self.about = checkpoint.describe(args, state)  # now: the commit may be another one when the run ends
+        self.checkpoint_size = check_room(args, machine_of(args), self.rank)  # before anything is built
         prepare = functools.partial(place, args=args, dtype=self.dtype, sharded=self.sharded)
         self.model = build(args, state, prepare)
         self.named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        checkpoint.check_room(self)  # before anything is encoded
         self.weights = {part: loss_weight(args, part) for part in args.mix}
         self.batches = data.Batches(args, self.model, self.device, self.rank, self.world)
         self.optimizers = make_optimizers(args, self.model, self.named)
@@ -344,6 +350,9 @@ class Run:
             self.ema = {n: p.detach().clone() for n, p in self.named}
         if state is not None:
             checkpoint.load_state(self, state)
+        known = peak_flops(self.device) < math.inf
+        step = count_flops(rehearsal(args)[0], self.batches.batch(0)) if known else 0.0
+        self.flops = step * self.world * args.accum
         self.forward = self.wrapped()
         self.skipped, self.streak, self.last_skip = torch.zeros(3, dtype=torch.int64, device=self.device).unbind()
         self.log = checkpoint.Log(args, self.rank == 0, self.start)
@@ -377,7 +386,8 @@ def train_step(run, step, micro_batches):
         batch = run.batches.to_device(batch, counts)
         alone = micro < M - 1 and isinstance(run.forward, DDP)  # gradients are exchanged in the last micro-batch only
         with (run.forward.no_sync() if alone else contextlib.nullcontext(),
-              torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32)):
+              torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32,
+                             cache_enabled=args.recompute == "none")):  # copies of weights take memory
             losses = run.forward(batch)
             if idle := [part for part in parts if not losses[part].requires_grad]:
                 raise ValueError(f"--mix: {' and '.join(idle)} would train nothing, as all that they need is frozen in "
@@ -428,8 +438,7 @@ def report_step(run, done, totals, norm, seconds):
     r["loss"] = sum(weight * r[part] for part, weight in run.weights.items()) / sum(run.weights.values())
     r |= dict(lr=learning_rate(args, done - 1, args.lr), grad_norm=float(norm), ms=seconds * 1e3)
     r["images_per_s"] = sum(n for part, n in samples.items() if part != "text") / seconds
-    flops = sum(run.model.flops_per_sample(part) * n for part, n in samples.items())
-    r["mfu"] = flops / seconds / run.world / peak_flops(run.device)
+    r["mfu"] = run.flops / seconds / run.world / peak_flops(run.device)
     if run.streak >= 3:
         numbers = run.batches.sample_numbers(int(run.last_skip))
         raise ValueError(f"{int(run.streak)} steps in a row had a gradient that is not finite, the last, "
@@ -528,8 +537,13 @@ def main(argv=None):
     args, state = parse_args(argv)
     if args.export:
         return export(args, state)
-    check_args(args, int(os.environ.get("WORLD_SIZE", 1)))
+    machine = machine_of(args)
+    check_args(args, machine.world)
     check_typed(args, argv)
+    if (args.plan or args.plan_on) and int(os.environ.get("RANK", 0)) == 0:
+        print("\n".join(plan(args, machine)), flush=True)
+    if args.plan == "only" or args.plan_on:
+        return 0
     run = Run(args, state)
     del state  # several times the model's size
     before, sheet = next((r["scores"] for r in run.history if r["step"] == 0), None), None
@@ -587,6 +601,153 @@ def train(run, signals):
     if line := run.batches.report():
         run.log.say(line)
     return done
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --plan: what a run needs, rehearsed on the meta device, where tensors have shapes and no numbers
+
+MFU = 0.4  # assumed for times: what large models reach on good hardware
+LONGEST = 2000  # words: more than fit into any row
+Machine = collections.namedtuple("Machine", "world here gpu room peak name")  # here: processes of a node; room: of one
+
+def machine_of(args):
+    """The Machine that --plan-on names, or this one. Its GB are 10^9 bytes: cards have 7 % more, which CUDA takes."""
+    device, world = torch.device(args.device), int(os.environ.get("WORLD_SIZE", 1))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if not args.plan_on:
+        room = checkpoint.free_memory(device) / (1 if device.type == "cuda" else here)
+        return Machine(world, here, device.type != "cpu", room, peak_flops(device), f"{world} x {device.type}")
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.plan_on)
+    if not found:
+        raise ValueError(f"--plan-on {args.plan_on}: expected GPUs x GB of each, e.g. 8x80")
+    world, gb = int(found[1]), int(found[2])
+    return Machine(world, min(world, 8), True, 1e9 * gb, 989e12 if gb >= 80 else 165e12, f"{world} x GPU of {gb} GB")
+
+def rehearsal(args, low=False):
+    """-> the run's model on the meta device, in the types that it trains in (low: what is frozen is bf16), [(name,
+    parameter)] of what trains, and the parameters of the frozen autoencoder, which is never cast or sharded."""
+    file, folder = checkpoint.model_file(args.arch), args.ckpt or ""
+    config = file.CONFIGS[args.config]
+    if args.config == "tiny" and os.path.isfile(os.path.join(folder, "config.json")):  # of any size
+        config = checkpoint.from_dict(type(config), checkpoint.read_config(folder)["config"], folder)
+    with torch.device("meta"):
+        if args.stage == "tokenizer":
+            name = image_tokenizer.tiny_name(getattr(file.CONFIGS["tiny"], file.Model.image_tokenizer))
+            model = image_tokenizer.TokenizerStage(name)
+            return model, model.trainable_parameters(args.stage), []
+        model = file.Model(config).to("meta")
+    model.tokenizer = checkpoint.load_tokenizer("tiny")  # any will do
+    named, apart = model.trainable_parameters(args.stage), list(getattr(model, model.image_tokenizer).parameters())
+    if getattr(args, "lora", 0):
+        named = custom_kernels.add_lora(model, named, args.lora, torch.Generator())
+    if low and args.config != "tiny":
+        lower(model, apart + [p for _, p in named])
+    return model, named, apart
+
+def lower(model, but):
+    but = {id(p) for p in but}
+    for p in model.parameters():
+        p.data = p.data if id(p) in but else p.data.bfloat16()
+
+def rehearsal_batch(model, part, n, text):
+    """What `data.Batches.batch` gives for n samples of a part, their texts of so many words, no picture encoded yet."""
+    words, generators = "star " * text, [torch.Generator() for _ in range(n)]
+    sample = dict(caption=words, prompt=data.RECA_TEMPLATES[0], instruction="Make it red.", question="What?",
+                  answer=words)
+    batch = model.collate(part, [sample] * n, generators, torch.Generator().manual_seed(0))
+    picture = model.preprocess(Image.new("RGB", (64, 64)), part if part in ("t2i", "i2t") else "recon")
+    for prefix in {"edit": ("", "source_"), "text": ()}.get(part, ("",)):
+        batch[prefix + "pixels_in"] = picture.expand(n, -1, -1, -1)
+    return batch
+
+def samples_of(args, shares=1):
+    return {part: round(args.batch * share) // shares for part, share in args.mix.items()}
+
+def needs(args, machine, text):
+    """-> {item: bytes of one process}, bytes of a checkpoint, {part: bytes of the encodings of a picture}, parameters
+    that train, all of them. text: words of captions and answers; 0: no activations."""
+    low, shard, size = machine.gpu and args.dtype != "fp32", getattr(args, "shard", False), checkpoint.size_of
+    model, named, apart = rehearsal(args, low)
+    trains, share, sizes = [p for _, p in named], machine.here if shard else 1, {}
+    plain = argparse.Namespace(**vars(args) | dict(device="cpu", muon_lr=0 if shard else args.muon_lr))
+    muon = sum(size(group["params"]) for o in make_optimizers(plain, model, named)[1:] for group in o.param_groups)
+    trained, whole, tokenizer = size(trains), size([*model.parameters(), *model.buffers()]), size(apart)
+    state, averages = 2 * trained - muon, trained * bool(args.ema)  # AdamW keeps two moments, Muon one
+    items = {"weights that train": trained / share, "gradients": trained / share, "optimizer state": state / share,
+             "averages (--ema)": averages / share,
+             "frozen weights": (whole - trained - tokenizer) / share + tokenizer}
+    counts = sum(p.numel() for p in trains), sum(p.numel() for p in model.parameters())
+    if shard:  # whole are what is in no block, a block and the next one; and gradients until they are summed, in fp32
+        if low:
+            lower(model, apart)
+        blocks = [list(block.parameters()) for block in model.blocks()]
+        inside = {id(p) for group in [apart, *blocks] for p in group}
+        rest = [p for p in model.parameters() if id(p) not in inside]
+        items["gathered weights"] = size(rest) + 2 * max(map(size, blocks))
+        summed = ([p for p in group if p.requires_grad] for group in [rest, *blocks])
+        items["gradients to be summed"] = max(size(group) + 4 * sum(p.numel() for p in group) for group in summed)
+    elif machine.world > 1:
+        items["buckets of DDP"] = trained
+    if text:
+        batch = {part: rehearsal_batch(model, part, n, text)
+                 for part, n in samples_of(args, machine.world * args.accum).items()}
+        recompute = str(getattr(args, "recompute", "none"))
+        every = int(recompute) if recompute.isdigit() else int(recompute == "blocks")
+        items["activations"], sizes = peak_bytes(model, batch, machine.gpu, low, every, drop=shard or args.accum > 1)
+    disk = (trained if getattr(args, "lora", 0) else whole) + state + averages
+    return {name: n for name, n in items.items() if n}, disk, sizes, *counts
+
+def verdict(args, machine, total, text):
+    """Whether a run fits that needs `total` bytes; if not, with which flags it would."""
+    if total <= machine.room:
+        return f"fits, {(machine.room - total) / 1e9:.1f} GB are left of {machine.room / 1e9:.1f}"
+    said = f"does not fit, {(total - machine.room) / 1e9:.1f} GB more than {machine.room / 1e9:.1f}; "
+    blocks, shard = dict(recompute="blocks"), dict(shard=True) if machine.world > 1 else {}
+    per = math.gcd(*samples_of(args).values()) // (machine.world * args.accum)
+    for tried in ({}, blocks, shard, shard | blocks, shard | blocks | dict(lora=16)):
+        there = argparse.Namespace(**vars(args) | tried)
+        room = machine.room - sum(needs(there, machine, 0)[0].values())
+        more = needs(there, machine, text)[0]["activations"] if room > 0 else math.inf
+        for parts in [n for n in range(1, per + 1) if per % n == 0 and more <= room * n]:
+            flags = tried | (dict(accum=args.accum * parts) if parts > 1 else {})
+            less = sum(needs(argparse.Namespace(**vars(args) | flags), machine, text)[0].values())
+            if less <= machine.room:
+                flags = " ".join(f"--{k} {v}".removesuffix(" True") for k, v in flags.items())
+                return said + f"{flags} needs {less / 1e9:.1f}"
+    return said + "take a smaller --config, or a larger machine"
+
+def plan(args, machine):
+    """-> the lines of --plan. Texts are as long as rows may be, so memory and time are what a run needs at most."""
+    items, disk, sizes, trained, whole = needs(args, machine, LONGEST)
+    model, samples, total = rehearsal(args)[0], samples_of(args), sum(items.values())
+    flops = {part: count_flops(model, {part: rehearsal_batch(model, part, 1, LONGEST)}) for part in args.mix}
+    step = sum(n * flops[part] for part, n in samples.items())
+    each = ", ".join(f"{part} {n / 1e12:,.3g} T" for part, n in flops.items())
+    lines = [f"plan of {args.arch} {args.config}, stage {args.stage}, on {machine.name}: computed, not measured",
+             f"  parameters: {trained / 1e6:,.1f} million train, {(whole - trained) / 1e6:,.1f} million are frozen",
+             f"  operations, forward and backward: {each} per sample; {step / 1e12:,.5g} T per step of "
+             + " + ".join(f"{n} {part}" for part, n in samples.items()),
+             f"  memory of one process, 1/{args.accum * machine.world} of a step at a time, texts of full length, GB:"]
+    lines += [f"    {name:24s}{n / 1e9:9.3f}" for name, n in items.items()]
+    lines += [f"    {'together':24s}{total / 1e9:9.3f}: {verdict(args, machine, total, LONGEST)}",
+              f"  disk: {disk / 1e9:.2f} GB per checkpoint; encodings of a picture, of which the host keeps up to "
+              f"--cache-gb {args.cache_gb:g}: " + ", ".join(f"{part} {n / 1e3:,.0f} kB" for part, n in sizes.items())]
+    if 0 < machine.peak < math.inf:
+        hours = args.steps * step / (machine.world * machine.peak * MFU) / 3600
+        lines.append(f"  time: {hours:,.1f} hours for {args.steps:,} steps at {MFU:.0%} of {machine.peak / 1e12:.0f} "
+                     "TFLOP/s per GPU, which is assumed")
+    return lines
+
+def check_room(args, machine, rank):
+    """-> the bytes of a checkpoint. Raises ValueError where the run cannot fit, however short its texts are, on the
+    disk or in memory. Tiny models are not rehearsed for it: what they need is small."""
+    text = int(args.config != "tiny")
+    items, disk, *_ = needs(args, machine, text)
+    if rank == 0:
+        checkpoint.check_disk(args.out, disk)
+    if (total := sum(items.values())) > machine.room:
+        raise ValueError(f"memory: {total / 1e9:.1f} GB in each process: {verdict(args, machine, total, text)} "
+                         "(--plan only says for what)")
+    return disk
 
 if __name__ == "__main__":
     checkpoint.one_line_errors(main)

@@ -20,6 +20,7 @@ PICK = {  # size: head dimension, vocabulary, channels; None = every size that h
     ("flow_loss_rows", None): ("reference", NOT_MEASURED),
 }
 
+META = "cpu"  # which device meta tensors stand for: a GPU never holds all logits
 FORCED = os.environ.get("NANORECA_KERNELS", "")
 if FORCED not in ("", "reference", "triton"):
     raise ValueError(f"NANORECA_KERNELS={FORCED!r} is not known; it must be 'reference' or 'triton', or unset to let "
@@ -42,6 +43,8 @@ def jit(kernel):
 
 def choose(name, size, device):
     """-> 'reference', 'triton', 'flex' or 'chunked'."""
+    if device.type == "meta":
+        return "chunked" if META == "cuda" and name == "linear_cross_entropy" else "reference"
     if FORCED == "triton" and device.type == "cpu" and not INTERPRETING:
         raise ValueError(f"NANORECA_KERNELS=triton, but {name} was given CPU tensors: unset it, or set "
                          "TRITON_INTERPRET=1 (slow)")
@@ -53,7 +56,7 @@ def choose(name, size, device):
 def autocast(*tensors):
     """What autocast does for PyTorch's own matrix products, for ours."""
     device = tensors[0].device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         return tuple(None if t is None else t.to(dtype) for t in tensors)
     return tensors

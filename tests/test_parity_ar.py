@@ -848,4 +848,3 @@ def test_published_size_runs_without_a_host_sync(config, monkeypatch):
         losses = m(batch)
         sum(losses.values()).backward()
     assert {k: v.shape for k, v in losses.items()} == {k: torch.Size([]) for k in batch}
-    assert all(m.flops_per_sample(part) > 0 for part in batch)

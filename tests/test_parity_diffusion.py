@@ -783,7 +783,6 @@ def test_keys_of_bagel_7b_mot():
     total = sum(math.prod(v) for k, v in state.items() if not k.startswith("vae."))
     trained = sum(p.numel() for _, p in model.trainable_parameters("reca"))
     assert round(total / 1e9, 3) == 14.607 and round(trained / 1e9, 3) == 6.540
-    assert model.flops_per_sample("recon") > 6 * 6.5e9 * 4096
 
 def test_keys_errors_are_tables(tmp_path):
     config, _, model = golden()

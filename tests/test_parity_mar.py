@@ -868,15 +868,9 @@ def test_pictures(monkeypatch):
     with pytest.raises(ValueError, match="schedule"):
         model.generate(prompts, schedule="cosine")
 
-def test_tiny_fits_its_budget_and_flops_are_plausible():
+def test_tiny_fits_its_budget():
     model = tiny()
     assert sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vae.")) <= 2_000_000
-    for part in ("recon", "i2t", "t2i", "edit", "text"):
-        assert 1e7 < model.flops_per_sample(part) < 1e9
-    with torch.device("meta"):
-        big = Harmon(CONFIGS["harmon-1.5b"])
-    # about 1,300 LLM tokens, two encoder passes, 3,600 DiffLoss rows
-    assert 1.5e13 < big.flops_per_sample("recon") < 4e13
 
 def test_preprocess():
     model, image = tiny(), Image.new("RGB", (60, 30), (255, 0, 0))
