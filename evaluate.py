@@ -232,6 +232,7 @@ def parse_args(argv=None):
     p.add_argument("--out", default="geneval")
     args = p.parse_args(argv)
     checkpoint.check_ranges(args)
+    checkpoint.choose(args)
     if args.n is None:
         args.n = 4 if args.geneval else 600
     if args.config != "tiny" and not args.geneval:
@@ -244,7 +245,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     model = checkpoint.load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer,
-                                  args.device, vision_ckpt=args.vision_ckpt)
+                                  args.device, checkpoint.dtype_of(args), args.vision_ckpt)
     sampler = {k: v for k, v in dict(cfg=args.cfg, steps=args.steps).items() if v is not None}
     if args.geneval:
         return export_geneval(model, args.geneval, args.out, args.n, args.seed, **sampler)

@@ -320,6 +320,8 @@ class Bagel(nn.Module):
         super().__init__()
         if tokenizer is not None:
             names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+            if missing := [s for s in names if s not in tokenizer.special]:
+                raise ValueError(f"text tokenizer without {', '.join(missing)}: give Qwen2.5's (--text-tokenizer)")
             config = replace(config, special=tuple(tokenizer.special[s] for s in names))
         self.config, self.tokenizer, c = config, tokenizer, config
         P, W = c.vae.z_channels * c.latent_patch_size ** 2, c.hidden_size

@@ -26,6 +26,7 @@ commit, scores), log.jsonl, loss.png, before_after.png. Ctrl-C, SIGTERM and SIGH
 """
 import argparse
 import contextlib
+import datetime
 import fractions
 import functools
 import json
@@ -36,6 +37,7 @@ import time
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns that it need not have looked for unused parameters
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -83,7 +85,6 @@ def parser():
     add("--ema", type=float, default=0.0, help="decay of averaged weights, e.g. 0.999; 0 = off")
     add("--seed", type=int, default=0)
     add = p.add_argument_group("machine and output").add_argument
-    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of products; auto: bf16 where a GPU has it")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="auto: published sizes on GPUs")
     add("--checkpoint", choices=("none", "full"), default="none", help="full: recompute activations: slower, smaller")
     add("--cache-gb", type=float, default=8.0, help="host memory for a pool's encodings; larger ones are not kept")
@@ -92,6 +93,10 @@ def parser():
     add("--save-every", type=int, default=500)
     add("--log-every", type=int, default=10)
     add("--stop-after", type=int, default=0, help="save a checkpoint and stop after this step, as a signal would")
+    add("--preview", type=int, help="pictures drawn before, after and on the way, by all processes together; 0: none "
+        "(default: 12 drawings or 8 reconstructions; 4 of published sizes, none of these on a CPU)")
+    add("--preview-every", type=int, default=0, help="steps between previews on the way, preview-STEP.png; 0: none")
+    add("--preview-prompts", metavar="FILE", help="one a line, drawn in the preview instead of what it shows by itself")
     add("--log", choices=("wandb", "tensorboard"), help="optional extra logger")
     p.set_defaults(eps=1e-8, warmup_from=1)  # of recipes only
     return p
@@ -131,6 +136,8 @@ def loss_weight(args, part):
 
 def check_args(args, world):
     checkpoint.check_ranges(args)
+    checkpoint.choose(args)
+    preview_prompts(args)
     if args.image_root and not any(path.endswith(".json") for path in args.i2t_data or ()):
         raise ValueError(f"--image-root {args.image_root} is for the pictures of an --i2t-data JSON, and there is none")
     if ("images" in args.mix or args.stage == "tokenizer") and (args.stage, [*args.mix]) != ("tokenizer", ["images"]):
@@ -169,7 +176,8 @@ def setup(args):
     if "TORCHELASTIC_RUN_ID" in os.environ:
         checkpoint.end_with_launcher()
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patience = datetime.timedelta(hours=2)  # while the first process judges and saves, the others wait
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     torch.manual_seed(args.seed)
     return rank, world, device
 
@@ -338,22 +346,54 @@ def scores(run, step, title):
     run.history.append(dict(step=step, scores=s))
     return s
 
+def preview_prompts(args):
+    """The lines of --preview-prompts, or prompts of our own. Raises FileNotFoundError and ValueError."""
+    path = args.preview_prompts
+    if not path:
+        return sample.DEFAULT_PROMPTS[:8] + sample.DEFAULT_PROMPTS[12:16]
+    checkpoint.check_file(path, "file of prompts (--preview-prompts)")
+    with checkpoint.reading(path, "cannot be read as a text in UTF-8"), open(path, encoding="utf-8-sig") as f:
+        lines = [line.strip() for line in f if line.strip()]
+    if not lines or args.stage == "tokenizer":
+        why = "a tokenizer draws none" if lines else "no prompt in it, expected one a line"
+        raise ValueError(f"--preview-prompts {path}: {why}")
+    return lines
+
 def pictures(run):
-    """What before_after.png shows: reconstructions (of a user's own pictures, too), or drawings for fixed prompts."""
-    source = None
-    if run.args.stage == "tokenizer":
-        source = shape_world.Scenes(8, seed=777).render()
-    elif run.args.data and run.args.stage == "reca":
-        source = run.batches.first_pictures(8)
+    """A preview -> (pictures uint8, captions, source), or None for --preview 0: reconstructions (of a user's own
+    pictures, too), or drawings for prompts. To be called by all processes: each draws its share, and equally many, so
+    that sharded ones keep step; what a picture shows depends on its place alone."""
+    args, source, prompts = run.args, None, preview_prompts(run.args)
+    own = args.stage == "reca" and args.data and not args.preview_prompts
+    large, n = args.config != "tiny", args.preview
+    if n is None:
+        n = (0 if run.device.type == "cpu" else 4) if large else 8 if own or args.stage == "tokenizer" else 12
+    if n == 0:
+        return None
+    if args.stage == "tokenizer":
+        source = shape_world.Scenes(n, seed=777).render()
+    elif own:
+        source = run.batches.first_pictures(n)
+        n = len(source)
+    captions = [prompts[i % len(prompts)] if source is None else "" for i in range(n)]
+    mine = [(run.rank + run.world * i) % n for i in range(-(-n // run.world))]
     with checkpoint.averaged(run):
-        return sample.show(run.model, source, run.args.seed, run.device)
+        shares = [sample.show(run.model, captions, source, args.seed, mine, run.device, 4 if large else 16)]
+    if run.world > 1:
+        shares *= run.world
+        dist.all_gather_object(shares, shares[0])
+    return np.stack([shares[i % run.world][i // run.world] for i in range(n)]), captions, source
+
+def save_preview(run, before, after, name, now="after"):
+    if after and run.rank == 0:
+        sample.save_png(sample.before_after(before, after, now), os.path.join(run.args.out, name))
 
 def save_weights(run, **extra):
     """model.safetensors and config.json, for sample.py, and loss.png."""
     args, model = run.args, run.model.tokenizer if run.args.stage == "tokenizer" else run.model
     with checkpoint.averaged(run):
         checkpoint.check_finite(model.named_parameters(), args.out)
-        checkpoint.save_model(model, args.out, args.arch, text_tokenizer=args.text_tokenizer or "tiny", **extra)
+        checkpoint.save_model(model, args.out, args.arch, size=args.config, **extra)
     sample.save_png(sample.curves(run.history, run.weights), os.path.join(args.out, "loss.png"))
 
 def stops(run, done, signals):
@@ -366,19 +406,21 @@ def stops(run, done, signals):
     return bool(flag)
 
 def finish(run, before, sheet, started):
-    """The end of a whole run, on the first process: scores, weights, result.json, pictures."""
+    """The end of a whole run: scores, weights, result.json, pictures. All processes call it, to draw together."""
     args = run.args
     if args.stage == "tokenizer":
         run.model.finish(data.to_float(shape_world.Scenes(4096, seed=args.seed).render(), run.device))
     after = scores(run, args.steps, "after:  ")
-    save_weights(run, step=args.steps, scores_before=before, scores_after=after)
-    curve = [(r["step"], r["scores"]) for r in run.history if "scores" in r]
-    result = dict(run.about, seconds=time.time() - started, curve=curve, scores=after)
-    checkpoint.write_text(os.path.join(args.out, "result.json"), json.dumps(result, indent=1, default=str))
+    if run.rank == 0:
+        save_weights(run, step=args.steps, scores_before=before, scores_after=after)
+        curve = [(r["step"], r["scores"]) for r in run.history if "scores" in r]
+        result = dict(run.about, seconds=time.time() - started, curve=curve, scores=after)
+        checkpoint.write_text(os.path.join(args.out, "result.json"), json.dumps(result, indent=1, default=str))
     if before and after:
         run.log.say(evaluate.report_change(before, after))
-    sample.save_png(sample.before_after(sheet, pictures(run)), os.path.join(args.out, "before_after.png"))
-    run.log.say(f"run folder: {args.out} ({', '.join(sorted(os.listdir(args.out)))})")
+    save_preview(run, sheet, pictures(run), "before_after.png")
+    if run.rank == 0:
+        run.log.say(f"run folder: {args.out} ({', '.join(sorted(os.listdir(args.out)))})")
 
 def main(argv=None):
     started, signals = time.time(), []
@@ -389,7 +431,7 @@ def main(argv=None):
     before, sheet = next((r["scores"] for r in run.history if r["step"] == 0), None), None
     if run.start:
         run.log.say(f"resumed {args.out} at step {run.start}")
-    elif run.rank == 0:
+    else:
         before = scores(run, 0, "before: ") if args.ckpt or args.stage in ("sft", "reca") else None
         sheet = pictures(run)
 
@@ -401,9 +443,9 @@ def main(argv=None):
     done = train(run, signals)
     for number, handler in handlers.items():
         signal.signal(number, handler)  # the last checkpoint is written: from now on a signal simply ends the program
-    if done == args.steps and run.rank == 0:
+    if done == args.steps:
         finish(run, before, sheet, started)
-    elif done < args.steps:
+    else:
         why = [signal.Signals(number).name for number in signals] or ["--stop-after"]
         run.log.say(f"stopped by {why[0]} after step {done}: checkpoint saved, continue with --resume {args.out}"
                     + " --stop-after 0" * (done == args.stop_after))
@@ -427,6 +469,9 @@ def train(run, signals):
         if args.eval_every and done % args.eval_every == 0 and done < args.steps:
             with contextlib.suppress(checkpoint.Interrupted):
                 scores(run, done, f"step {done}: ")
+            clock, since = time.time(), done
+        if args.preview_every and done % args.preview_every == 0 and done < args.steps:
+            save_preview(run, None, pictures(run), f"preview-{done}.png", f"step {done}")
             clock, since = time.time(), done
         halt = stops(run, done, signals)
         saves = halt or done == args.steps or (args.save_every and done % args.save_every == 0)

@@ -2,7 +2,6 @@
 import json
 import os
 import pickle
-import re
 from collections import OrderedDict
 
 import pytest
@@ -135,16 +134,15 @@ def test_load_strict_table():
         load_strict(m, state, "the toy")
     text = str(e.value)
     counts = "the toy: the weights do not fit (4 keys expected, 28 found; 1 missing, 25 unexpected, 1 of another shape)"
-    assert text.splitlines()[0].startswith(counts)
-    assert re.search(r"missing +second.bias +expected \(30,\)", text)
-    assert re.search(r"unexpected +extra.weight +found \(30,\)", text)
-    assert re.search(r"shape +first.weight +found \(5, 3\), expected \(2, 3\)", text)
-    assert "... and 5 more" in text and len(text.splitlines()) == 1 + 1 + 21 + 1
+    firsts = (", first missing second.bias expected (30,); unexpected extra.weight found (30,); of another shape "
+              "first.weight found (5, 3), expected (2, 3): is it the right file and size? --verbose shows more")
+    assert text == counts + firsts
+    assert len(e.value.table.splitlines()) == 1 + 1 + 25 + 1 and "  unexpected more.23 found (1,)" in e.value.table
     assert all(torch.equal(t, before[k]) for k, t in m.state_dict().items()), "something was loaded all the same"
 
-@pytest.mark.parametrize("change, text", [({"bias": None}, "1 missing, 0 unexpected, 0 of another"),
-                                          ({"extra": torch.zeros(1)}, "0 missing, 1 unexpected, 0 of another"),
-                                          ({"bias": torch.zeros(1)}, "0 missing, 0 unexpected, 1 of another")])
+@pytest.mark.parametrize("change, text", [({"bias": None}, r"; 1 missing\), first missing bias expected \(2,\):"),
+                                          ({"extra": torch.zeros(1)}, r"; 1 unexpected\), first"),
+                                          ({"bias": torch.zeros(1)}, r"; 1 of another shape\), first")])
 def test_load_strict_each_kind_alone(change, text):
     m = nn.Linear(3, 2)
     state = {k: t for k, t in (m.state_dict() | change).items() if t is not None}
