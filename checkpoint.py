@@ -304,7 +304,7 @@ def check_keys(own, state, what):
     """Compares {name: tensor} `state` with the expected `own` (both on any device, meta included). what: the file, or
     of joined files {prefix: file}, see file_of. Raises ValueError with the counts and the first keys that are missing,
     unexpected, or of another shape or kind of number; the error's `table` has more of them, for --verbose."""
-    for file in set(what.values()) if isinstance(what, dict) else ():  # each for itself
+    for file in dict.fromkeys(what.values()) if isinstance(what, dict) else ():  # each for itself
         check_keys(*({k: t for k, t in side.items() if file_of(what, k) == file} for side in (own, state)), file)
     found = {
         "missing": [k for k in own if k not in state],
@@ -535,7 +535,7 @@ def read_config(folder):
     if not isinstance(meta, dict) or "config" not in meta or "arch" not in meta:
         raise BadFile(f"{path}: lacks 'arch' or 'config': not a config.json of this project (transformers-style "
                       "exports load with --config NAME)")
-    for name in ("arch", "text_tokenizer"):
+    for name in ("arch", "text_tokenizer", "size"):
         checked(f"{path}: {name}", meta.get(name, ""), "")
     if meta.get("text_tokenizer", "tiny") != "tiny":
         meta["text_tokenizer"] = os.path.join(folder, meta["text_tokenizer"])

@@ -151,7 +151,7 @@ def save_png(image, path, about=None):
     text = PngInfo()
     for key, value in (about or {}).items():
         text.add_text(key, str(value))
-    checkpoint.atomic(path, lambda f: image.save(f, "png", **(dict(pnginfo=text) if about else {})))
+    checkpoint.atomic(path, lambda f: image.save(f, "png", pnginfo=text))
     return path
 
 def save_sheet(pictures, captions, out, number):
@@ -246,10 +246,12 @@ def out_path(out, place=None):
 
 def weights_hash(ckpt):
     """SHA-256 of a weight file, as sha256sum gives it; of a folder its model.safetensors, or all it has in a row."""
-    names = [os.path.join(ckpt, name) for name in sorted(os.listdir(ckpt))] if os.path.isdir(ckpt) else [ckpt]
-    own = [name for name in names if os.path.basename(name) == "model.safetensors"]
-    digest = hashlib.sha256()
-    for name in own or [name for name in names if name.endswith(checkpoint.WEIGHT_FILES)]:
+    own, digest = os.path.join(ckpt, "model.safetensors"), hashlib.sha256()
+    names = [own] if os.path.exists(own) else [ckpt]
+    if os.path.isdir(names[0]):
+        files = [name for name in sorted(os.listdir(ckpt)) if name.endswith(checkpoint.WEIGHT_FILES)]
+        names = [os.path.join(ckpt, name) for name in files]
+    for name in names:
         with open(name, "rb") as f:
             hashlib.file_digest(f, lambda: digest)
     return digest.hexdigest()

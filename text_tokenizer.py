@@ -180,15 +180,14 @@ def _read_vocab(path):
         merges = [line.split(" ") for line in lines[lines[0].startswith("#version"):] if line.strip()]
         added = {s: i for s, i in file.items() if s == "<|endoftext|>"}  # Qwen2 keeps its special strings elsewhere
         return _vocab_to_ranks(path, file, merges, skip=added), added, bool(added)
-    ours = isinstance(file, dict) and "tokens" in file
-    if not ours and not (isinstance(file, dict) and {"vocab", "merges"} <= set(file.get("model") or ())):
+    if isinstance(file, dict) and "tokens" in file:
+        tokens = [base64.b64decode(token, validate=True) for token in file["tokens"]]
+        return {token: i for i, token in enumerate(tokens)}, {s: i for s, i in file["added"].items() if s}, file["gpt2"]
+    if not isinstance(file, dict) or not {"vocab", "merges"} <= set(file.get("model") or ()):
         raise _wrong(path, "no BPE model with vocab and merges in it")
-    added = file["added"] if ours else {token["content"]: token["id"] for token in file.get("added_tokens") or ()}
+    added = {token["content"]: token["id"] for token in file.get("added_tokens") or ()}
     if not all(isinstance(s, str) and s for s in added):
         raise _wrong(path, "one of the added tokens has no text")
-    if ours:
-        tokens = [base64.b64decode(token, validate=True) for token in file["tokens"]]
-        return {token: i for i, token in enumerate(tokens)}, added, file["gpt2"]
     merges = [m.split(" ") if isinstance(m, str) else m for m in file["model"]["merges"]]
     split = json.dumps(file.get("pre_tokenizer"))
     gpt2 = '"ByteLevel"' in split and "Regex" not in split

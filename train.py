@@ -137,7 +137,6 @@ def loss_weight(args, part):
 def check_args(args, world):
     checkpoint.check_ranges(args)
     checkpoint.choose(args)
-    preview_prompts(args)
     if args.image_root and not any(path.endswith(".json") for path in args.i2t_data or ()):
         raise ValueError(f"--image-root {args.image_root} is for the pictures of an --i2t-data JSON, and there is none")
     if ("images" in args.mix or args.stage == "tokenizer") and (args.stage, [*args.mix]) != ("tokenizer", ["images"]):
@@ -226,6 +225,7 @@ class Run:
 
     def __init__(self, args, state):
         self.args, self.history, self.start, self.ema, self.judging = args, [], 0, None, False
+        self.prompts = preview_prompts(args)
         self.rank, self.world, self.device = setup(args)
         self.lock = checkpoint.claim(args, self.rank, self.world)
         self.about = checkpoint.describe(args, state)  # now: the commit may be another one when the run ends
@@ -348,22 +348,21 @@ def scores(run, step, title):
 
 def preview_prompts(args):
     """The lines of --preview-prompts, or prompts of our own. Raises FileNotFoundError and ValueError."""
-    path = args.preview_prompts
-    if not path:
-        return sample.DEFAULT_PROMPTS[:8] + sample.DEFAULT_PROMPTS[12:16]
-    checkpoint.check_file(path, "file of prompts (--preview-prompts)")
-    with checkpoint.reading(path, "cannot be read as a text in UTF-8"), open(path, encoding="utf-8-sig") as f:
-        lines = [line.strip() for line in f if line.strip()]
-    if not lines or args.stage == "tokenizer":
-        why = "a tokenizer draws none" if lines else "no prompt in it, expected one a line"
-        raise ValueError(f"--preview-prompts {path}: {why}")
+    path, lines = args.preview_prompts, sample.DEFAULT_PROMPTS[:8] + sample.DEFAULT_PROMPTS[12:16]
+    if path:
+        checkpoint.check_file(path, "file of prompts (--preview-prompts)")
+        with checkpoint.reading(path, "cannot be read as UTF-8 text"), open(path, encoding="utf-8-sig") as f:
+            lines = [line.strip() for line in f if line.strip()]
+    if not lines or (path and args.stage == "tokenizer"):
+        raise ValueError(f"--preview-prompts {path}: {len(lines)} prompts, --stage {args.stage}: expected one or more, "
+                         "one a line, and no such file where a tokenizer is trained")
     return lines
 
 def pictures(run):
     """A preview -> (pictures uint8, captions, source), or None for --preview 0: reconstructions (of a user's own
     pictures, too), or drawings for prompts. To be called by all processes: each draws its share, and equally many, so
     that sharded ones keep step; what a picture shows depends on its place alone."""
-    args, source, prompts = run.args, None, preview_prompts(run.args)
+    args, source, prompts = run.args, None, run.prompts
     own = args.stage == "reca" and args.data and not args.preview_prompts
     large, n = args.config != "tiny", args.preview
     if n is None:
