@@ -200,8 +200,7 @@ def test_before_and_after_go_on_in_further_rows():
     before, after = (np.full((20, 8, 8, 3), value, np.uint8) for value in (50, 100))
     captions = [str(i) for i in range(20)]
     sheet = np.asarray(sample.before_after((before, captions, None), (after, captions, None), "step 5"))
-    h = w = 120
-    assert sheet.shape == (4 * (h + 26 + 6) + 6, 16 * (w + 6) + 6, 3) or sheet.shape[1] <= sample.SIDE
+    assert sheet.shape[1] <= sample.SIDE
     h = (sheet.shape[0] - 6) // 4 - 32
     rows = [sheet[6 + 26 + h // 2 + i * (h + 32)] for i in range(4)]
     shares = [[(row == value).all(1).mean() for value in (50, 100)] for row in rows]
