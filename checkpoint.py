@@ -198,7 +198,7 @@ def read_safetensors(path):
     return reading(path, "not a complete safetensors file", ": copy or download it again")
 
 WRAPPERS = ("model", "state_dict", "module", "ema")  # the first is taken where nobody chose
-PREFIXES = ("module.", "model.", "_orig_mod.")  # of DDP, of a trainer, of torch.compile
+PREFIXES = re.compile(r"((module|model|_orig_mod)\.)*")  # of DDP, of trainers, of torch.compile
 CHOSEN = {}  # --ckpt: --weights, for read_weights, which is called deep in a model file
 
 def choose(args):
@@ -218,12 +218,6 @@ def unwrapped(state, path, choice=None):
         raise BadFile(f"{path}: --weights {choice}: no such state dict in it, only {', '.join(keys + others) or 'one'}")
     rest = f", not {', '.join(sorted({*others} - {*keys}))} (--weights chooses)" * bool({*others} - {*keys})
     return state, f"{path}: weights under {'.'.join(keys)}{rest}" * bool(keys)
-
-def without_prefix(state):
-    """{name: tensor} without the PREFIXES that ALL names share: no published model has only such names."""
-    while state and (shared := [p for p in PREFIXES if all(name.startswith(p) for name in state)]):
-        state = {name.removeprefix(shared[0]): t for name, t in state.items()}
-    return state
 
 def read_pickle(path, device, choice=None):
     with reading(path, "cannot be read as a file of tensors", ". It is truncated, no PyTorch file, or holds Python "
@@ -274,9 +268,9 @@ def weight_files(folder):
 
 def read_weights(path, device="cpu"):
     """Reads a checkpoint into {name: tensor} on `device`: a .safetensors file, a .pth/.pt/.bin/.ckpt pickle of
-    tensors (read without executing anything; `unwrapped`, and `without_prefix`), or a folder (see weight_files). On the
-    CPU tensors are mapped: they take memory when they are looked at, and not as the process's own. Raises
-    FileNotFoundError or ValueError: one line that names the path."""
+    tensors (read without executing anything, and `unwrapped`), or a folder (see weight_files). PREFIXES that ALL names
+    share are left out, since no published model has such names alone. On the CPU tensors are mapped: what is not looked
+    at takes no memory. Raises FileNotFoundError or ValueError: one line that names the path."""
     path, weights = os.fspath(path), {}
     choice = CHOSEN.get(path) or CHOSEN.get(os.path.dirname(path))
     for file, promised in (weight_files(path) if os.path.isdir(path) else {path: []}).items():
@@ -291,7 +285,8 @@ def read_weights(path, device="cpu"):
         if lost:
             raise BadFile(f"{file}: lacks {len(lost)} tensors that the folder's index says it holds, first {lost[0]}")
         weights.update(state)
-    return weights if is_ours(path) else without_prefix(weights)
+    shared = "" if is_ours(path) else PREFIXES.match(os.path.commonprefix([*weights]))[0]
+    return {name.removeprefix(shared): t for name, t in weights.items()}
 
 def kind(t):
     return "float" if t.is_floating_point() else "complex" if t.is_complex() else "whole number"
@@ -435,9 +430,8 @@ def add_flags(parser):
 
 def dtype_of(args):
     """--dtype, of the weights that sample.py and evaluate.py load; None: float32."""
-    ours = args.ckpt and args.config == "tiny" and is_ours(args.ckpt)
-    large = (read_config(args.ckpt).get("size", "tiny") if ours else args.config) != "tiny"
-    auto = args.dtype == "auto" and large and args.device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    size = read_config(args.ckpt).get("size", "tiny") if args.ckpt and is_ours(args.ckpt) else args.config
+    auto = args.dtype == "auto" and size != "tiny" and args.device.startswith("cuda") and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if auto or args.dtype == "bf16" else None
 
 def architectures():
@@ -604,7 +598,7 @@ class Log:
         if not first:
             return
         if args.overwrite and not args.resume:  # not before everything is built and there is room
-            for name in RUN_FILES:
+            for name in (*RUN_FILES, *(path.name for path in pathlib.Path(args.out).glob("preview-*.png"))):
                 pathlib.Path(args.out, name).unlink(missing_ok=True)
         path = os.path.join(args.out, "log.jsonl")
         if start and os.path.exists(path):  # a run that died had gone further than its checkpoint

@@ -246,13 +246,11 @@ def out_path(out, place=None):
 
 def weights_hash(ckpt):
     """SHA-256 of a weight file, as sha256sum gives it; of a folder its model.safetensors, or all it has in a row."""
-    own, digest = os.path.join(ckpt, "model.safetensors"), hashlib.sha256()
-    names = [own] if os.path.exists(own) else [ckpt]
-    if os.path.isdir(names[0]):
-        files = [name for name in sorted(os.listdir(ckpt)) if name.endswith(checkpoint.WEIGHT_FILES)]
-        names = [os.path.join(ckpt, name) for name in files]
-    for name in names:
-        with open(name, "rb") as f:
+    names, digest = sorted(os.listdir(ckpt)) if os.path.isdir(ckpt) else [], hashlib.sha256()
+    names = [name for name in names if name.endswith(checkpoint.WEIGHT_FILES)]
+    names = ["model.safetensors"] if "model.safetensors" in names else names
+    for path in [os.path.join(ckpt, name) for name in names] or [ckpt]:
+        with open(path, "rb") as f:
             hashlib.file_digest(f, lambda: digest)
     return digest.hexdigest()
 

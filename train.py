@@ -21,8 +21,9 @@ tokenizer stage's noise, drawn per process), and a resumed run goes on as if it 
 Precision: on CPUs everything is fp32; on GPUs weights that train, losses, softmax, norms and diffusion tables are fp32,
 products bf16 (autocast) where the GPU has it, and Muon's inside too.
 
-The run folder gets model.safetensors + config.json (for sample.py), checkpoint.pt (for --resume), result.json (command,
-commit, scores), log.jsonl, loss.png, before_after.png. Ctrl-C, SIGTERM and SIGHUP save a checkpoint first.
+The run folder gets model.safetensors + config.json (for sample.py, on any machine: your own text tokenizer is copied to
+text_tokenizer.json), checkpoint.pt (for --resume), result.json (command, commit, scores), log.jsonl, loss.png,
+before_after.png, preview-STEP.png (--preview-every). Ctrl-C, SIGTERM and SIGHUP save a checkpoint first.
 """
 import argparse
 import contextlib

@@ -123,9 +123,14 @@ def test_prefixes_that_all_names_share_are_left_out(tmp_path):
     for arch in checkpoint.architectures():  # no model of ours has such names alone: they are never its own
         with torch.device("meta"):
             own = checkpoint.model_file(arch).Model(checkpoint.model_file(arch).CONFIGS["tiny"]).state_dict()
-        assert checkpoint.without_prefix(own).keys() == own.keys()
-        for prefix in ("module.", "model."):
-            assert checkpoint.without_prefix({prefix + k: t for k, t in own.items()}).keys() == own.keys()
+        for prefix in ("", "module.", "model."):
+            torch.save({prefix + name: torch.zeros(1) for name in own}, tmp_path / "x.pt")
+            assert read_weights(tmp_path / "x.pt").keys() == own.keys()
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    save_file({"model.a": STATE["b"]}, tmp_path / "model.safetensors")  # a folder of ours: its names are what they are
+    (tmp_path / "config.json").write_text('{"arch": "x", "config": {}}')
+    assert list(read_weights(tmp_path)) == ["model.a"]
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
@@ -366,6 +371,24 @@ def test_a_run_folder_works_from_anywhere(arch, tmp_path, monkeypatch):
     for ckpt in ("moved", None):  # None: the shipped weights
         with pytest.raises(ValueError, match=f"^--config {published}: .* holds a model of size .*as --ckpt$"):
             checkpoint.load_model(arch, ckpt, published)
+
+@pytest.mark.parametrize("arch", ["ar", "mar"])
+def test_published_files_as_people_have_them(arch, tmp_path, chosen):
+    """Trained by others: half precision, under a name, behind DDP's prefix; joined with files of their own."""
+    module, path = checkpoint.model_file(arch), str(tmp_path / "x.pth")
+    model = module.Model(module.CONFIGS["tiny"], checkpoint.load_tokenizer("tiny")).bfloat16().float()
+    names = [name for name in (model.image_tokenizer, "clip") if hasattr(model, name)]
+    parts = {name: getattr(model, name).state_dict() for name in names}
+    own = {k: t.bfloat16() for k, t in model.state_dict().items() if k.split(".")[0] not in parts}
+    torch.save({"model": {k: t * 0 for k, t in own.items()}, "ema": {f"module.{k}": t for k, t in own.items()}}, path)
+    for name, state in parts.items():
+        torch.save({"state_dict": state}, tmp_path / f"{name}.ckpt")
+    files = dict(tokenizer_path=str(tmp_path / f"{model.image_tokenizer}.ckpt"),
+                 vision_path=str(tmp_path / "clip.ckpt") if "clip" in parts else None)
+    for key, same_weights in (("ema", True), (None, False)):
+        chosen(path, key)
+        got = module.Model.load_published(path, module.CONFIGS["tiny"], tokenizer=model.tokenizer, **files)
+        assert same(got.state_dict(), model.state_dict()) == same_weights
 
 def test_every_kind_of_tokenizer_goes_into_one_file(tmp_path):
     ranks = {bytes([b]): b for b in range(256)} | {b"st": 256, b"ar": 257}

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -533,7 +534,9 @@ def test_previews_of_a_run(tmp_path):
     assert run(*common, "--preview", "3", "--preview-every", "2", *prompts, out=tmp_path / "a") == 0
     sizes = {name: Image.open(tmp_path / "a" / name).size for name in ("before_after.png", "preview-2.png")}
     assert sizes == {"before_after.png": (3 * 102 + 6, 2 * 128 + 6), "preview-2.png": (3 * 102 + 6, 128 + 6)}
-    assert run(*common, "--preview", "0", "--preview-every", "1", out=tmp_path / "b") == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    os.remove(tmp_path / "b" / "before_after.png")
+    assert run(*common, "--preview", "0", "--preview-every", "1", "--overwrite", out=tmp_path / "b") == 0
     assert losses(tmp_path / "a") == losses(tmp_path / "b")  # drawing changes nothing
     assert not [name for name in os.listdir(tmp_path / "b") if name.startswith(("preview", "before"))]
     (tmp_path / "empty.txt").write_text("\n")
