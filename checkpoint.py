@@ -549,8 +549,8 @@ def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer
     if config in (None, "tiny") or is_ours(ckpt):
         meta = read_config(ckpt)
         if config not in (None, "tiny", meta.get("size", "tiny")):
-            raise ValueError(f"--config {config}: {ckpt} holds a model of size {meta.get('size', 'tiny')}: give the "
-                             "published file, or a run folder of that size, as --ckpt")
+            raise ValueError(f"--config {config} needs --ckpt, the published file or a run folder of that size: {ckpt} "
+                             f"is of size {meta.get('size', 'tiny')}")
         fields = {f.name for f in dataclasses.fields(module.CONFIGS["tiny"])}
         if meta["arch"] != arch and not set(meta["config"]) <= fields:  # a copied model file may load the original's
             raise ValueError(f"{ckpt} holds a model of --arch {meta['arch']}, but --arch {arch} was asked for")
