@@ -80,12 +80,12 @@ def write_text(path, text):
 MANY = 10 ** 9
 RANGES = {  # lowest and highest value of every flag that is a number, in train.py, sample.py and evaluate.py
     **dict.fromkeys(("steps", "log_every", "pool", "captioned"), (1, MANY)),
-    **dict.fromkeys(("warmup", "save_every", "eval_every", "eval_n", "stop_after", "clip"), (0, MANY)),
+    **dict.fromkeys(("warmup", "save_every", "eval_every", "eval_n", "stop_after", "clip", "preview_every"), (0, MANY)),
     **dict.fromkeys(("batch", "n", "max_new_tokens"), (1, 10 ** 6)), **dict.fromkeys(("accum", "threads"), (1, 4096)),
     **dict.fromkeys(("drop", "wrong_captions", "sparse_captions", "altered_share"), (0, 1)), "questions": (1, 64),
     **dict.fromkeys(("betas", "ema"), (0, 1 - 1e-9)), **dict.fromkeys(("lr", "muon_lr", "muon_decay"), (0, 100)),
     **dict.fromkeys(("weight_decay", "temperature"), (0, 100)), **dict.fromkeys(("i2t_weight", "t2i_weight"), (0, 1e6)),
-    "cfg": (1, 1000), "lora": (0, 4096), "cache_gb": (0, 1e6), "seed": (0, 2 ** 62)}
+    "preview": (0, 64), "cfg": (1, 1000), "lora": (0, 4096), "cache_gb": (0, 1e6), "seed": (0, 2 ** 62)}
 
 def check_ranges(args):
     """Raises ValueError for a number outside of its range; nan is outside of every range."""
@@ -147,8 +147,14 @@ def one_line_errors(main):
         if peer:
             e = f"another process of this run has died ({reason_of(e)}): go on with --resume"
         if first_to_fail():
-            print(f"error: {e}" if str(e) else f"error: {type(e).__name__}", file=sys.stderr, flush=True)
+            table = getattr(e, "table", "") * ("--verbose" in sys.argv)
+            print(f"error: {str(e) or type(e).__name__}{table}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+def remark(text):
+    """A line, if it is one, that is no result of a script; of the first process only."""
+    if text and int(os.environ.get("RANK", 0)) == 0:
+        print(text, file=sys.stderr, flush=True)
 
 def first_to_fail():
     """Under torchrun one fault is one line: is this the first process of this launch that has something to say?"""
@@ -202,104 +208,138 @@ def read_safetensors(path):
     """What to open and read a safetensors file in."""
     return reading(path, "not a complete safetensors file", ": copy or download it again")
 
-def read_pickle(path, device):
+WRAPPERS = ("model", "state_dict", "module", "ema")  # the first is taken where nobody chose
+PREFIXES = re.compile(r"((module|model|_orig_mod)\.)*")  # of DDP, of trainers, of torch.compile
+CHOSEN = {}  # --ckpt: --weights, for read_weights, which is called deep in a model file
+
+def choose(args):
+    """Notes --weights for when --ckpt is read. Raises ValueError where there is no --ckpt."""
+    if args.weights and not args.ckpt:
+        raise ValueError(f"--weights {args.weights} chooses among the state dicts of a --ckpt, and there is none")
+    CHOSEN[args.ckpt] = args.weights
+
+def unwrapped(state, path, choice=None):
+    """The state dict in a training checkpoint, which has it, or several, beside optimizer state and counters: the one
+    under the key `choice`, else under the first of WRAPPERS -> (state dict, what to say about that). Raises ValueError
+    where `choice` is none."""
+    keys, others = [], []
+    while isinstance(state, dict) and (found := [k for k in (choice, *WRAPPERS) if isinstance(state.get(k), dict)]):
+        keys, others, state = [*keys, found[0]], [*others, *found[1:]], state[found[0]]
+    if choice and choice not in keys:
+        raise BadFile(f"{path}: --weights {choice}: no such state dict in it, only {', '.join(keys + others) or 'one'}")
+    rest = f", not {', '.join(sorted({*others} - {*keys}))} (--weights chooses)" * bool({*others} - {*keys})
+    return state, f"{path}: weights under {'.'.join(keys)}{rest}" * bool(keys)
+
+def read_pickle(path, device, choice=None):
     with reading(path, "cannot be read as a file of tensors", ". It is truncated, no PyTorch file, or holds Python "
                  "objects, which are never executed here: copy it again or convert it to .safetensors"):
         mmap = zipfile.is_zipfile(path) or None  # paged in tensor by tensor; older files are no zip archives
         state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-    for wrapper in ("model", "state_dict"):  # training checkpoints keep the weights beside optimizer state and counters
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
+    state, taken = unwrapped(state, path, choice)
     if not isinstance(state, dict):
-        raise BadFile(f"{path}: holds a {type(state).__name__}, expected a dict of tensors, maybe under the key "
-                      "'model' or 'state_dict'")
+        raise BadFile(f"{path}: holds a {type(state).__name__}, expected a dict of tensors, maybe under one of "
+                      f"{', '.join(WRAPPERS)}")
     for name, value in state.items():
         if not isinstance(value, torch.Tensor) or not isinstance(name, str):
             raise BadFile(f"{path}: entry {name!r} is a {type(value).__name__}, expected a tensor under a name: save "
                           "the model's plain state dict")
         if value.layout != torch.strided or value.is_meta or value.is_quantized:
             raise BadFile(f"{path}: {name} is a sparse, quantized or empty (meta) tensor, expected a plain one")
+    remark(taken)
     return state
 
 def weight_files(folder):
     """The weight files of a folder, {path: names that must be in it}: with an index all its shards, otherwise
     model.safetensors, pytorch_model.bin or the only one there."""
-    names = sorted(n for n in os.listdir(folder) if n.endswith(WEIGHT_FILES) and not os.path.isdir(f"{folder}/{n}"))
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        path = os.path.join(folder, index)
-        if os.path.exists(path):
-            shards, file = {}, read_json(path)
-            table = file.get("weight_map") if isinstance(file, dict) else None
-            if not isinstance(table, dict) or not table:
-                raise BadFile(f"{path}: has no table 'weight_map' of tensors and their files: fetch it again")
-            for name, shard in table.items():
-                if not isinstance(shard, str) or shard != os.path.basename(shard):  # "../x" leads out of the folder
-                    raise BadFile(f"{path}: {name} is said to be in {str(shard)[:80]!r}, expected a file's plain name")
-                shards.setdefault(shard, []).append(name)
-            missing = sorted(set(shards) - set(names))
-            if missing:
-                raise FileNotFoundError(f"{folder}: {len(missing)} of {len(shards)} shards in {index} are missing, "
-                                        f"first {missing[0]}")
-            return {os.path.join(folder, shard): shards[shard] for shard in sorted(shards)}
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if name in names:
-            names = [name]
-    if "adapter_model.safetensors" in names and "model.safetensors" not in names:
+    files = sorted(name for name in os.listdir(folder) if not os.path.isdir(os.path.join(folder, name)))
+    names = [name for name in files if name.endswith(WEIGHT_FILES)]
+    usual = [name for kind in ("model.safetensors", "pytorch_model.bin") for name in (f"{kind}.index.json", kind)
+             if name in files]
+    if len(usual) > 1:
+        remark(f"{folder}: {usual[0]} is read, {', '.join(usual[1:])} not")
+    if usual and usual[0].endswith(".json"):
+        path, shards = os.path.join(folder, usual[0]), {}
+        file = read_json(path)
+        table = file.get("weight_map") if isinstance(file, dict) else None
+        if not isinstance(table, dict) or not table:
+            raise BadFile(f"{path}: has no table 'weight_map' of tensors and their files: fetch it again")
+        for name, shard in table.items():
+            if not isinstance(shard, str) or shard != os.path.basename(shard):  # "../x" leads out of the folder
+                raise BadFile(f"{path}: {name} is said to be in {str(shard)[:80]!r}, expected a file's plain name")
+            shards.setdefault(shard, []).append(name)
+        missing = sorted(set(shards) - set(names))
+        if missing:
+            raise FileNotFoundError(f"{folder}: {len(missing)} of {len(shards)} shards in {usual[0]} are missing, "
+                                    f"first {missing[0]}")
+        return {os.path.join(folder, shard): shards[shard] for shard in sorted(shards)}
+    names = usual[:1] or names
+    if "adapter_model.safetensors" in names and not usual:
         raise ValueError(f"{folder}: a run with --lora, which holds adapters alone: give sample.py and evaluate.py its "
-                         f"base as --ckpt, and --lora {folder}")
+                         f"base as --ckpt, and --lora {folder}; train.py --export joins the two")
     if len(names) != 1:
         raise FileNotFoundError(f"{folder}: a folder with {len(names)} weight files {names}: name the one to read")
     return {os.path.join(folder, names[0]): []}
 
 def read_weights(path, device="cpu"):
     """Reads a checkpoint into {name: tensor} on `device`: a .safetensors file, a .pth/.pt/.bin/.ckpt pickle of
-    tensors (read without executing anything; {"model": ...} and {"state_dict": ...} are unwrapped), or a folder (see
-    weight_files). Raises FileNotFoundError or ValueError: one line that names the path."""
+    tensors (read without executing anything, and `unwrapped`), or a folder (see weight_files). PREFIXES that ALL names
+    share are left out, since no published model has such names alone. On the CPU tensors are mapped: what is not looked
+    at takes no memory. Raises FileNotFoundError or ValueError: one line that names the path."""
     path, weights = os.fspath(path), {}
+    choice = CHOSEN.get(path) or CHOSEN.get(os.path.dirname(path))
     for file, promised in (weight_files(path) if os.path.isdir(path) else {path: []}).items():
         check_weight_file(file)
         if file.endswith(".safetensors"):
             with read_safetensors(file), safe_open(file, framework="pt", device=str(device)) as f:
                 state = {name: f.get_tensor(name) for name in f.keys()}
+            unwrapped(state, file, choice)
         else:
-            state = read_pickle(file, device)
+            state = read_pickle(file, device, choice)
         lost = [name for name in promised if name not in state]
         if lost:
             raise BadFile(f"{file}: lacks {len(lost)} tensors that the folder's index says it holds, first {lost[0]}")
         weights.update(state)
-    return weights
+    shared = "" if is_ours(path) else PREFIXES.match(os.path.commonprefix([*weights]))[0]
+    return {name.removeprefix(shared): t for name, t in weights.items()}
 
 def kind(t):
     return "float" if t.is_floating_point() else "complex" if t.is_complex() else "whole number"
 
+def file_of(what, name):
+    """The file that a tensor is from, where `what` is {prefix of names: file}, the longest first; or `what` itself."""
+    return next(file for prefix, file in what.items() if name.startswith(prefix)) if isinstance(what, dict) else what
+
 def check_keys(own, state, what):
-    """Compares {name: tensor} `state` with the expected `own` (both on any device, meta included). Raises ValueError
-    with a table of the keys that are missing, unexpected, or of another shape or kind of number."""
+    """Compares {name: tensor} `state` with the expected `own` (both on any device, meta included). what: the file, or
+    of joined files {prefix: file}, see file_of. Raises ValueError with the counts and the first keys that are missing,
+    unexpected, or of another shape or kind of number; the error's `table` has more of them, for --verbose."""
+    for file in dict.fromkeys(what.values()) if isinstance(what, dict) else ():  # each for itself
+        check_keys(*({k: t for k, t in side.items() if file_of(what, k) == file} for side in (own, state)), file)
     found = {
         "missing": [k for k in own if k not in state],
         "unexpected": [k for k in state if k not in own],
-        "shape": [k for k in own if k in state and own[k].shape != state[k].shape],
-        "type": [k for k in own if k in state and kind(own[k]) != kind(state[k])]}
-    if not any(found.values()):
+        "of another shape": [k for k in own if k in state and own[k].shape != state[k].shape],
+        "of another type": [k for k in own if k in state and kind(own[k]) != kind(state[k])]}
+    found = {word: keys for word, keys in found.items() if keys}
+    if not found:
         return
-    counts = [len(keys) for keys in found.values()]
-    lines = [f"{what}: the weights do not fit ({len(own)} keys expected, {len(state)} found; {counts[0]} missing, "
-             f"{counts[1]} unexpected, {counts[2]} of another shape{f', {counts[3]} of another type' * (counts[3] > 0)}"
-             "): is it the right file and size?"]
-    for word, keys in found.items():
-        for k in keys[:20]:
-            sides = [f"{side} {kind(t[k]) if word == 'type' else tuple(t[k].shape)}"
-                     for side, t in (("found", state), ("expected", own)) if k in t]
-            lines.append(f"  {word:10s} {k}  {', '.join(sides)}")
-        if len(keys) > 20:
-            lines.append(f"  {word:10s} ... and {len(keys) - 20} more")
-    raise BadFile("\n".join(lines))
+
+    def line(word, k):
+        sides = [f"{side} {kind(t[k]) if word == 'of another type' else tuple(t[k].shape)}"
+                 for side, t in (("found", state), ("expected", own)) if k in t]
+        return f"{word} {k} {', '.join(sides)}"
+    counts = ", ".join(f"{len(keys)} {word}" for word, keys in found.items())
+    first = "; ".join(line(word, k) for word, keys in found.items() for k in keys[:3 // len(found) or 1])
+    e = BadFile(f"{what}: the weights do not fit ({len(own)} keys expected, {len(state)} found; {counts}), first "
+                f"{first}: is it the right file and size? --verbose shows more")
+    e.table = "".join(f"\n  {line(word, k)}" for word, keys in found.items() for k in keys[:200])
+    raise e
 
 def check_numbers(name, t, what):
     """-> t. Raises ValueError if there is a nan or an infinity in it: one pass, since these make the sum one, too."""
     if t.is_floating_point() and not t.sum().isfinite() and not t.isfinite().all():
-        raise BadFile(f"{what}: {name} holds {int((~t.isfinite()).sum()):,} nan or infinite numbers among {t.numel():,}"
-                      f", read as {t.dtype}: the run that wrote it diverged, or the file is damaged")
+        raise BadFile(f"{file_of(what, name)}: {name} holds {int((~t.isfinite()).sum()):,} nan or infinite numbers "
+                      f"among {t.numel():,}, read as {t.dtype}: the run that wrote it diverged, or the file is damaged")
     return t
 
 def cast(parameters, dtype):
@@ -408,7 +448,17 @@ def add_flags(parser):
     add("--tokenizer-ckpt", help="image tokenizer: our folder, or the published file (kl16.ckpt, ...)")
     add("--vision-ckpt", help="published CLIP file, of the Show-o CLIP variants")
     add("--text-tokenizer", help="published text tokenizer, a folder or file; the tiny one is shipped")
+    add("--weights", metavar="KEY", help=f"of a --ckpt with several state dicts: {', '.join(WRAPPERS)} or another key")
+    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where a GPU has it, but for "
+        "weights of tiny models and those that train")
+    add("--verbose", action="store_true", help="all the keys of a checkpoint that does not fit")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+def dtype_of(args):
+    """--dtype, of the weights that sample.py and evaluate.py load; None: float32."""
+    size = read_config(args.ckpt).get("size", "tiny") if args.ckpt and is_ours(args.ckpt) else args.config
+    auto = args.dtype == "auto" and size != "tiny" and args.device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if auto or args.dtype == "bf16" else None
 
 def architectures():
     """The names X of the files model_X.py beside this one: what --arch takes."""
@@ -493,14 +543,25 @@ def check_tables(numbers, path):
         raise BadFile(f"{path}: tables of {side} x {side} places and width {width}, expected at most 4 * 10^7 numbers")
 
 def save_model(model, folder, arch, **extra):
-    """Writes folder/model.safetensors and folder/config.json. extra: what else config.json is to hold."""
+    """Writes folder/model.safetensors, folder/config.json and, unless it is the shipped one, the text tokenizer. extra:
+    what else config.json is to hold."""
     os.makedirs(folder, exist_ok=True)
     if lora_layers(model):
         save_adapters(model, folder)
     else:
         write_safetensors(os.path.join(folder, "model.safetensors"), model.state_dict())
-    meta = dict(arch=arch, config=dataclasses.asdict(model.config), **extra)
+    name = save_tokenizer(model, folder)
+    meta = dict(arch=arch, config=dataclasses.asdict(model.config), text_tokenizer=name, **extra)
     write_text(os.path.join(folder, "config.json"), json.dumps(meta, indent=1))
+
+def save_tokenizer(model, folder):
+    """-> what to load a model's text tokenizer by, a file in the folder unless it is the shipped one: a typed path
+    means nothing elsewhere."""
+    tokenizer, name = getattr(model, "tokenizer", None), "text_tokenizer.json"
+    if tokenizer in (None, load_tokenizer("tiny")):
+        return "tiny"
+    write_text(os.path.join(folder, name), tokenizer.as_file())
+    return name
 
 def save_adapters(model, folder):
     """Writes folder/adapter_model.safetensors and folder/adapter_config.json, as PEFT does."""
@@ -534,14 +595,25 @@ def read_config(folder):
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{folder}: no config.json there; expected a folder written by train.py "
-                                "(model.safetensors + config.json), or give --config for a published checkpoint")
+                                "(model.safetensors + config.json; one with --shard is joined by train.py --export), or "
+                                "give --config for a published checkpoint")
     meta = read_json(path)
     if not isinstance(meta, dict) or "config" not in meta or "arch" not in meta:
         raise BadFile(f"{path}: lacks 'arch' or 'config': not a config.json of this project (transformers-style "
                       "exports load with --config NAME)")
-    for name in ("arch", "text_tokenizer"):
+    for name in ("arch", "text_tokenizer", "size"):
         checked(f"{path}: {name}", meta.get(name, ""), "")
     return meta
+
+def tokenizer_of(folder, meta):
+    """What to load the text tokenizer of a run by, as config.json or checkpoint.pt names it."""
+    name = meta.get("text_tokenizer", "tiny")
+    return name if name == "tiny" else os.path.join(folder, name)
+
+def is_ours(path):
+    """Is it a folder that save_model wrote?"""
+    file = os.path.join(path, "config.json")
+    return os.path.isfile(file) and isinstance(meta := read_json(file), dict) and {"arch", "config"} <= set(meta)
 
 def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer=None, device="cpu", dtype=None,
                vision_ckpt=None, prepare=None, adapters=None):
@@ -556,12 +628,15 @@ def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer
         load_adapters(model, adapters)
         return model
     module, ckpt = model_file(arch), ckpt or default_weights(arch)
-    if config is None or config == "tiny":
+    if config in (None, "tiny") or is_ours(ckpt):
         meta = read_config(ckpt)
+        if config not in (None, "tiny", meta.get("size", "tiny")):
+            raise ValueError(f"--config {config} needs --ckpt, the published file or a run folder of that size: {ckpt} "
+                             f"is of size {meta.get('size', 'tiny')}")
         fields = {f.name for f in dataclasses.fields(module.CONFIGS["tiny"])}
         if meta["arch"] != arch and not set(meta["config"]) <= fields:  # a copied model file may load the original's
             raise ValueError(f"{ckpt} holds a model of --arch {meta['arch']}, but --arch {arch} was asked for")
-        tokenizer = load_tokenizer(text_tokenizer or meta.get("text_tokenizer", "tiny"))
+        tokenizer = load_tokenizer(text_tokenizer or tokenizer_of(ckpt, meta))
         return from_parts(arch, meta["config"], tokenizer, read_weights(ckpt), ckpt, device, dtype, prepare)
     if config not in module.CONFIGS:
         raise ValueError(f"--config {config}: --arch {arch} knows {', '.join(module.CONFIGS)}")
@@ -580,7 +655,9 @@ def from_parts(arch, config, tokenizer, state, ckpt, device="cpu", dtype=None, p
     check_vocabulary(settings, tokenizer, ckpt)
     check_tables(whole_numbers(config), os.path.join(ckpt, "config.json"))
     with reading(ckpt, "no model can be built from its config.json"), torch.device("meta"):
-        model = module.Model(settings, tokenizer).to(dtype)
+        model = module.Model(settings, tokenizer)
+    cast(model.parameters(), dtype or torch.float32)
+    getattr(model, model.image_tokenizer).float()  # as load_published has it
     if prepare:
         prepare(model)
     if state is None:
@@ -612,7 +689,7 @@ class Log:
         if not first:
             return
         if args.overwrite and not args.resume:  # not before everything is built and there is room
-            for name in RUN_FILES:
+            for name in (*RUN_FILES, *(path.name for path in pathlib.Path(args.out).glob("preview-*.png"))):
                 pathlib.Path(args.out, name).unlink(missing_ok=True)
             remove_shards(args.out)
         path = os.path.join(args.out, "log.jsonl")
@@ -730,6 +807,8 @@ def save_state(run, step):
     config = json.loads(json.dumps(dataclasses.asdict(run.model.config)))
     state = dict(step=step, args=vars(run.args), command=run.about["command"], config=config, history=run.history,
                  bf16=run.dtype == torch.bfloat16)
+    if run.rank == 0:
+        state["text_tokenizer"] = save_tokenizer(run.model, folder)
     check_disk(folder, run.checkpoint_size)
     if not run.sharded:
         optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
@@ -780,7 +859,7 @@ def read_checkpoint(folder):
     if note:
         print(note, flush=True)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:
         raise ValueError(f"{path}: cannot be read ({reason_of(e)}): not a checkpoint of train.py") from origin(e)
     check_state(state, path)

@@ -236,6 +236,7 @@ def parse_args(argv=None):
     p.add_argument("--out", default="geneval")
     args = p.parse_args(argv)
     checkpoint.check_ranges(args)
+    checkpoint.choose(args)
     checkpoint.refuse_unused(
         p, argv, ("split editing json", not args.geneval, "the shape world's scores, not for --geneval"),
         ("out", args.geneval, "--geneval"), ("tokenizer-ckpt vision-ckpt", args.config != "tiny", "published models"))
@@ -251,7 +252,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     model = checkpoint.load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer,
-                                  args.device, vision_ckpt=args.vision_ckpt, adapters=args.adapters)
+                                  args.device, checkpoint.dtype_of(args), args.vision_ckpt, adapters=args.adapters)
     sampler = {k: v for k, v in dict(cfg=args.cfg, steps=args.steps).items() if v is not None}
     if args.geneval:
         return export_geneval(model, args.geneval, args.out, args.n, args.seed, **sampler)

@@ -702,7 +702,7 @@ class ShowO(nn.Module):
         model.vq.float()  # a code is made of signs: rounding would flip some
         if prepare:
             prepare(model)
-        load_strict(model, state, " + ".join(str(p) for p in (path, tokenizer_path, vision_path) if p), device)
+        load_strict(model, state, {"vq.": tokenizer_path, "clip.": vision_path, "": path}, device)
         return model.eval()
 
     def published_state(self):

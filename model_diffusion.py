@@ -321,6 +321,8 @@ class Bagel(nn.Module):
         super().__init__()
         if tokenizer is not None:
             names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+            if missing := [s for s in names if s not in tokenizer.special]:
+                raise ValueError(f"text tokenizer without {', '.join(missing)}: give Qwen2.5's (--text-tokenizer)")
             config = replace(config, special=tuple(tokenizer.special[s] for s in names))
         self.config, self.tokenizer, c = config, tokenizer, config
         P, W = c.vae.z_channels * c.latent_patch_size ** 2, c.hidden_size
@@ -707,7 +709,7 @@ class Bagel(nn.Module):
             prepare(model)
         tokenizer_path = tokenizer_path or os.path.join(os.path.dirname(path), "ae.safetensors")
         state = read_weights(path) | {f"vae.{name}": t for name, t in read_weights(tokenizer_path).items()}
-        load_strict(model, state, f"{path} + {tokenizer_path}", device)
+        load_strict(model, state, {"vae.": tokenizer_path, "": path}, device)
         return model.eval()
 
     def published_state(self):

@@ -374,6 +374,8 @@ class Harmon(nn.Module):
     def __init__(self, config, tokenizer=None):
         super().__init__()
         self.config, self.tokenizer, self.stage = config, tokenizer, "reca"
+        if missing := tokenizer and {"<|im_start|>", "<|im_end|>"} - set(tokenizer.special):
+            raise ValueError(f"text tokenizer without {', '.join(sorted(missing))}: give Qwen2.5's (--text-tokenizer)")
         self.vae = Autoencoder(config.vae).requires_grad_(False)
         self.stride = self.vae.stride * config.patch_size  # pixels per latent token, in each direction
         self.llm = Qwen2(config)
@@ -704,7 +706,7 @@ class Harmon(nn.Module):
         model.vae.float()
         if prepare:
             prepare(model)
-        load_strict(model, state, f"{path} + {tokenizer_path}" if tokenizer_path else str(path), device)
+        load_strict(model, state, {"vae.": tokenizer_path or path, "": path}, device)
         return model.eval()
 
     def published_state(self):

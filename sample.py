@@ -10,18 +10,26 @@
         --text-tokenizer qwen.tiktoken
 
 The same seed gives the same pictures: the noise of each is that of (--seed, its prompt's number, its own number), so
-more pictures or another --batch change none. They go to --out (a PNG), whose path is printed; more than 256 go into
-further ones, OUT-2.png and so on. Published checkpoints load by --config and their original files. --inpaint,
---extrapolate and --think are not for every --arch.
+more pictures or another --batch change none. --out name.png makes name_0.png, name_1.png and so on; beside them
+name.png, a sheet of all (more than 64 go into further ones, name-2.png ...), and name.json, which says how they were
+made, as the text in each PNG does. --out DIR/ makes DIR/00000.png ..., DIR/sheet.png and DIR/sheet.json. Published
+checkpoints load by --config and their original files, run folders of any size by --ckpt alone. --inpaint, --extrapolate
+and --think are not for every --arch.
 """
 import argparse
+import hashlib
 import inspect
+import json
 import math
 import os
+import shlex
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 import checkpoint
 import data
@@ -33,21 +41,25 @@ DEFAULT_PROMPTS = [
     "a star below a triangle", "a purple star", "two green crosses"]
 LINE_COLORS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75))
 GRAY, PALE = (90, 90, 90), (225, 225, 225)
-SHEET = 256  # pictures in one PNG at most, so that memory has a bound, and viewers open it
+SHEET, SIDE = 64, 2000  # pictures in a sheet, and its pixels a side, at most: memory has a bound, and viewers open it
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
 def grid(pictures, captions=None, columns=8, scale=3):
-    """uint8 pictures (n, h, w, 3) -> one PIL image, each with an optional caption (two lines of what fits) above it."""
-    n, h, w = len(pictures), pictures.shape[1] * scale, pictures.shape[2] * scale
-    head, gap = 26 if captions else 0, 6
-    size = columns * (w + gap) + gap, -(-n // columns) * (h + head + gap) + gap
+    """n uint8 pictures (h, w, 3) -> one PIL image, each with an optional caption (two lines of what fits) above it;
+    pictures are scaled down where it would have more than SIDE pixels a side."""
+    n, (h, w, _), head, gap = len(pictures), pictures[0].shape, 26 if captions else 0, 6
+    rows = -(-n // columns)
+    room = min(((SIDE - gap) // columns - gap) / w, ((SIDE - gap) // rows - head - gap) / h)
+    scale, how = (scale, Image.NEAREST) if scale <= room else (room, Image.BOX)
+    h, w = max(1, int(h * scale)), max(1, int(w * scale))
+    size = columns * (w + gap) + gap, rows * (h + head + gap) + gap
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     for i, picture in enumerate(pictures):
         x, y = gap + i % columns * (w + gap), gap + i // columns * (h + head + gap)
-        sheet.paste(Image.fromarray(picture).resize((w, h), Image.NEAREST), (x, y + head))
+        sheet.paste(Image.fromarray(picture).resize((w, h), how), (x, y + head))
         lines = [""]
         for word in captions[i].split() if captions else ():
             if lines[-1] and pen.textlength(f"{lines[-1]} {word}") > w:
@@ -103,39 +115,49 @@ def picture_generators(seed, n, places):
     return [data.sample_generator(seed, place // n, place % n, "picture") for place in places]
 
 @torch.no_grad()
-def show(model, source, seed, device="cpu"):
-    """What a run looks like now -> (pictures uint8, captions, source): reconstructions of `source`, uint8 (n, h, w, 3),
-    or, where that is None, drawings for fixed prompts."""
-    was_training, captions = model.training, DEFAULT_PROMPTS[:8] + DEFAULT_PROMPTS[12:16]
+def show(model, captions, source, seed, places, device="cpu", batch=16):
+    """Some pictures of what a run looks like now, uint8 (len(places), h, w, 3), `batch` drawn at once: at these places
+    in the row of `captions`, or, unless it is None, of `source`, uint8 (n, h, w, 3), which are reconstructed."""
+    was_training, drawn = model.training, []
     model.eval()
-    captions = captions if source is None else [""] * len(source)
-    own = picture_generators(seed, 1, range(len(captions)))
-    if source is None:
-        out = model.generate(captions, generator=own)
-    else:
-        out = model.reconstruct(data.to_float(source, device), generator=own)
+    for start in range(0, len(places), batch):
+        here = places[start:start + batch]
+        own = picture_generators(seed, 1, here)
+        if source is None:
+            out = model.generate([captions[place] for place in here], generator=own)
+        else:
+            out = model.reconstruct(data.to_float(source[here], device), generator=own)
+        drawn.append(data.to_uint8(out))
     model.train(was_training)
-    return data.to_uint8(out), captions, source
+    return np.concatenate(drawn)
 
-def before_after(before, after):
-    """Two results of `show`, the first perhaps None -> one PIL image with a row each, below a row of the sources."""
+def before_after(before, after, now="after"):
+    """Two results of train.pictures, the first perhaps None -> one PIL image with a row each, below a row of the
+    sources; more than 16 pictures go on in further rows."""
     pictures, captions, source = after
-    rows = {"source": source, "before": before and before[0], "after": pictures}
-    rows = {name: row for name, row in rows.items() if row is not None}
-    titles = [f"{name}: {caption}" for name in rows for caption in captions]
-    scale = max(1, 120 // pictures.shape[1])
-    return grid(np.concatenate(list(rows.values())), titles, columns=len(pictures), scale=scale)
+    rows = {"source": source, "before": before and before[0], now: pictures}
+    rows, n = {name: row for name, row in rows.items() if row is not None}, len(captions)
+    columns = min(16, n)
+    places = [(name, i) for start in range(0, n, columns) for name in rows for i in range(start, start + columns)]
+    blank = np.full_like(pictures[0], 255)
+    return grid([rows[name][i] if i < n else blank for name, i in places],
+                [f"{name}: {captions[i]}" if i < n else "" for name, i in places], columns,
+                scale=max(1, 120 // pictures.shape[1]))
 
-def save_png(image, path):
-    """Atomic: a reader never sees half a picture. Makes the folder; returns the path."""
+def save_png(image, path, about=None):
+    """Atomic: a reader never sees half a picture. about: {key: value} for the file's text. Makes the folder; returns
+    the path."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    checkpoint.atomic(path, lambda f: image.save(f, "png"))
+    text = PngInfo()
+    for key, value in (about or {}).items():
+        text.add_text(key, str(value))
+    checkpoint.atomic(path, lambda f: image.save(f, "png", pnginfo=text))
     return path
 
 def save_sheet(pictures, captions, out, number):
     """Saves sheet `number` of pictures, the first as `out`, the next as OUT-2.png; returns the path."""
     name, ending = os.path.splitext(out)
-    sheet = grid(np.stack(pictures), captions, min(8, len(pictures)), scale=max(1, 144 // pictures[0].shape[0]))
+    sheet = grid(pictures, captions, min(8, len(pictures)), scale=max(1, 144 // pictures[0].shape[0]))
     return save_png(sheet, out if number == 1 else f"{name}-{number}{ending}")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,9 +184,10 @@ def parse_args(argv=None):
     p.add_argument("--temperature", type=float)
     p.add_argument("--max-new-tokens", type=int, default=128)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", default="sample.png")
+    p.add_argument("--out", default="sample.png", help="a PNG, or a folder: a name with / at its end")
     args = p.parse_args(argv)
     checkpoint.check_ranges(args)
+    checkpoint.choose(args)
     painting = args.inpaint or args.extrapolate
     if bool(args.image) != bool(args.question or args.edit or args.reconstruct or painting):
         p.error("--image FILE and one of --question, --edit, --reconstruct, --inpaint, --extrapolate need each other")
@@ -221,12 +244,27 @@ def inpainting_mask(model, args, image):
                          f"{image.width}x{image.height}, as --image has: the two are cropped in the same way")
     return (model.preprocess(mask, "t2i")[None, :1] + 1) / 2
 
+def out_path(out, place=None):
+    """Where the picture at a place goes, or, for None, the sheet: into the folder --out, or to that file or beside."""
+    if os.path.isdir(out) or out.endswith(("/", os.sep)):
+        return os.path.join(out, "sheet.png" if place is None else f"{place:05d}.png")
+    return out if place is None else f"{os.path.splitext(out)[0]}_{place}.png"
+
+def weights_hash(ckpt):
+    """SHA-256 of a weight file, as sha256sum gives it; of a folder its model.safetensors, or all it has in a row."""
+    names, digest = sorted(os.listdir(ckpt)) if os.path.isdir(ckpt) else [], hashlib.sha256()
+    names = [name for name in names if name.endswith(checkpoint.WEIGHT_FILES)]
+    names = ["model.safetensors"] if "model.safetensors" in names else names
+    for path in [os.path.join(ckpt, name) for name in names] or [ckpt]:
+        with open(path, "rb") as f:
+            hashlib.file_digest(f, lambda: digest)
+    return digest.hexdigest()
+
 @torch.inference_mode()
 def main(argv=None):
     args = parse_args(argv)
-    dtype = torch.bfloat16 if args.device.startswith("cuda") and args.config != "tiny" else None
     model = checkpoint.load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer,
-                                  args.device, dtype, args.vision_ckpt, args.adapters)
+                                  args.device, checkpoint.dtype_of(args), args.vision_ckpt, adapters=args.adapters)
     options = {k: v for k in ("cfg", "steps", "temperature") if (v := getattr(args, k)) is not None}
     if args.question:
         picture = model.preprocess(data.open_image(args.image, exif=not args.no_exif), "answer")[None].to(args.device)
@@ -234,18 +272,30 @@ def main(argv=None):
                        generator=picture_generators(args.seed, args.n, [0]), **options)
         return print(answers[0])
     source, captions, draw = drawing(model, args)
-    shown, titles, paths = [], [], []  # of the sheet that is being filled
+    about = dict(arch=args.arch, config=args.config, seed=args.seed, commit=checkpoint.git_commit())
+    about |= dict(cfg=getattr(getattr(model, "config", None), "cfg", None), steps="default", temperature="default")
+    about |= options
+    hashed = ThreadPoolExecutor(1).submit(weights_hash, args.ckpt or checkpoint.default_weights(args.arch))
+    shown, titles, paths, rows = [], [], [], []  # of the sheet that is being filled; all sheets; all pictures
     if source is not None:
         shown, titles = [source], ["source"]
     for start in range(0, len(captions), args.batch):
         texts = captions[start:start + args.batch]
         places = range(start, start + len(texts))
-        shown += list(data.to_uint8(draw(texts, generator=picture_generators(args.seed, args.n, places), **options)))
+        pictures = data.to_uint8(draw(texts, generator=picture_generators(args.seed, args.n, places), **options))
+        about["weights"] = hashed.result()
+        for place, text, picture in zip(places, texts, pictures):
+            row = dict(prompt=text, prompt_number=place // args.n, picture_number=place % args.n)
+            path = save_png(Image.fromarray(picture), out_path(args.out, place), row | about)
+            rows.append(dict(file=os.path.basename(path), **row))
+        shown += list(pictures)
         titles += texts
         last = start + args.batch >= len(captions)
         while shown and (last or len(shown) >= SHEET):
-            paths.append(save_sheet(shown[:SHEET], titles[:SHEET], args.out, len(paths) + 1))
+            paths.append(save_sheet(shown[:SHEET], titles[:SHEET], out_path(args.out), len(paths) + 1))
             shown, titles = shown[SHEET:], titles[SHEET:]
+    about["command"] = "python sample.py " + shlex.join(sys.argv[1:] if argv is None else argv)
+    checkpoint.write_text(os.path.splitext(paths[0])[0] + ".json", json.dumps(dict(about, pictures=rows), indent=1))
     count = len(captions) + (source is not None)
     print(f"{count} picture{'s' * (count > 1)}: {os.path.abspath(paths[0])}"
           + f" to {os.path.basename(paths[-1])}" * (len(paths) > 1))

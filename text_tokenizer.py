@@ -80,13 +80,18 @@ class Tokenizer:
     and four spaces must be one id, not two."""
 
     def __init__(self, ranks, split, special, added=None, nfc=False):
-        self.special, self.added, self.nfc = dict(special), dict(added or {}), nfc
+        self.special, self.added, self.nfc, self.ranks = dict(special), dict(added or {}), nfc, ranks
         self.fixed = {**self.special, **self.added}
         self.bpe = tiktoken.Encoding("local", pat_str=split, mergeable_ranks=ranks, special_tokens=self.fixed)
         self.known = {*ranks.values(), *self.fixed.values()}
         self.vocab_size = max(self.known) + 1     # number of ids, special ones included
         self.eos = self.special["<|endoftext|>"]  # ends a document; a chat turn ends with <|im_end|>
         self.cut_all, self.cut_added = _any_of(self.fixed), _any_of(self.added)
+
+    def as_file(self):
+        """All of it in one text, which load_tokenizer reads from a text_tokenizer.json."""
+        tokens = [base64.b64encode(token).decode() for token in sorted(self.ranks, key=self.ranks.get)]
+        return json.dumps(dict(gpt2=not self.nfc, added=self.fixed, tokens=tokens))
 
     def _encode(self, text, cut):
         ids = []
@@ -163,7 +168,8 @@ def _vocab_to_ranks(path, vocab, merges, skip):
     return ranks
 
 def _read_vocab(path):
-    """vocab.json + merges.txt, encoder.json + vocab.bpe or tokenizer.json -> (ranks, added strings, is it GPT-2's?)."""
+    """vocab.json + merges.txt, encoder.json + vocab.bpe, tokenizer.json or what Tokenizer.as_file made -> (ranks, added
+    strings, is it GPT-2's?)."""
     file, (folder, name) = read_json(path), os.path.split(path)
     if name in ("vocab.json", "encoder.json"):
         merges_path = os.path.join(folder, "merges.txt" if name == "vocab.json" else "vocab.bpe")
@@ -174,6 +180,9 @@ def _read_vocab(path):
         merges = [line.split(" ") for line in lines[lines[0].startswith("#version"):] if line.strip()]
         added = {s: i for s, i in file.items() if s == "<|endoftext|>"}  # Qwen2 keeps its special strings elsewhere
         return _vocab_to_ranks(path, file, merges, skip=added), added, bool(added)
+    if isinstance(file, dict) and "tokens" in file:
+        tokens = [base64.b64decode(token, validate=True) for token in file["tokens"]]
+        return {token: i for i, token in enumerate(tokens)}, {s: i for s, i in file["added"].items() if s}, file["gpt2"]
     if not isinstance(file, dict) or not {"vocab", "merges"} <= set(file.get("model") or ()):
         raise _wrong(path, "no BPE model with vocab and merges in it")
     added = {token["content"]: token["id"] for token in file.get("added_tokens") or ()}
@@ -193,7 +202,8 @@ def load_tokenizer(name_or_path="tiny"):
     FileNotFoundError (says what was looked for) or ValueError (another kind of tokenizer, files that disagree)."""
     path = os.path.join(WEIGHTS, "tokenizer.tiktoken") if name_or_path == "tiny" else os.fspath(name_or_path)
     if os.path.isdir(path):
-        names = ("tokenizer.json", "vocab.json", "encoder.json", "qwen.tiktoken", "tokenizer.tiktoken")
+        names = ("text_tokenizer.json", "tokenizer.json", "vocab.json", "encoder.json", "qwen.tiktoken",
+                 "tokenizer.tiktoken")
         found = [os.path.join(path, name) for name in names if os.path.isfile(os.path.join(path, name))]
         if not found:
             raise FileNotFoundError(f"{path}: no text tokenizer in this folder; looked for {', '.join(names)}")

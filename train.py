@@ -21,12 +21,14 @@ tokenizer stage's noise, drawn per process), and a resumed run goes on as if it 
 Precision: on CPUs everything is fp32; on GPUs weights that train, losses, softmax, norms and diffusion tables are fp32,
 products bf16 (autocast) where the GPU has it, and Muon's inside too.
 
-The run folder gets model.safetensors + config.json (for sample.py), checkpoint.pt (for --resume), result.json (command,
-commit, scores), log.jsonl, loss.png, before_after.png. Ctrl-C, SIGTERM and SIGHUP save a checkpoint first.
+The run folder gets model.safetensors + config.json (for sample.py, on any machine: your own text tokenizer is copied to
+text_tokenizer.json), checkpoint.pt (for --resume), result.json (command, commit, scores), log.jsonl, loss.png,
+before_after.png, preview-STEP.png (--preview-every). Ctrl-C, SIGTERM and SIGHUP save a checkpoint first.
 """
 import argparse
 import collections
 import contextlib
+import datetime
 import fractions
 import functools
 import json
@@ -39,6 +41,7 @@ import warnings
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns that it need not have looked for unused parameters
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -99,7 +102,6 @@ def parser():
     add("--ema", type=float, default=0.0, help="decay of averaged weights, e.g. 0.999; 0 = off")
     add("--seed", type=int, default=0)
     add = p.add_argument_group("machine and output").add_argument
-    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of products; auto: bf16 where a GPU has it")
     add("--shard", action="store_true", help="weights and optimizer state in shares over all processes (FSDP2): AdamW")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="auto: published sizes on GPUs")
     add("--recompute", default="none", metavar="none|blocks|N", help="keep no activations of blocks, or of every Nth")
@@ -109,6 +111,10 @@ def parser():
     add("--save-every", type=int, default=500)
     add("--log-every", type=int, default=10)
     add("--stop-after", type=int, default=0, help="save a checkpoint and stop after this step, as a signal would")
+    add("--preview", type=int, help="pictures drawn before, after and on the way, by all processes together; 0: none "
+        "(default: 12 drawings or 8 reconstructions; 4 of published sizes, none of these on a CPU)")
+    add("--preview-every", type=int, default=0, help="steps between previews on the way, preview-STEP.png; 0: none")
+    add("--preview-prompts", metavar="FILE", help="one a line, drawn in the preview instead of what it shows by itself")
     add("--log", choices=("wandb", "tensorboard"), help="optional extra logger")
     add("--plan", nargs="?", const="first", choices=("first", "only"), help="say what the run needs before it; or only")
     add("--plan-on", metavar="NxGB", help="--plan only, for another machine: 8x80 are 8 GPUs of 80 GB")
@@ -174,6 +180,7 @@ def loss_weight(args, part):
 def check_args(args, world):
     checkpoint.check_ranges(args)
     every_nth(args.recompute)
+    checkpoint.choose(args)
     if ("images" in args.mix or args.stage == "tokenizer") and (args.stage, [*args.mix]) != ("tokenizer", ["images"]):
         raise ValueError(f"--stage {args.stage} --mix {' '.join(args.mix)}: the tokenizer stage trains images alone")
     if not args.mix:
@@ -235,7 +242,8 @@ def setup(args):
         checkpoint.end_with_launcher()
     if world > 1:  # a sharded checkpoint is written by gloo, while NCCL goes on
         backend = "cpu:gloo,cuda:nccl" if args.shard else "nccl"
-        dist.init_process_group(backend if device.type == "cuda" else "gloo")
+        patience = datetime.timedelta(hours=2)  # while the first process judges and saves, the others wait
+        dist.init_process_group(backend if device.type == "cuda" else "gloo", timeout=patience)
     torch.manual_seed(args.seed)
     return rank, world, device
 
@@ -251,7 +259,7 @@ def build(args, state=None, prepare=None):
         model.trainable_parameters(args.stage)
         return model.to(args.device)
     if state is not None and not args.lora:
-        text_tokenizer = checkpoint.load_tokenizer(args.text_tokenizer or "tiny")
+        text_tokenizer = checkpoint.load_tokenizer(checkpoint.tokenizer_of(args.resume, state))
         model = checkpoint.from_parts(args.arch, state["config"], text_tokenizer, state.get("model"), args.resume,
                                       args.device, prepare=prepare)
         if "shards" in state:
@@ -331,6 +339,7 @@ class Run:
 
     def __init__(self, args, state):
         self.args, self.history, self.start, self.ema, self.judging, self.saving = args, [], 0, None, False, None
+        self.prompts = preview_prompts(args)
         self.rank, self.world, self.device = setup(args)
         self.sharded = args.shard and self.world > 1
         self.side_group = dist.new_group(backend="gloo") if self.sharded else None
@@ -463,15 +472,46 @@ def scores(run, step, title):
     run.history.append(dict(step=step, scores=s))
     return s
 
+def preview_prompts(args):
+    """The lines of --preview-prompts, or prompts of our own. Raises FileNotFoundError and ValueError."""
+    path, lines = args.preview_prompts, sample.DEFAULT_PROMPTS[:8] + sample.DEFAULT_PROMPTS[12:16]
+    if path:
+        checkpoint.check_file(path, "file of prompts (--preview-prompts)")
+        with checkpoint.reading(path, "cannot be read as UTF-8 text"), open(path, encoding="utf-8-sig") as f:
+            lines = [line.strip() for line in f if line.strip()]
+    if not lines or (path and args.stage == "tokenizer"):
+        raise ValueError(f"--preview-prompts {path}: {len(lines)} prompts, --stage {args.stage}: expected one or more, "
+                         "one a line, and no such file where a tokenizer is trained")
+    return lines
+
 def pictures(run):
-    """What before_after.png shows: reconstructions (of a user's own pictures, too), or drawings for fixed prompts."""
-    source = None
-    if run.args.stage == "tokenizer":
-        source = shape_world.Scenes(8, seed=777).render()
-    elif run.args.data and run.args.stage == "reca":
-        source = run.batches.first_pictures(8)
+    """A preview -> (pictures uint8, captions, source), or None for --preview 0: reconstructions (of a user's own
+    pictures, too), or drawings for prompts. To be called by all processes: each draws its share, and equally many, so
+    that sharded ones keep step; what a picture shows depends on its place alone."""
+    args, source, prompts = run.args, None, run.prompts
+    own = args.stage == "reca" and args.data and not args.preview_prompts
+    large, n = args.config != "tiny", args.preview
+    if n is None:
+        n = (0 if run.device.type == "cpu" else 4) if large else 8 if own or args.stage == "tokenizer" else 12
+    if n == 0:
+        return None
+    if args.stage == "tokenizer":
+        source = shape_world.Scenes(n, seed=777).render()
+    elif own:
+        source = run.batches.first_pictures(n)
+        n = len(source)
+    captions = [prompts[i % len(prompts)] if source is None else "" for i in range(n)]
+    mine = [(run.rank + run.world * i) % n for i in range(-(-n // run.world))]
     with checkpoint.averaged(run):
-        return sample.show(run.model, source, run.args.seed, run.device)
+        shares = [sample.show(run.model, captions, source, args.seed, mine, run.device, 4 if large else 16)]
+    if run.world > 1:
+        shares *= run.world
+        dist.all_gather_object(shares, shares[0])
+    return np.stack([shares[i % run.world][i // run.world] for i in range(n)]), captions, source
+
+def save_preview(run, before, after, name, now="after"):
+    if after and run.rank == 0:
+        sample.save_png(sample.before_after(before, after, now), os.path.join(run.args.out, name))
 
 def save_weights(run, **extra):
     """model.safetensors and config.json, for sample.py, and loss.png."""
@@ -481,7 +521,7 @@ def save_weights(run, **extra):
         return run.log.say(f"the weights are in shares: python train.py --export {args.out} FOLDER joins them")
     with checkpoint.averaged(run):
         checkpoint.check_finite(model.named_parameters(), args.out)
-        checkpoint.save_model(model, args.out, args.arch, text_tokenizer=args.text_tokenizer or "tiny", **extra)
+        checkpoint.save_model(model, args.out, args.arch, size=args.config, **extra)
 
 def stops(run, done, signals):
     """Do all processes stop after this step? They must agree; on GPUs, where asking waits, a signal takes ten steps."""
@@ -493,21 +533,21 @@ def stops(run, done, signals):
     return bool(flag)
 
 def finish(run, before, sheet, started):
-    """The end of a whole run, on the first process or all of a sharded one: scores, weights, result.json, pictures."""
+    """The end of a whole run: scores, weights, result.json, pictures. All processes call it, to draw together."""
     args = run.args
     if args.stage == "tokenizer":
         run.model.finish(data.to_float(shape_world.Scenes(4096, seed=args.seed).render(), run.device))
-    after, drawn = scores(run, args.steps, "after:  "), pictures(run)
-    if run.rank > 0:
-        return
-    save_weights(run, step=args.steps, scores_before=before, scores_after=after)
-    curve = [(r["step"], r["scores"]) for r in run.history if "scores" in r]
-    result = dict(run.about, seconds=time.time() - started, curve=curve, scores=after)
-    checkpoint.write_text(os.path.join(args.out, "result.json"), json.dumps(result, indent=1, default=str))
+    after = scores(run, args.steps, "after:  ")
+    if run.rank == 0:
+        save_weights(run, step=args.steps, scores_before=before, scores_after=after)
+        curve = [(r["step"], r["scores"]) for r in run.history if "scores" in r]
+        result = dict(run.about, seconds=time.time() - started, curve=curve, scores=after)
+        checkpoint.write_text(os.path.join(args.out, "result.json"), json.dumps(result, indent=1, default=str))
     if before and after:
         run.log.say(evaluate.report_change(before, after))
-    sample.save_png(sample.before_after(sheet, drawn), os.path.join(args.out, "before_after.png"))
-    run.log.say(f"run folder: {args.out} ({', '.join(sorted(os.listdir(args.out)))})")
+    save_preview(run, sheet, pictures(run), "before_after.png")
+    if run.rank == 0:
+        run.log.say(f"run folder: {args.out} ({', '.join(sorted(os.listdir(args.out)))})")
 
 def export(args, state):
     """Writes the model of a run, with averaged weights where it has them, as one piece."""
@@ -525,8 +565,7 @@ def export(args, state):
     checkpoint.check_finite(model.named_parameters(), run)
     merge_lora(model)
     if args.layout == "ours":
-        tokenizer = args.text_tokenizer or "tiny"
-        checkpoint.save_model(model, folder, args.arch, text_tokenizer=tokenizer, step=state["step"])
+        checkpoint.save_model(model, folder, args.arch, size=args.config, step=state["step"])
     else:
         os.makedirs(folder, exist_ok=True)
         model.save_published(folder)
@@ -549,7 +588,7 @@ def main(argv=None):
     before, sheet = next((r["scores"] for r in run.history if r["step"] == 0), None), None
     if run.start:
         run.log.say(f"resumed {args.out} at step {run.start}")
-    elif run.rank == 0 or run.sharded:
+    else:
         before = scores(run, 0, "before: ") if args.ckpt or args.stage in ("sft", "reca") else None
         sheet = pictures(run)
 
@@ -562,9 +601,9 @@ def main(argv=None):
     checkpoint.settle(run)
     for number, handler in handlers.items():
         signal.signal(number, handler)  # the last checkpoint is written: from now on a signal simply ends the program
-    if done == args.steps and (run.rank == 0 or run.sharded):
+    if done == args.steps:
         finish(run, before, sheet, started)
-    elif done < args.steps:
+    else:
         why = [signal.Signals(number).name for number in signals] or ["--stop-after"]
         run.log.say(f"stopped by {why[0]} after step {done}: checkpoint saved, continue with --resume {args.out}"
                     + " --stop-after 0" * (done == args.stop_after))
@@ -588,6 +627,9 @@ def train(run, signals):
         if args.eval_every and done % args.eval_every == 0 and done < args.steps:
             with contextlib.suppress(checkpoint.Interrupted):
                 scores(run, done, f"step {done}: ")
+            clock, since = time.time(), done
+        if args.preview_every and done % args.preview_every == 0 and done < args.steps:
+            save_preview(run, None, pictures(run), f"preview-{done}.png", f"step {done}")
             clock, since = time.time(), done
         halt = stops(run, done, signals)
         saves = halt or done == args.steps or (args.save_every and done % args.save_every == 0)

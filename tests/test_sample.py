@@ -1,4 +1,6 @@
 """sample.py: what its flags make a model do, found in the model and not by its name; and its pictures."""
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -147,7 +149,63 @@ def test_a_picture_depends_on_nothing_but_its_place(run, tmp_path):
         assert "--batch" not in flags or max(len(call[1]) for call in model.calls) == 2
     model = Fake()
     run(model, "--prompt", "a", "--n", "300")
-    assert [len(call[1]) for call in model.calls] == [64, 64, 64, 64, 44] and (tmp_path / "out-2.png").exists()
+    assert [len(call[1]) for call in model.calls] == [64, 64, 64, 64, 44]
+    sheets = [Image.open(tmp_path / f"out{i}.png").size for i in ("", "-2", "-3", "-4", "-5")]
+    assert sheets == [(1206, 1414)] * 4 + [(1206, 1062)] and not (tmp_path / "out-6.png").exists()
+    assert (tmp_path / "out_299.png").exists() and not (tmp_path / "out_300.png").exists()
+
+def test_each_picture_is_written_as_it_is_and_says_how_it_was_made(run, tmp_path):
+    def files():
+        return {name for name in os.listdir(tmp_path) if name.startswith("out")}
+    flags = ["--prompt", "a", "--prompt", "zwei Sterne \u2605", "--n", "2", "--seed", "7", "--cfg", "3", "--batch", "3"]
+    sheet = run(Fake(), *flags)
+    assert files() == {"out.png", "out.json"} | {f"out_{i}.png" for i in range(4)}
+    wanted = torch.stack([torch.rand(3, 8, 8, generator=g) for g in sample.picture_generators(7, 2, range(4))]) * 2 - 1
+    about = json.loads((tmp_path / "out.json").read_text())
+    digest = hashlib.sha256(open(checkpoint.default_weights("mar") + "/model.safetensors", "rb").read()).hexdigest()
+    assert (about["seed"], about["cfg"], about["steps"], about["weights"]) == (7, 3.0, "default", digest)
+    assert "--seed 7" in about["command"]
+    for i, picture in enumerate(sample.data.to_uint8(wanted)):
+        image = Image.open(tmp_path / f"out_{i}.png")
+        assert (np.asarray(image) == picture).all()
+        assert (sheet[32:176:18, 6 + 150 * i:150 + 150 * i:18] == picture).all()
+        row = dict(prompt=flags[1 + 2 * (i // 2)], prompt_number=i // 2, picture_number=i % 2)
+        assert about["pictures"][i] == dict(file=f"out_{i}.png", **row)
+        rest = dict(seed="7", cfg="3.0", steps="default", weights=digest)
+        assert {k: image.text[k] for k in [*row, *rest]} == {k: str(v) for k, v in row.items()} | rest
+    monkey = [*flags, "--device", "cpu", "--out", str(tmp_path / "deep" / "er") + "/"]
+    sample.main(monkey)
+    names = ["00000.png", "00001.png", "00002.png", "00003.png", "sheet.json", "sheet.png"]
+    assert sorted(os.listdir(tmp_path / "deep" / "er")) == names
+    sample.main([*monkey[:-1], str(tmp_path / "deep" / "er")])  # the folder is there now
+    assert sorted(os.listdir(tmp_path / "deep" / "er")) == names
+
+def test_weights_of_a_folder_have_a_hash(tmp_path):
+    for name, text in (("b.bin", "b"), ("a.safetensors", "a"), ("notes.txt", "x")):
+        (tmp_path / name).write_text(text)
+    assert sample.weights_hash(str(tmp_path)) == hashlib.sha256(b"ab").hexdigest()
+    assert sample.weights_hash(str(tmp_path / "b.bin")) == hashlib.sha256(b"b").hexdigest()
+    (tmp_path / "model.safetensors").write_text("m")
+    assert sample.weights_hash(str(tmp_path)) == hashlib.sha256(b"m").hexdigest()
+
+@pytest.mark.parametrize("n, columns", [(64, 8), (5, 5), (192, 16), (1, 1)])
+def test_sheets_stay_within_their_size(n, columns):
+    pictures = np.zeros((n, 500, 700, 3), np.uint8)
+    pictures[:, :250] = 255
+    width, height = (sheet := sample.grid(pictures, ["a star"] * n, columns, scale=3)).size
+    assert max(width, height) <= sample.SIDE and width > 1500
+    middle = np.asarray(sheet)[6 + 26:, 12]
+    assert 0.4 < (middle[:(height - 6) // -(-n // columns) - 32] == 0).all(1).mean() < 0.6  # scaled, not cut
+
+def test_before_and_after_go_on_in_further_rows():
+    before, after = (np.full((20, 8, 8, 3), value, np.uint8) for value in (50, 100))
+    captions = [str(i) for i in range(20)]
+    sheet = np.asarray(sample.before_after((before, captions, None), (after, captions, None), "step 5"))
+    assert sheet.shape[1] <= sample.SIDE
+    h = (sheet.shape[0] - 6) // 4 - 32
+    rows = [sheet[6 + 26 + h // 2 + i * (h + 32)] for i in range(4)]
+    shares = [[(row == value).all(1).mean() for value in (50, 100)] for row in rows]
+    assert shares[0][0] > 0.9 and shares[1][1] > 0.9 and 0.2 < shares[2][0] < 0.25 and 0.2 < shares[3][1] < 0.25
 
 @pytest.mark.parametrize("arch", checkpoint.architectures())
 def test_the_first_picture_of_a_prompt_is_always_the_same(arch, tmp_path):
@@ -237,7 +295,7 @@ def test_save_png_keeps_the_old_picture_when_the_disk_is_full(tmp_path, monkeypa
     image, path = Image.new("RGB", (4, 4), "red"), str(tmp_path / "deep" / "a.png")
     assert sample.save_png(image, path) == path and Image.open(path).getpixel((0, 0)) == (255, 0, 0)
 
-    def full(temporary, kind):
+    def full(temporary, kind, **more):
         with open(temporary, "wb") as f:
             f.write(b"half")
         raise OSError(28, "No space left on device")

@@ -1,14 +1,17 @@
 """The loop: exact resume, N processes = one, errors in one line, what a run leaves behind. On the tiny models,
 freshly initialised."""
+import argparse
 import io
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import types
 
 import numpy as np
 import pytest
@@ -96,6 +99,9 @@ def test_two_processes_equal_one_and_resume(arch, tmp_path):
             assert abs(a - b) <= 1e-5 * max(1, abs(a)), (step, k, a, b)
     if arch != "mar":
         return
+    sheets = [np.asarray(Image.open(tmp_path / name / "before_after.png")).astype(int) for name in ("one", "two")]
+    half = len(sheets[0]) // 2  # drawn before the first step, by one process and by two
+    assert sheets[0].shape == sheets[1].shape and np.abs(sheets[0] - sheets[1])[:half].max() <= 2
     # stop a two-process run after step 2 and let two processes go on: the same numbers, bit for bit
     torchrun(2, *common, "--out", str(tmp_path / "cut"), "--stop-after", "2")
     torchrun(2, "--resume", str(tmp_path / "cut"), "--stop-after", "0")
@@ -488,3 +494,100 @@ def test_a_process_may_end_while_batches_are_being_made():
     assert list(data.prefetch(lambda s: s * s, range(7))) == [s * s for s in range(7)]
     with pytest.raises(ZeroDivisionError):
         list(data.prefetch(lambda s: 1 / (2 - s), range(7)))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# previews
+
+class Drawer(torch.nn.Module):
+    """Draws noise of its generators and the length of the prompt; negatives of what it is to reconstruct."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def generate(self, prompts, generator):
+        self.rows.append(len(prompts))
+        noise = torch.stack([torch.rand(3, 8, 8, generator=g) for g in generator])
+        return noise * torch.tensor([len(prompt) / 40 for prompt in prompts])[:, None, None, None]
+
+    def reconstruct(self, images, generator):
+        self.rows.append(len(images))
+        return -images
+
+def preview(monkeypatch, world, prompts, **args):
+    """-> pictures(run) with so many processes, which are called one after the other, and rows of each call."""
+    given = argparse.Namespace(**dict(dict(stage="base", data=None, seed=3, config="tiny", preview=None), **args))
+    given.preview_prompts = None if prompts is None else "typed"
+    shares, results, rows = [], [], []
+
+    def gather(out, mine):
+        out[:] = shares if len(shares) == world else [mine] * world
+        gathered.append(mine)
+    monkeypatch.setattr(train.dist, "all_gather_object", gather)
+    for again in range(2):  # first what each has to give, then with what the others gave
+        gathered, results = [], []
+        for rank in range(world):
+            model = Drawer()
+            source = types.SimpleNamespace(first_pictures=lambda n: shape_world.Scenes(min(n, 6), seed=1).render())
+            run = types.SimpleNamespace(
+                args=given, rank=rank, world=world, model=model, ema=None, named=[], device=torch.device("cpu"),
+                prompts=train.sample.DEFAULT_PROMPTS[:12] if prompts is None else prompts, batches=source)
+            results.append(train.pictures(run))
+            rows.append(model.rows)
+        shares = list(gathered)
+    return results, rows
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize("args", [dict(), dict(preview=5), dict(stage="reca", data=["x"]), dict(stage="tokenizer"),
+                                  dict(preview=2), dict(prompts=["a", "a red star", "b"], stage="reca", data=["x"])])
+def test_a_preview_does_not_depend_on_the_number_of_processes(world, args, monkeypatch):
+    args = dict(dict(prompts=None), **args)
+    [(one, captions, source)], _ = preview(monkeypatch, 1, **args)
+    many, rows = preview(monkeypatch, world, **args)
+    wanted = args.get("preview") or (12 if args["prompts"] else 8 if args.get("stage") == "tokenizer" else 12)
+    wanted = 6 if args.get("data") and not args["prompts"] else wanted  # there are no more pictures than that
+    assert len(one) == len(captions) == wanted and (source is None) == (captions[0] != "")
+    assert len({picture.tobytes() for picture in one}) == wanted  # also where a prompt comes twice
+    for pictures, *about in many:
+        assert (pictures == one).all() and about[0] == captions
+    assert len({str(calls) for calls in rows}) == 1  # equally many calls and rows in each: sharded models keep step
+
+def test_how_many_pictures_a_preview_has(monkeypatch):
+    for config, n, calls in (("large", 0, []), ("tiny", 12, [12])):
+        (result,), rows = preview(monkeypatch, 1, None, config=config)
+        assert (result is None if n == 0 else len(result[0]) == n) and rows[0] == calls
+    for config, calls in (("large", [4, 4, 1]), ("tiny", [9])):  # typed: at full size on a CPU, too, few at once
+        (result,), rows = preview(monkeypatch, 1, None, config=config, preview=9)
+        assert len(result[0]) == 9 and rows[0] == calls
+    assert preview(monkeypatch, 1, None, preview=0) == ([None], [[], []])
+
+def test_previews_of_a_run(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red star\n\n  ein gr\u00fcner Kreis \n")
+    common = ["--arch", "ar", "--stage", "base", *SMALL, "--steps", "3"]
+    prompts = ["--preview-prompts", str(tmp_path / "prompts.txt")]
+    assert run(*common, "--preview", "3", "--preview-every", "2", *prompts, out=tmp_path / "a") == 0
+    sizes = {name: Image.open(tmp_path / "a" / name).size for name in ("before_after.png", "preview-2.png")}
+    assert sizes == {"before_after.png": (3 * 102 + 6, 2 * 128 + 6), "preview-2.png": (3 * 102 + 6, 128 + 6)}
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    os.remove(tmp_path / "b" / "before_after.png")
+    assert run(*common, "--preview", "0", "--preview-every", "1", "--overwrite", out=tmp_path / "b") == 0
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")  # drawing changes nothing
+    assert not [name for name in os.listdir(tmp_path / "b") if name.startswith(("preview", "before"))]
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "latin.txt").write_bytes(b"gr\xfcn")
+    for name, message in (("no.txt", "no such file of prompts"), ("empty.txt", "0 prompts, .*: expected one or more"),
+                          ("latin.txt", "cannot be read as UTF-8"), ("", "a folder, expected a file of prompts")):
+        with pytest.raises((ValueError, OSError), match=message) as e:
+            run(*common, "--preview-prompts", str(tmp_path / name), out=tmp_path / "c")
+        assert "\n" not in str(e.value)
+    with pytest.raises(ValueError, match="2 prompts, --stage tokenizer: .* no such file where a tokenizer"):
+        run(*common, "--stage", "tokenizer", "--mix", "images=1", *prompts, out=tmp_path / "c")
+
+def test_processes_wait_long_for_the_first(monkeypatch):
+    called = []
+    monkeypatch.setattr(train.dist, "init_process_group", lambda backend, **more: called.append((backend, more)))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    threads = torch.get_num_threads()
+    train.setup(argparse.Namespace(device="cpu", threads=threads, seed=0))
+    assert [(name, more["timeout"].total_seconds()) for name, more in called] == [("gloo", 7200)]
