@@ -80,7 +80,7 @@ RANGES = {  # lowest and highest value of every flag that is a number, in train.
     **dict.fromkeys(("drop", "wrong_captions", "sparse_captions", "altered_share"), (0, 1)), "questions": (1, 64),
     **dict.fromkeys(("betas", "ema"), (0, 1 - 1e-9)), **dict.fromkeys(("lr", "muon_lr", "muon_decay"), (0, 100)),
     **dict.fromkeys(("weight_decay", "temperature"), (0, 100)), **dict.fromkeys(("i2t_weight", "t2i_weight"), (0, 1e6)),
-    "cfg": (1, 1000), "cache_gb": (0, 1e6), "seed": (0, 2 ** 62)}
+    "cfg": (1, 1000), "cache_gb": (0, 1e6), "seed": (0, 2 ** 62), "workers": (0, 256)}
 
 def check_ranges(args):
     """Raises ValueError for a number outside of its range; nan is outside of every range."""
@@ -131,6 +131,9 @@ def one_line_errors(main):
     except Exception as e:
         peer = isinstance(e, torch.distributed.DistError) or (isinstance(e, RuntimeError) and "gloo" in str(e))
         known = (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError)
+        if "DataLoader worker" in str(e):  # raised wherever this process happens to be
+            e = MemoryError(f"a process of --workers has died ({reason_of(e)}), mostly for want of (shared) memory: "
+                            "give fewer --workers, or 0")
         if os.environ.get("NANORECA_TRACEBACK") or not (peer or isinstance(e, known)):
             raise
         if peer:
@@ -617,15 +620,15 @@ def lock_folder(args):
 def size_of(tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
 
-def check_disk(folder, need):
+def check_disk(folder, need, what="a checkpoint", flag="--out"):
     """ValueError where `need` bytes do not fit beside what is there. A file is written whole before the old one
     goes."""
     free = shutil.disk_usage(folder).free
     if need > free:
         def text(n):
             return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
-        raise ValueError(f"{folder}: a checkpoint needs {text(need)} and {text(free)} are free: make room, or give "
-                         "--out on another disk (what was saved before is untouched)")
+        raise ValueError(f"{folder}: {what} needs {text(need)} and {text(free)} are free: make room, or give {flag} on "
+                         "another disk (what was saved before is untouched)")
 
 def last_good(folder):
     path = os.path.join(folder, "checkpoint.pt")

@@ -1,21 +1,26 @@
 """Data: people's pictures, the order of samples, and what a step trains on: these or the shape world.
 
-    python data.py --check PATH...     what is in these folders, tar shards or JSON files, and what is wrong with it
+    python data.py --check PATH...     what is in these folders, shards or JSON files, and what is wrong with it
 """
 import argparse
+import contextlib
+import ctypes
 import hashlib
 import io
 import json
 import os
 import random
+import signal
 import stat
 import sys
 import tarfile
 import time
 import warnings
+import zlib
+from bisect import bisect_left, bisect_right
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -23,18 +28,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
+from safetensors import safe_open
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import shape_world
-from checkpoint import HERE, one_line_errors, reason_of
+from checkpoint import HERE, check_disk, one_line_errors, reading, reason_of, write_safetensors
 from vision_encoder import VIEWS, altered, as_rgb, to_float, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures that people have: single ones, and in folders, tar shards and LLaVA JSON
+# Pictures that people have: single ones, and in folders, tar shards, parquet and LLaVA JSON
 
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGE_TYPES += (".avif",) * bool(features.check("avif"))
 TEXT_TYPES = (".txt", ".json")
+CAPTION_COLUMNS, PICTURE_COLUMNS = ("caption", "text", "prompt"), ("image", "jpg", "png", "webp")  # of parquet
 UNREAD = {(".heic", ".heif", ".hif", ".avif"): "pictures that Pillow here cannot open (HEIC, AVIF: convert to JPEG)",
           (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip"): "compressed or nested archives (only "
           "a plain .tar has random access: gunzip or unpack them)"}
@@ -50,10 +58,11 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long text be
 class Sample(NamedTuple):
     name: str  # for messages: the file, or shard.tar:member
     file: str
-    offset: int = 0  # where the picture's bytes lie in `file`
+    offset: int = 0  # where the picture's bytes lie in `file`; in parquet: the row in its group
     size: int = -1  # how many; -1: to the end
     caption: str = ""  # only where captions are asked for
     turns: tuple = ()  # LLaVA JSON: ((question, answer), ...), "<image>" taken out
+    group: int = -1  # parquet: the row group
 
 def shown(name):
     """A name of a file as part of one line for any terminal: what cannot be printed is escaped."""
@@ -82,6 +91,18 @@ def read_part(file, offset, size):
     with open(file, "rb") as f:
         f.seek(offset)
         return f.read(size)
+
+@lru_cache(2)
+def row_group(file, group, columns):
+    """Some columns of a row group, the least that can be read of a parquet file: the last two are kept."""
+    from pyarrow.parquet import ParquetFile
+    return ParquetFile(file, memory_map=True).read_row_group(group, list(columns), use_threads=False)
+
+def picture_bytes(sample):
+    if sample.group < 0:
+        return read_part(sample.file, sample.offset, sample.size)
+    value = row_group(sample.file, sample.group, PICTURE_COLUMNS).column(0)[sample.offset].as_py()
+    return (value.get("bytes") if isinstance(value, dict) else value) or b""
 
 def open_image(source, exif=True):
     """Path or bytes of a picture -> RGB PIL image by `as_rgb`, the first frame of several, scaled down to sides of at
@@ -179,9 +200,9 @@ def after_zeros(f, at):
         at += len(chunk)
 
 class Images:
-    """Pictures at random access: in folders (recursive, links followed), tar shards, LLaVA JSON, single files;
+    """Pictures at random access: in folders (recursive, links followed), tar shards, parquet, LLaVA JSON, single files;
     `images.read(i)` -> RGB PIL image of images.samples[i]. captions=True reads the .txt or .json beside each picture;
-    without one it is broken. exif: see open_image.
+    without one it is broken. exif: see open_image. starts[k]: where the samples of path k begin.
     `problems` (broken) and `rejected` (a side <= 8 pixels, an aspect ratio >= 10) map names to reasons, `left_out`
     lists (name, reason) of what was never a sample. ValueError once more than max_broken of all are broken (1: they
     are only counted), FileNotFoundError for a path that is not there."""
@@ -189,13 +210,14 @@ class Images:
     def __init__(self, paths, captions=False, image_root=None, max_broken=0.01, exif=True):
         self.samples, self.problems, self.rejected, self.left_out = [], {}, {}, []
         self.captions, self.image_root, self.max_broken, self.exif = captions, image_root, max_broken, exif
-        self.folders = set()  # the real paths of those that were read: links may lead in circles
+        self.folders, self.starts = set(), [0]  # the real paths of folders that were read: links may lead in circles
         for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
             self._add(os.fspath(path))
+            self.starts.append(len(self.samples))
         self.total = len(self.samples) + len(self.problems)
         if not self.total:
             raise ValueError(f"{shown(str(paths))}: no pictures found ({', '.join(IMAGE_TYPES)}, in folders, tars, "
-                             f"LLaVA JSON){self._left_out()}")
+                             f"parquet, LLaVA JSON){self._left_out()}")
         self._check()
 
     def _add(self, path):
@@ -208,14 +230,17 @@ class Images:
             raise ValueError(f"{shown(path)}: not a regular file; expected folder, tar shard, picture or LLaVA JSON")
         elif kind.lower() == ".tar":
             self._add_tar(path)
+        elif kind.lower() == ".parquet":
+            if why := self._add_parquet(path):
+                raise ValueError(f"{shown(path)}: left out: {why}")
         elif kind.lower() in (".json", ".jsonl"):
             self._add_llava(path)
         elif kind.lower() in IMAGE_TYPES:
             beside = [base + end for base in (stem, key_of(path)) for t in TEXT_TYPES for end in (t, t.upper())]
             self._add_files({name: (name, 0, -1) for name in [path, *filter(os.path.isfile, beside)]})
         else:
-            raise ValueError(f"{shown(path)}: unknown kind of data: {why_unread(path)}; expected folder, .tar, .json, "
-                             f".jsonl, {', '.join(IMAGE_TYPES)}")
+            raise ValueError(f"{shown(path)}: unknown kind of data: {why_unread(path)}; expected folder, .tar, "
+                             f".parquet, .json, .jsonl, {', '.join(IMAGE_TYPES)}")
 
     def _add_folder(self, path):
         todo = [path]
@@ -315,13 +340,15 @@ class Images:
                     self._add_one(sample, texts or {kind: same[0] for kind, same in some.items()})
             elif kind == ".tar" and not label:
                 self._add_tar(name)
+            elif kind == ".parquet" and not label:
+                self.left_out += [(shown(name), why)] if (why := self._add_parquet(name)) else []
             elif kind not in TEXT_TYPES:
                 self.left_out.append((label + shown(name), why_unread(name)))
 
     def _add_one(self, sample, texts):
-        """texts: {".txt" or ".json": where it lies}."""
+        """texts: {".txt" or ".json": where it lies, or what it says}."""
         try:
-            caption = read_caption({kind: read_part(*where) for kind, where in texts.items()})
+            caption = read_caption({k: at if isinstance(at, bytes) else read_part(*at) for k, at in texts.items()})
             problem = "empty caption" if texts else "no caption (.txt or .json beside it)"
         except (ValueError, OSError) as e:
             caption, problem = "", f"unreadable caption ({reason_of(e)})"
@@ -329,6 +356,28 @@ class Images:
             self.problems[sample.name] = problem
         else:
             self.samples.append(sample._replace(caption=caption))
+
+    def _add_parquet(self, path):
+        """-> "", or why the file is left out. Reads its captions, no picture."""
+        try:
+            from pyarrow.parquet import ParquetFile
+            with ParquetFile(path) as file:
+                columns, groups = set(file.schema_arrow.names), range(file.num_row_groups)
+                sizes = [file.metadata.row_group(group).num_rows for group in groups]
+        except ImportError:
+            return "parquet files, for which pyarrow is missing (pip install pyarrow)"
+        except Exception as e:  # pyarrow has its own kinds
+            raise ValueError(f"{shown(path)}: truncated or damaged parquet file ({reason_of(e)})") from None
+        if not columns & set(PICTURE_COLUMNS):
+            return f"parquet files without a column {', '.join(PICTURE_COLUMNS)}"
+        captions = tuple(columns & set(CAPTION_COLUMNS)) if self.captions else ()
+        for group, size in zip(groups, sizes):
+            texts = row_group(path, group, captions).to_pylist() if captions else [{}] * size
+            for row, said in enumerate(texts):
+                said = json.dumps({k: v for k, v in said.items() if isinstance(v, str)}).encode()
+                name = f"{shown(path)}:{sum(sizes[:group]) + row}"
+                self._add_one(Sample(name, path, row, group=group), {".json": said} if captions else {})
+        return ""
 
     def _add_llava(self, path):
         rows, root, missing = read_rows(path), self.image_root or os.path.dirname(path), []
@@ -386,7 +435,7 @@ class Images:
         if s.name in self.problems or s.name in self.rejected:
             return None
         try:
-            image = open_image(read_part(s.file, s.offset, s.size), self.exif)
+            image = open_image(picture_bytes(s), self.exif)
         except (ValueError, OSError) as e:
             self.problems[s.name] = str(e).removeprefix("picture: ")
             self._check()
@@ -398,12 +447,13 @@ class Images:
         return None
 
     def read_or_draw(self, i, rng):
-        """(i, picture i) or, where it cannot be used, another one that `rng` draws: not its neighbor each time.
-        ValueError where none is good."""
+        """(i, picture i) or, where it cannot be used, another one of its path that `rng` draws: not its neighbor each
+        time. ValueError where none is good."""
+        path = bisect_right(self.starts, i)
         for _ in range(20 * len(self) + 20):  # what is known to be bad is not read again
             if (image := self.read(i)) is not None:
                 return i, image
-            i = rng.randrange(len(self))
+            i = rng.randrange(self.starts[path - 1], self.starts[path])
         self._check(False)
 
     def keep_good(self):
@@ -415,7 +465,7 @@ class Images:
             self.problems, self.rejected = ({k: v for each in found for k, v in each[n].items()} for n in (0, 1))
         good = [i for i, s in enumerate(self.samples) if s.name not in self.problems and s.name not in self.rejected]
         self._check(bool(good))
-        self.samples = [self.samples[i] for i in good]
+        self.samples, self.starts = [self.samples[i] for i in good], [bisect_left(good, start) for start in self.starts]
         return good
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,18 +527,67 @@ def read_mix(mix):
         raise ValueError(f"{text}: shares must be above 0 and at most 1000")
     return out
 
+SHARD, DAMAGED = 512, "damaged shard of --cache"
+DELETE_IT = ": delete it, and its pictures alone are encoded again"
+PROBE = Image.linear_gradient("L").resize((97, 64)).convert("RGB")  # what preprocessing makes of it is part of a key
+
+def packed(encodings):
+    """As they are kept on the disk: floats as bf16, codes in 16 bits where they fit."""
+    small = {k: v.bfloat16() for k, v in encodings.items() if v.is_floating_point()}
+    codes = {k: v for k, v in encodings.items() if v.dtype == torch.int64 and 0 <= v.min() and v.max() < 1 << 16}
+    return encodings | small | {k: v.to(torch.uint16) for k, v in codes.items()}
+
+def checksums(tensors, rows):
+    return torch.tensor([[zlib.crc32(tensors[k][row:row + 1].view(torch.uint8).numpy()) for k in sorted(tensors)]
+                         for row in rows])
+
+class Cache:
+    """Frozen encodings of a pool of n pictures on the disk: files of 512 rows each, written whole or not at all, and
+    mapped when they are read. ValueError for a damaged one."""
+
+    def __init__(self, folder, n):
+        self.paths = {start: os.path.join(folder, f"{start:09d}.safetensors") for start in range(0, n, SHARD)}
+        self.shards, self.good, self.types = [], [], {}
+
+    def write(self, start, encodings, verdicts):
+        """verdicts: {name: why} of the broken pictures among these rows, and of the rejected."""
+        tensors, types = packed(encodings), {k: str(v.dtype).removeprefix("torch.") for k, v in encodings.items()}
+        sums = checksums(tensors, range(len(next(iter(tensors.values())))))
+        write_safetensors(self.paths[start], tensors | {"sums": sums}, {"about": json.dumps([types, verdicts])})
+
+    def open(self, source):
+        for path in self.paths.values():
+            with reading(path, DAMAGED, DELETE_IT), safe_open(path, "pt") as f:
+                self.shards.append({k: f.get_tensor(k) for k in f.keys()})
+                self.types, (broken, rejected) = json.loads(f.metadata()["about"])
+            source.problems |= broken
+            source.rejected |= rejected
+        self.good = source.keep_good()
+
+    def rows(self, index):
+        """{name: tensor} of some of the pictures that are good, in the types that the model made."""
+        found = []
+        for shard, row in (divmod(self.good[int(i)], SHARD) for i in index):
+            tensors = {k: self.shards[shard][k] for k in self.types}
+            if checksums(tensors, [row])[0].tolist() != self.shards[shard]["sums"][row].tolist():
+                raise ValueError(f"{[*self.paths.values()][shard]}: {DAMAGED} (row {row}){DELETE_IT}")
+            found.append({k: v[row] for k, v in tensors.items()})
+        return {k: torch.stack([row[k] for row in found]).to(getattr(torch, kind)) for k, kind in self.types.items()}
+
 class Batches:
     """`batch(step)` -> {part: {name: tensor}}, what this process trains on in one micro-batch: frozen encodings, token
-    rows, randomness. A part takes its images from a pool (`pool_of`), whose encodings are computed once and kept on the
-    CPU, or step by step where they would need more than --cache-gb. view: what RecA's context holds instead of all that
-    the model sees of a picture, a function (model, pixels, encodings, rows, generator) -> encodings to replace, for
-    --altered-share of the pictures (None: that of --understanding)."""
+    rows, randomness. A part takes its images from a pool (`pool_of`), whose encodings are computed once and kept in
+    --cache or on the CPU, or step by step where they would need more than --cache-gb. view: what RecA's context holds
+    instead of all that the model sees of a picture, a function (model, pixels, encodings, rows, generator) -> encodings
+    to replace, for --altered-share of the pictures (None: that of --understanding)."""
 
     def __init__(self, args, model, device="cpu", rank=0, world=1, view=None):
         self.args, self.parts, self.model = args, args.mix, model
         self.device, self.rank, self.world = device, rank, world
         self.samples = {part: round(args.batch * share) for part, share in self.parts.items()}  # of all processes
         self.view = (view or VIEWS[args.understanding]) if "recon" in self.parts else None
+        self.workers, self.pin = worker_count(args, device), torch.device(device).type == "cuda"
+        self.weights = check_weights(getattr(args, "data_weights", None), args.data or ())
         sources, self.texts = self.sources()
         self.encodings, self.uncached, self.size = {}, {}, {"text": args.pool}
         self.cut, self.answered = {}, False  # names of samples of which no answer is left; was there another one?
@@ -497,6 +596,9 @@ class Batches:
             self.size[name] = len(sources[name])
             self.keep_encodings(name, sources[name])
             self.size[name] = len(sources[name])  # without what was found to be broken
+            starts = sources[name].starts if name in self.own and self.weights else ()
+            if empty := [path for path, at, end in zip(args.data or (), starts, starts[1:]) if at == end]:
+                raise ValueError(f"--data-weights: no picture of {empty[0]} can be used")
         if rank == 0:
             counts = ", ".join(f"{name} {self.size[name]:,}" for name in sorted(sources))
             print(f"pools: {counts} images, frozen encodings computed in {time.time() - start:.1f} s", flush=True)
@@ -509,7 +611,7 @@ class Batches:
         args, captioned = self.args, self.args.stage in ("sft", "base")
         self.pool_of = {"recon": "broad", "i2t": "broad", "words": "broad", "uncond": "broad", "t2i": "captioned",
                         "align": "captioned", "edit": "edits", "images": "crowded"}
-        own = {"captioned" if captioned else "real"} if args.data else set()
+        own = self.own = {"captioned" if captioned else "real"} if args.data else set()
         for name in own:
             parts = ("t2i", "align", "words", "uncond") if captioned else ("recon", "images")
             self.pool_of |= dict.fromkeys(parts, name)
@@ -536,6 +638,9 @@ class Batches:
 
     def keep_encodings(self, name, source):
         """Encodes a pool once, or leaves it to be encoded step by step where it is too large to keep."""
+        if isinstance(source, Images) and getattr(self.args, "cache", None):
+            self.encodings[name] = self.cached(name, source)
+            return
         one = self.encode(name, source, [0])
         gigabytes = len(source) * sum(v.numel() * v.element_size() for v in one.values()) / 1e9
         if gigabytes <= self.args.cache_gb:
@@ -564,10 +669,10 @@ class Batches:
         """The frozen encodings of some rows, on the CPU."""
         was, chunk = self.model.training, 256 if getattr(self.model.config, "image_size", 48) <= 64 else 8
         self.model.eval()
-        chunks = []
-        for start in tqdm(range(0, len(rows), chunk), f"encoding {name}", disable=None if show else True):
-            some = rows[start:start + chunk]
-            pixels = self.pixels(name, source, some).to(self.device)
+        chunks, pieces = [], [rows[start:start + chunk] for start in range(0, len(rows), chunk)]
+        made = self.ahead(partial(self.pixels, name, source), pieces)
+        for some, pixels in zip(tqdm(pieces, f"encoding {name}", disable=None if show else True), made):
+            pixels = pixels.to(self.device, non_blocking=True)
             encodings = self.model.precompute(pixels)
             if name == "altered":
                 generator = sample_generator(self.args.seed, 0, 0, "altered")
@@ -592,12 +697,60 @@ class Batches:
             out = {k: v[good] for k, v in out.items()}
         return out
 
+    def cached(self, name, source):
+        """The pool in --cache. What is not there yet is encoded first, by each process its share of the shards."""
+        n, folder = len(source), os.path.join(self.args.cache, f"{name}-{self.key(name, source)}")
+        cache = Cache(folder, n)
+        todo = [[start for start, path in cache.paths.items() if not os.path.exists(path)]]
+        if self.world > 1:
+            dist.broadcast_object_list(todo)
+        starts, rounds = todo[0], range(0, len(todo[0]), self.world)
+        if starts and self.rank == 0:
+            one = packed(self.encode(name, source, [0]))
+            need = sum(v.numel() * v.element_size() for v in one.values()) * min(n, len(starts) * SHARD)
+            os.makedirs(folder, exist_ok=True)
+            check_disk(folder, need, "the cache of encodings", "--cache")
+            print(f"{folder}: {need / 1e9:.3g} GB of encodings will be kept, for later runs, too", flush=True)
+        for at in tqdm(rounds, f"shards of {name}", disable=None if self.rank == 0 else True):
+            start = starts[min(at + self.rank, len(starts) - 1)]
+            rows = range(start, min(start + SHARD, n))
+            encodings = self.encode(name, source, [*rows] + [n - 1] * (SHARD - len(rows)) * (self.world > 1))
+            if at + self.rank < len(starts):  # the others keep step: a sharded model encodes on all processes or none
+                names = {source.samples[i].name for i in rows}
+                verdicts = [{n: d[n] for n in names & d.keys()} for d in (source.problems, source.rejected)]
+                cache.write(start, {k: v[:len(rows)] for k, v in encodings.items()}, verdicts)
+            if self.world > 1:
+                dist.barrier()
+        cache.open(source)
+        return cache
+
+    @torch.no_grad()
+    def key(self, name, source):
+        """A hash of all that encodings depend on: weights that precompute uses and nobody trains, settings, what
+        preprocessing does, and the files (names, sizes, times of change)."""
+        key, stat_of, model = hashlib.sha256(), lru_cache(None)(os.stat), self.model
+        encoders = getattr(model, "encoders", None)  # the submodules of precompute; None: any
+        for k, t in model.state_dict(keep_vars=True).items():
+            if not t.requires_grad and (encoders is None or k.split(".")[0] in encoders):
+                t = getattr(t, "full_tensor", t.detach)().cpu().contiguous().flatten()
+                key.update(repr((k, t.dtype)).encode())
+                key.update(t.view(torch.uint8).numpy())
+        key.update(self.photo_pixels(name, [PROBE]).numpy())
+        settings = {k: v for k, v in vars(model.config).items() if k != "cfg"}
+        key.update(repr((settings, self.args.stage, source.exif)).encode())
+        for s in source.samples:
+            found = stat_of(s.file)
+            where = os.path.abspath(s.file), found.st_size, found.st_mtime_ns, s.offset, s.size, s.group
+            key.update(repr(where).encode())
+        return key.hexdigest()[:20]
+
     def fetch(self, name, index, rngs=(), prefix=""):
         """-> index, {name: tensor} of some rows of a pool: encodings, or "pixels_in" for what is still to be encoded.
         Of people's pictures that are not encoded in advance, one that cannot be used gives way to one drawn by its
         place's random.Random, on whatever process: index says which."""
-        if name in self.encodings:
-            return index, {prefix + k: v[index] for k, v in self.encodings[name].items()}
+        if kept := self.encodings.get(name):
+            some = kept.rows(index) if isinstance(kept, Cache) else {k: v[index] for k, v in kept.items()}
+            return index, {prefix + k: v for k, v in some.items()}
         source = self.uncached[name]
         if not isinstance(source, Images):
             return index, {prefix + "pixels_in": self.pixels(name, source, index)}
@@ -647,9 +800,52 @@ class Batches:
 
     def sample_numbers(self, step):
         """{part: numbers of all samples in its pool} of a step, for messages."""
-        sizes = {part: self.size[self.pool_of.get(part, "text")] for part in self.samples}
-        numbers = {part: batch_indices(sizes[part], n, self.args.seed, step, part) for part, n in self.samples.items()}
-        return {part: index.tolist() for part, index in numbers.items()}
+        return {part: self.numbers(part, step).tolist() for part in self.samples}
+
+    def numbers(self, part, step):
+        """Those of the samples of a part, on all processes: from epochs, or with --data-weights as they fall."""
+        n, pool, seed = self.samples[part], self.pool_of.get(part, "text"), self.args.seed
+        weights = self.weights
+        if not weights or pool not in self.own:
+            return batch_indices(self.size[pool], n, seed, step, part)
+        rngs, starts = [text_rng(seed, step, part, place, "source") for place in range(n)], self.listed[pool].starts
+        paths = [rng.choices(range(len(weights)), weights)[0] for rng in rngs]
+        return torch.tensor([rng.randrange(starts[k], starts[k + 1]) for rng, k in zip(rngs, paths)])
+
+    def steps(self, first, last):
+        """Yields the micro-batches of each step, made ahead. Close it before the program ends."""
+        def make(step):
+            return [self.batch(step, micro) for micro in range(self.args.accum)]
+        warned = self.rank > 0
+        with contextlib.closing(self.ahead(make, range(first, last))) as made:
+            for micro_batches in made:
+                if self.cut and not warned:
+                    warned = True
+                    print(f"warning: {next(iter(self.cut))}: no answer of it fits into the model's row, so it trains "
+                          "nothing; all such samples are counted at the end", flush=True)
+                yield micro_batches
+
+    def ahead(self, make, items):
+        """As `prefetch`, with --workers; what they find out about samples is known here, too, once an item is."""
+        def found():
+            return [self.cut, *(d for source in self.listed.values() for d in (source.problems, source.rejected))]
+
+        def told(item):
+            before = [len(d) for d in found()]
+            try:
+                made = make(item)
+            except Exception as e:  # as it is: DataLoader would make a page of text of it
+                made = e
+            return made, [list(islice(d.items(), n, None)) for d, n in zip(found(), before)]
+        with contextlib.closing(prefetch(told, items, self.workers * (len(items) > 1), self.pin)) as all_made:
+            for made, news in all_made:
+                if isinstance(made, Exception):
+                    raise made
+                for d, new in zip(found(), news):
+                    d.update(new)
+                for source in self.listed.values():
+                    source._check()
+                yield made
 
     def batch(self, step, micro=0):
         """Micro-batch `micro` of optimizer step `step`, for this process: a function of these and of --seed alone."""
@@ -659,7 +855,7 @@ class Batches:
             per = n // (self.world * self.args.accum)
             first = (micro * self.world + self.rank) * per
             places, name = range(first, first + per), self.pool_of.get(part)
-            index, encodings = batch_indices(self.size[name or "text"], n, seed, step, part)[first:first + per], {}
+            index, encodings = self.numbers(part, step)[first:first + per], {}
             if name:  # before the texts, which belong to the pictures that are really there
                 rngs = [text_rng(seed, step, part, place, "instead") for place in places]
                 index, encodings = self.fetch(name, index, rngs)
@@ -678,9 +874,6 @@ class Batches:
         """Counts samples whose answers the model had to cut, all of them: such a row trains nothing. labels: a row
         each, negative where nothing is predicted. ValueError where the first 32 samples are all of this kind."""
         empty = [source.samples[int(i)].name for i, row in zip(index, labels) if (row < 0).all()]
-        if empty and not self.cut and self.rank == 0:
-            print(f"warning: {empty[0]}: no answer of it fits into the model's row, so it trains nothing; all such "
-                  "samples are counted at the end", flush=True)
         self.cut |= dict.fromkeys(empty)
         self.answered = self.answered or len(empty) < len(labels)
         if not self.answered and len(self.cut) >= min(32, len(source)):
@@ -702,12 +895,41 @@ class Batches:
                     lines.append(f"{pool}: {len(bad)} {what}, e.g. {name} ({why})")
         return "not trained on: " + "; ".join(lines) if lines else ""
 
-def prefetch(make, steps, depth=2):
-    """Yields make(step) for each step, made in a thread, `depth` ahead. Close the generator before the program ends."""
-    pool, ahead = ThreadPoolExecutor(1), deque()
+def check_weights(weights, paths):
+    if weights and (len(weights) != len(paths) or not all(0 < weight < float("inf") for weight in weights)):
+        raise ValueError(f"--data-weights {' '.join(map(str, weights))}: {len(weights)} numbers for {len(paths)} paths "
+                         "of --data; give one above 0 for each")
+    return weights
+
+def worker_count(args, device):
+    """--workers; where it was not given 0, but on GPUs, for own data at published sizes, up to 4."""
+    given, cores = getattr(args, "workers", 0), (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    wanted = args.config != "tiny" and (args.data or args.i2t_data) and torch.device(device).type == "cuda"
+    return given if given is not None else max(1, min(4, cores)) if wanted else 0
+
+def on_its_own(worker):
+    """Signals reach a whole group of processes; but a worker ends when its run says so, or has died."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: also if it was killed
+
+def prefetch(make, items, workers=0, pin=False, depth=2):
+    """Yields make(item) for each item, in order, made ahead: in a thread, or in so many processes, which are forked and
+    so share this one's memory; pin: for copies to a GPU. Close it before the program ends."""
+    if workers:
+        import resource  # not on Windows
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # each tensor on its way is an open file
+    loader = DataLoader(items, None, num_workers=workers, collate_fn=make, pin_memory=pin, generator=torch.Generator(),
+                        worker_init_fn=on_its_own, multiprocessing_context="fork" if workers else None)
+    pool, ahead, made = ThreadPoolExecutor(1), deque(), iter(loader)
     try:
-        for step in steps:
-            ahead.append(pool.submit(make, step))
+        if workers:
+            yield from made
+            return
+        for _ in items:
+            ahead.append(pool.submit(next, made))
             if len(ahead) > depth:
                 yield ahead.popleft().result()
         yield from (made.result() for made in ahead)
