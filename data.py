@@ -3,7 +3,6 @@
     python data.py --check PATH...     what is in these folders, shards or JSON files, and what is wrong with it
 """
 import argparse
-import contextlib
 import ctypes
 import hashlib
 import io
@@ -21,7 +20,7 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -93,15 +92,15 @@ def read_part(file, offset, size):
         return f.read(size)
 
 @lru_cache(2)
-def row_group(file, group, columns):
-    """Some columns of a row group, the least that can be read of a parquet file: the last two are kept."""
+def row_group(file, group):
+    """The pictures in a row group of a parquet file, which can be read as a whole only: so the last two are kept."""
     from pyarrow.parquet import ParquetFile
-    return ParquetFile(file, memory_map=True).read_row_group(group, list(columns), use_threads=False)
+    return ParquetFile(file, memory_map=True).read_row_group(group, PICTURE_COLUMNS, use_threads=False).column(0)
 
 def picture_bytes(sample):
     if sample.group < 0:
         return read_part(sample.file, sample.offset, sample.size)
-    value = row_group(sample.file, sample.group, PICTURE_COLUMNS).column(0)[sample.offset].as_py()
+    value = row_group(sample.file, sample.group)[sample.offset].as_py()
     return (value.get("bytes") if isinstance(value, dict) else value) or b""
 
 def open_image(source, exif=True):
@@ -358,25 +357,24 @@ class Images:
             self.samples.append(sample._replace(caption=caption))
 
     def _add_parquet(self, path):
-        """-> "", or why the file is left out. Reads its captions, no picture."""
+        """-> "", or why the file is left out. Of its columns none but the captions are read."""
+        rows = count()
         try:
             from pyarrow.parquet import ParquetFile
-            with ParquetFile(path) as file:
-                columns, groups = set(file.schema_arrow.names), range(file.num_row_groups)
-                sizes = [file.metadata.row_group(group).num_rows for group in groups]
+            file = ParquetFile(path)
+            columns = set(file.schema_arrow.names)
+            if not columns & set(PICTURE_COLUMNS):
+                return f"parquet files without a column {', '.join(PICTURE_COLUMNS)}"
+            for group in range(file.num_row_groups):
+                texts = file.read_row_group(group, [k for k in CAPTION_COLUMNS if k in columns and self.captions])
+                for at, said in enumerate(texts.to_pylist()):
+                    sample = Sample(f"{shown(path)}:{next(rows)}", path, at, group=group)
+                    said = json.dumps({k: v for k, v in said.items() if isinstance(v, str)})
+                    self._add_one(sample, {".json": said.encode()} if self.captions else {})
         except ImportError:
             return "parquet files, for which pyarrow is missing (pip install pyarrow)"
         except Exception as e:  # pyarrow has its own kinds
             raise ValueError(f"{shown(path)}: truncated or damaged parquet file ({reason_of(e)})") from None
-        if not columns & set(PICTURE_COLUMNS):
-            return f"parquet files without a column {', '.join(PICTURE_COLUMNS)}"
-        captions = tuple(columns & set(CAPTION_COLUMNS)) if self.captions else ()
-        for group, size in zip(groups, sizes):
-            texts = row_group(path, group, captions).to_pylist() if captions else [{}] * size
-            for row, said in enumerate(texts):
-                said = json.dumps({k: v for k, v in said.items() if isinstance(v, str)}).encode()
-                name = f"{shown(path)}:{sum(sizes[:group]) + row}"
-                self._add_one(Sample(name, path, row, group=group), {".json": said} if captions else {})
         return ""
 
     def _add_llava(self, path):
@@ -527,37 +525,35 @@ def read_mix(mix):
         raise ValueError(f"{text}: shares must be above 0 and at most 1000")
     return out
 
-SHARD, DAMAGED = 512, "damaged shard of --cache"
-DELETE_IT = ": delete it, and its pictures alone are encoded again"
+SHARD = 512  # rows in a file of --cache
 PROBE = Image.linear_gradient("L").resize((97, 64)).convert("RGB")  # what preprocessing makes of it is part of a key
 
 def packed(encodings):
     """As they are kept on the disk: floats as bf16, codes in 16 bits where they fit."""
-    small = {k: v.bfloat16() for k, v in encodings.items() if v.is_floating_point()}
     codes = {k: v for k, v in encodings.items() if v.dtype == torch.int64 and 0 <= v.min() and v.max() < 1 << 16}
-    return encodings | small | {k: v.to(torch.uint16) for k, v in codes.items()}
+    floats = {k: v.bfloat16() for k, v in encodings.items() if v.is_floating_point()}
+    return encodings | floats | {k: v.to(torch.uint16) for k, v in codes.items()}
 
-def checksums(tensors, rows):
-    return torch.tensor([[zlib.crc32(tensors[k][row:row + 1].view(torch.uint8).numpy()) for k in sorted(tensors)]
-                         for row in rows])
+def checksum(tensors, row):
+    return zlib.crc32(b"".join(tensors[k][row:row + 1].view(torch.uint8).numpy().tobytes() for k in sorted(tensors)))
 
 class Cache:
-    """Frozen encodings of a pool of n pictures on the disk: files of 512 rows each, written whole or not at all, and
-    mapped when they are read. ValueError for a damaged one."""
+    """Frozen encodings of n pictures on the disk, in files that are there whole or not at all, and are mapped to be
+    read, `rows` by rows. Rows have checksums, since nobody reads a whole file before a run."""
 
     def __init__(self, folder, n):
-        self.paths = {start: os.path.join(folder, f"{start:09d}.safetensors") for start in range(0, n, SHARD)}
+        self.paths = [os.path.join(folder, f"{start:09d}.safetensors") for start in range(0, n, SHARD)]
         self.shards, self.good, self.types = [], [], {}
 
-    def write(self, start, encodings, verdicts):
+    def write(self, shard, encodings, verdicts):
         """verdicts: {name: why} of the broken pictures among these rows, and of the rejected."""
         tensors, types = packed(encodings), {k: str(v.dtype).removeprefix("torch.") for k, v in encodings.items()}
-        sums = checksums(tensors, range(len(next(iter(tensors.values())))))
-        write_safetensors(self.paths[start], tensors | {"sums": sums}, {"about": json.dumps([types, verdicts])})
+        sums = torch.tensor([checksum(tensors, row) for row in range(len(next(iter(tensors.values()))))])
+        write_safetensors(self.paths[shard], tensors | {"sums": sums}, {"about": json.dumps([types, verdicts])})
 
     def open(self, source):
-        for path in self.paths.values():
-            with reading(path, DAMAGED, DELETE_IT), safe_open(path, "pt") as f:
+        for path in self.paths:
+            with reading(path, "damaged file of --cache", ": delete it"), safe_open(path, "pt") as f:
                 self.shards.append({k: f.get_tensor(k) for k in f.keys()})
                 self.types, (broken, rejected) = json.loads(f.metadata()["about"])
             source.problems |= broken
@@ -565,12 +561,12 @@ class Cache:
         self.good = source.keep_good()
 
     def rows(self, index):
-        """{name: tensor} of some of the pictures that are good, in the types that the model made."""
+        """{name: tensor} of some of the good pictures, in the types that the model made. ValueError."""
         found = []
         for shard, row in (divmod(self.good[int(i)], SHARD) for i in index):
             tensors = {k: self.shards[shard][k] for k in self.types}
-            if checksums(tensors, [row])[0].tolist() != self.shards[shard]["sums"][row].tolist():
-                raise ValueError(f"{[*self.paths.values()][shard]}: {DAMAGED} (row {row}){DELETE_IT}")
+            if checksum(tensors, row) != self.shards[shard]["sums"][row]:
+                raise ValueError(f"{self.paths[shard]}: damaged file of --cache (row {row}): delete it")
             found.append({k: v[row] for k, v in tensors.items()})
         return {k: torch.stack([row[k] for row in found]).to(getattr(torch, kind)) for k, kind in self.types.items()}
 
@@ -698,27 +694,27 @@ class Batches:
         return out
 
     def cached(self, name, source):
-        """The pool in --cache. What is not there yet is encoded first, by each process its share of the shards."""
+        """The pool in --cache: each process encodes its share of the files that are not there yet, all read all."""
         n, folder = len(source), os.path.join(self.args.cache, f"{name}-{self.key(name, source)}")
+        os.makedirs(folder, exist_ok=True)
         cache = Cache(folder, n)
-        todo = [[start for start, path in cache.paths.items() if not os.path.exists(path)]]
+        todo = [[shard for shard, path in enumerate(cache.paths) if not os.path.exists(path)]]
         if self.world > 1:
             dist.broadcast_object_list(todo)
-        starts, rounds = todo[0], range(0, len(todo[0]), self.world)
-        if starts and self.rank == 0:
-            one = packed(self.encode(name, source, [0]))
-            need = sum(v.numel() * v.element_size() for v in one.values()) * min(n, len(starts) * SHARD)
-            os.makedirs(folder, exist_ok=True)
-            check_disk(folder, need, "the cache of encodings", "--cache")
-            print(f"{folder}: {need / 1e9:.3g} GB of encodings will be kept, for later runs, too", flush=True)
-        for at in tqdm(rounds, f"shards of {name}", disable=None if self.rank == 0 else True):
-            start = starts[min(at + self.rank, len(starts) - 1)]
-            rows = range(start, min(start + SHARD, n))
+        [todo] = todo
+        for at in tqdm(range(0, len(todo), self.world), f"files of {folder}", disable=None if self.rank == 0 else True):
+            shard = todo[min(at + self.rank, len(todo) - 1)]  # a sharded model encodes on all processes or on none
+            rows = range(n)[shard * SHARD:(shard + 1) * SHARD]
             encodings = self.encode(name, source, [*rows] + [n - 1] * (SHARD - len(rows)) * (self.world > 1))
-            if at + self.rank < len(starts):  # the others keep step: a sharded model encodes on all processes or none
+            encodings = {k: v[:len(rows)] for k, v in encodings.items()}
+            if at == self.rank == 0:
+                need = len(todo) * sum(v.numel() * v.element_size() for v in packed(encodings).values())
+                check_disk(folder, need, "the cache of encodings", "--cache")
+                print(f"{folder}: {need / 1e9:.3g} GB of encodings will be kept, for later runs, too", flush=True)
+            if at + self.rank < len(todo):
                 names = {source.samples[i].name for i in rows}
-                verdicts = [{n: d[n] for n in names & d.keys()} for d in (source.problems, source.rejected)]
-                cache.write(start, {k: v[:len(rows)] for k, v in encodings.items()}, verdicts)
+                found = [{n: d[n] for n in names & d.keys()} for d in (source.problems, source.rejected)]
+                cache.write(shard, encodings, found)
             if self.world > 1:
                 dist.barrier()
         cache.open(source)
@@ -726,22 +722,20 @@ class Batches:
 
     @torch.no_grad()
     def key(self, name, source):
-        """A hash of all that encodings depend on: weights that precompute uses and nobody trains, settings, what
-        preprocessing does, and the files (names, sizes, times of change)."""
-        key, stat_of, model = hashlib.sha256(), lru_cache(None)(os.stat), self.model
-        encoders = getattr(model, "encoders", None)  # the submodules of precompute; None: any
-        for k, t in model.state_dict(keep_vars=True).items():
+        """A hash of all that encodings depend on: weights of precompute that nobody trains, settings, preprocessing,
+        and the files (names, sizes, times of change)."""
+        key, stat_of, config = hashlib.sha256(), lru_cache(None)(os.stat), vars(self.model.config)
+        encoders = getattr(self.model, "encoders", None)  # the submodules of precompute; None: any
+        for k, t in self.model.state_dict(keep_vars=True).items():
             if not t.requires_grad and (encoders is None or k.split(".")[0] in encoders):
                 t = getattr(t, "full_tensor", t.detach)().cpu().contiguous().flatten()
-                key.update(repr((k, t.dtype)).encode())
-                key.update(t.view(torch.uint8).numpy())
-        key.update(self.photo_pixels(name, [PROBE]).numpy())
-        settings = {k: v for k, v in vars(model.config).items() if k != "cfg"}
-        key.update(repr((settings, self.args.stage, source.exif)).encode())
+                key.update(f"{k} {t.dtype}".encode() + t.view(torch.uint8).numpy().tobytes())
+        settings = {k: v for k, v in config.items() if k != "cfg"}, self.args.stage, source.exif
+        key.update(repr(settings).encode() + self.photo_pixels(name, [PROBE]).numpy().tobytes())
         for s in source.samples:
             found = stat_of(s.file)
-            where = os.path.abspath(s.file), found.st_size, found.st_mtime_ns, s.offset, s.size, s.group
-            key.update(repr(where).encode())
+            about = os.path.abspath(s.file), found.st_size, found.st_mtime_ns, s.offset, s.size, s.group
+            key.update(repr(about).encode())
         return key.hexdigest()[:20]
 
     def fetch(self, name, index, rngs=(), prefix=""):
@@ -805,47 +799,41 @@ class Batches:
     def numbers(self, part, step):
         """Those of the samples of a part, on all processes: from epochs, or with --data-weights as they fall."""
         n, pool, seed = self.samples[part], self.pool_of.get(part, "text"), self.args.seed
-        weights = self.weights
-        if not weights or pool not in self.own:
+        if not self.weights or pool not in self.own:
             return batch_indices(self.size[pool], n, seed, step, part)
-        rngs, starts = [text_rng(seed, step, part, place, "source") for place in range(n)], self.listed[pool].starts
-        paths = [rng.choices(range(len(weights)), weights)[0] for rng in rngs]
-        return torch.tensor([rng.randrange(starts[k], starts[k + 1]) for rng, k in zip(rngs, paths)])
+        starts, numbers = self.listed[pool].starts, []
+        for place in range(n):
+            rng = text_rng(seed, step, part, place, "source")
+            [path] = rng.choices(range(len(self.weights)), self.weights)
+            numbers.append(rng.randrange(starts[path], starts[path + 1]))
+        return torch.tensor(numbers)
 
     def steps(self, first, last):
         """Yields the micro-batches of each step, made ahead. Close it before the program ends."""
         def make(step):
             return [self.batch(step, micro) for micro in range(self.args.accum)]
-        warned = self.rank > 0
-        with contextlib.closing(self.ahead(make, range(first, last))) as made:
-            for micro_batches in made:
-                if self.cut and not warned:
-                    warned = True
-                    print(f"warning: {next(iter(self.cut))}: no answer of it fits into the model's row, so it trains "
-                          "nothing; all such samples are counted at the end", flush=True)
-                yield micro_batches
+        return self.ahead(make, range(first, last))
+
+    def found(self):
+        return [self.cut, *(d for source in self.listed.values() for d in (source.problems, source.rejected))]
 
     def ahead(self, make, items):
-        """As `prefetch`, with --workers; what they find out about samples is known here, too, once an item is."""
-        def found():
-            return [self.cut, *(d for source in self.listed.values() for d in (source.problems, source.rejected))]
-
+        """As `prefetch`, with --workers. What they find out about samples is known here with the item, too."""
         def told(item):
-            before = [len(d) for d in found()]
+            before = [len(d) for d in self.found()]
             try:
                 made = make(item)
             except Exception as e:  # as it is: DataLoader would make a page of text of it
                 made = e
-            return made, [list(islice(d.items(), n, None)) for d, n in zip(found(), before)]
-        with contextlib.closing(prefetch(told, items, self.workers * (len(items) > 1), self.pin)) as all_made:
-            for made, news in all_made:
-                if isinstance(made, Exception):
-                    raise made
-                for d, new in zip(found(), news):
-                    d.update(new)
-                for source in self.listed.values():
-                    source._check()
-                yield made
+            return made, [list(islice(d.items(), n, None)) for d, n in zip(self.found(), before)]
+        for made, news in prefetch(told, items, self.workers * (len(items) > 1), self.pin):
+            if isinstance(made, Exception):
+                raise made
+            for d, new in zip(self.found(), news):
+                d.update(new)
+            for source in self.listed.values():
+                source._check()
+            yield made
 
     def batch(self, step, micro=0):
         """Micro-batch `micro` of optimizer step `step`, for this process: a function of these and of --seed alone."""
@@ -874,6 +862,9 @@ class Batches:
         """Counts samples whose answers the model had to cut, all of them: such a row trains nothing. labels: a row
         each, negative where nothing is predicted. ValueError where the first 32 samples are all of this kind."""
         empty = [source.samples[int(i)].name for i, row in zip(index, labels) if (row < 0).all()]
+        if empty and not self.cut and self.rank == 0:
+            print(f"warning: {empty[0]}: no answer of it fits into the model's row, so it trains nothing; all such "
+                  "samples are counted at the end", flush=True)
         self.cut |= dict.fromkeys(empty)
         self.answered = self.answered or len(empty) < len(labels)
         if not self.answered and len(self.cut) >= min(32, len(source)):

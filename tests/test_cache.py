@@ -104,7 +104,7 @@ def test_workers_give_exactly_the_batches_of_none(models, arch, tmp_path, capfd)
     assert found[:2] == found[2:] and len(found[0][0]) == 2
     assert set(made[0].cut) == set(made[2].cut) and "(row 5)" in str(made[2].cut)
     assert made[2].report().replace("003", "011") == made[0].report().replace("003", "011") != ""
-    assert capfd.readouterr().out.count("warning: ") == 2  # one in a run
+    assert 2 <= capfd.readouterr().out.count("warning: ") <= 3  # each process that reads it says so once
 
 def test_an_error_in_a_worker_is_the_one_without_workers(models, tmp_path):
     folder = write_folder(tmp_path / "f", 20)
@@ -180,7 +180,7 @@ def test_a_second_start_encodes_nothing(models, arch, stage, tmp_path, calls, mo
     reset(calls)
     flags += ["--cache", tmp_path / "c"]
     first = batches(models, *flags, arch=arch, stage=stage)
-    assert calls["encoded"] == 2 * (20 + 1)  # one more of each pool, to see how much room they take
+    assert calls["encoded"] == 2 * 20
     steps = list(first.steps(0, 5))
     reset(calls)
     (folder / "999.txt").write_text("no picture")  # is no part of the data
@@ -205,7 +205,7 @@ def test_what_was_encoded_before_a_crash_is_kept(models, tmp_path, calls, monkey
     folder, cache, true = write_folder(tmp_path / "f", 30, bad=(2,)), tmp_path / "c", data.Cache.write
 
     def dies(self, start, *rest):
-        if start == 16:
+        if start == 2:
             raise KeyboardInterrupt
         true(self, start, *rest)
     monkeypatch.setattr(data.Cache, "write", dies)
@@ -215,11 +215,11 @@ def test_what_was_encoded_before_a_crash_is_kept(models, tmp_path, calls, monkey
     monkeypatch.setattr(data.Cache, "write", true)
     reset(calls)
     made = batches(models, "--data", folder, "--cache", cache)
-    assert calls["encoded"] == 1 + 14 and made.size["real"] == 29 and len(shards(cache)) == 4
+    assert calls["encoded"] == 14 and made.size["real"] == 29 and len(shards(cache)) == 4
     os.remove(shards(cache)[1])
     reset(calls)
     assert same(batches(models, "--data", folder, "--cache", cache).batch(3), made.batch(3))
-    assert calls["encoded"] == 1 + 8
+    assert calls["encoded"] == 8
 
 def test_a_damaged_shard_is_named_with_the_way_out(models, tmp_path, calls):
     folder, cache = write_folder(tmp_path / "f", 12), tmp_path / "c"
@@ -233,11 +233,11 @@ def test_a_damaged_shard_is_named_with_the_way_out(models, tmp_path, calls):
     for content in (whole[:-9], whole[:5], b"", bytes(flipped)):
         with open(path, "wb") as f:
             f.write(content)
-        with pytest.raises(ValueError, match=f"^{path}: damaged shard of --cache .*: delete it, and its") as e:
+        with pytest.raises(ValueError, match=f"^{path}: damaged file of --cache .*: delete it$") as e:
             list(batches(models, *flags).steps(0, 4))
         assert "\n" not in str(e.value) and calls["encoded"] == 0
     os.remove(path)
-    assert batches(models, *flags).size["real"] == 12 and calls["encoded"] == 13
+    assert batches(models, *flags).size["real"] == 12 and calls["encoded"] == 12
 
 def test_whatever_encodings_depend_on_makes_a_new_key(models, tmp_path, calls):
     folder, cache = write_folder(tmp_path / "f", 4), tmp_path / "c"
@@ -245,7 +245,7 @@ def test_whatever_encodings_depend_on_makes_a_new_key(models, tmp_path, calls):
     def keys(*argv, stage="reca", arch="mar", size=1):
         reset(calls)
         batches(models, "--data", folder, "--cache", cache, *argv, stage=stage, arch=arch)
-        assert calls["encoded"] in (0, 5)
+        assert calls["encoded"] in (0, 4)
         return calls["encoded"] > 0
     assert keys() and not keys()
     assert not keys("--seed", "7", "--batch", "4", "--drop", "0.5")  # the order of samples has caches of no own
@@ -318,10 +318,9 @@ def test_processes_share_the_work_and_the_cache(models, tmp_path, monkeypatch):
                 made = batches(models, *flags, rank=rank, world=2)
                 want = {k: v[4 * rank:4 * rank + 4] for k, v in alone.batch(2)["recon"].items() if v.ndim}
                 good = all(torch.equal(made.batch(2)["recon"][k], v) for k, v in want.items() if k != "ids")
-                print(good, encoded, made.size)
-                code = 0 if good and sum(encoded) == 12 + (rank == 0) and made.size["real"] == 16 else 2
-            except Exception as e:
-                import traceback; traceback.print_exc()
+                dist.barrier()
+                code = 0 if good and sum(encoded) == 12 and made.size["real"] == 16 else 2
+                time.sleep(0.2)  # the other may still be in the barrier
             finally:
                 os._exit(code)
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0]
@@ -345,7 +344,7 @@ def test_a_run_goes_on_from_its_cache(tmp_path, monkeypatch):
     flags = ["--arch", "ar", "--data", str(folder), "--batch", "8", "--steps", "4", "--eval-n", "0", "--log-every", "1",
              "--mix", "recon=1", "--warmup", "1", "--device", "cpu", "--threads", "1", "--cache", str(tmp_path / "c")]
     first, count = run("a", *flags)
-    assert count == 2 and len(first) == 4
+    assert count == 1 and len(first) == 4
     assert run("b", *flags, "--stop-after", "2", "--workers", "1")[1] == 0
     assert run("b", "--resume", str(tmp_path / "b"), "--stop-after", "0") == (first, 0)
 
