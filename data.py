@@ -3,7 +3,6 @@
     python data.py --check PATH...     what is in these folders, shards or JSON files, and what is wrong with it
 """
 import argparse
-import ctypes
 import hashlib
 import io
 import json
@@ -16,7 +15,6 @@ import tarfile
 import time
 import warnings
 import zlib
-from bisect import bisect_left, bisect_right
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -447,7 +445,7 @@ class Images:
     def read_or_draw(self, i, rng):
         """(i, picture i) or, where it cannot be used, another one of its path that `rng` draws: not its neighbor each
         time. ValueError where none is good."""
-        path = bisect_right(self.starts, i)
+        path = np.searchsorted(self.starts, i, "right")
         for _ in range(20 * len(self) + 20):  # what is known to be bad is not read again
             if (image := self.read(i)) is not None:
                 return i, image
@@ -463,7 +461,7 @@ class Images:
             self.problems, self.rejected = ({k: v for each in found for k, v in each[n].items()} for n in (0, 1))
         good = [i for i, s in enumerate(self.samples) if s.name not in self.problems and s.name not in self.rejected]
         self._check(bool(good))
-        self.samples, self.starts = [self.samples[i] for i in good], [bisect_left(good, start) for start in self.starts]
+        self.samples, self.starts = [self.samples[i] for i in good], np.searchsorted(good, self.starts).tolist()
         return good
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -579,11 +577,10 @@ class Batches:
 
     def __init__(self, args, model, device="cpu", rank=0, world=1, view=None):
         self.args, self.parts, self.model = args, args.mix, model
-        self.device, self.rank, self.world = device, rank, world
+        self.device, self.rank, self.world = torch.device(device), rank, world
         self.samples = {part: round(args.batch * share) for part, share in self.parts.items()}  # of all processes
         self.view = (view or VIEWS[args.understanding]) if "recon" in self.parts else None
-        self.workers, self.pin = worker_count(args, device), torch.device(device).type == "cuda"
-        self.weights = check_weights(getattr(args, "data_weights", None), args.data or ())
+        self.workers = worker_count(args, device)
         sources, self.texts = self.sources()
         self.encodings, self.uncached, self.size = {}, {}, {"text": args.pool}
         self.cut, self.answered = {}, False  # names of samples of which no answer is left; was there another one?
@@ -592,9 +589,6 @@ class Batches:
             self.size[name] = len(sources[name])
             self.keep_encodings(name, sources[name])
             self.size[name] = len(sources[name])  # without what was found to be broken
-            starts = sources[name].starts if name in self.own and self.weights else ()
-            if empty := [path for path, at, end in zip(args.data or (), starts, starts[1:]) if at == end]:
-                raise ValueError(f"--data-weights: no picture of {empty[0]} can be used")
         if rank == 0:
             counts = ", ".join(f"{name} {self.size[name]:,}" for name in sorted(sources))
             print(f"pools: {counts} images, frozen encodings computed in {time.time() - start:.1f} s", flush=True)
@@ -607,7 +601,12 @@ class Batches:
         args, captioned = self.args, self.args.stage in ("sft", "base")
         self.pool_of = {"recon": "broad", "i2t": "broad", "words": "broad", "uncond": "broad", "t2i": "captioned",
                         "align": "captioned", "edit": "edits", "images": "crowded"}
-        own = self.own = {"captioned" if captioned else "real"} if args.data else set()
+        own, self.weights = {"captioned" if captioned else "real"} if args.data else set(), {}
+        if weights := getattr(args, "data_weights", None):
+            if len(weights) != len(args.data or ()) or not all(0 < weight < float("inf") for weight in weights):
+                raise ValueError(f"--data-weights {' '.join(map(str, weights))}: {len(weights)} numbers for "
+                                 f"{len(args.data or ())} paths of --data; give one above 0 for each")
+            self.weights = dict.fromkeys(own, weights)
         for name in own:
             parts = ("t2i", "align", "words", "uncond") if captioned else ("recon", "images")
             self.pool_of |= dict.fromkeys(parts, name)
@@ -799,12 +798,13 @@ class Batches:
     def numbers(self, part, step):
         """Those of the samples of a part, on all processes: from epochs, or with --data-weights as they fall."""
         n, pool, seed = self.samples[part], self.pool_of.get(part, "text"), self.args.seed
-        if not self.weights or pool not in self.own:
+        if pool not in self.weights:
             return batch_indices(self.size[pool], n, seed, step, part)
-        starts, numbers = self.listed[pool].starts, []
-        for place in range(n):
-            rng = text_rng(seed, step, part, place, "source")
-            [path] = rng.choices(range(len(self.weights)), self.weights)
+        starts, weights, numbers = self.listed[pool].starts, self.weights[pool], []
+        for rng in (text_rng(seed, step, part, place, "source") for place in range(n)):
+            [path] = rng.choices(range(len(weights)), weights)
+            if starts[path] == starts[path + 1]:
+                raise ValueError(f"--data-weights: no picture of {self.args.data[path]} can be used")
             numbers.append(rng.randrange(starts[path], starts[path + 1]))
         return torch.tensor(numbers)
 
@@ -826,7 +826,7 @@ class Batches:
             except Exception as e:  # as it is: DataLoader would make a page of text of it
                 made = e
             return made, [list(islice(d.items(), n, None)) for d, n in zip(self.found(), before)]
-        for made, news in prefetch(told, items, self.workers * (len(items) > 1), self.pin):
+        for made, news in prefetch(told, items, self.workers * (len(items) > 1), self.device.type == "cuda"):
             if isinstance(made, Exception):
                 raise made
             for d, new in zip(self.found(), news):
@@ -838,7 +838,7 @@ class Batches:
     def batch(self, step, micro=0):
         """Micro-batch `micro` of optimizer step `step`, for this process: a function of these and of --seed alone."""
         out, seed = {}, self.args.seed
-        pad_to = 0 if torch.device(self.device).type == "cpu" else None  # 0: the longest row; GPUs want fixed shapes
+        pad_to = 0 if self.device.type == "cpu" else None  # 0: the longest row; GPUs want fixed shapes
         for part, n in self.samples.items():
             per = n // (self.world * self.args.accum)
             first = (micro * self.world + self.rank) * per
@@ -886,44 +886,32 @@ class Batches:
                     lines.append(f"{pool}: {len(bad)} {what}, e.g. {name} ({why})")
         return "not trained on: " + "; ".join(lines) if lines else ""
 
-def check_weights(weights, paths):
-    if weights and (len(weights) != len(paths) or not all(0 < weight < float("inf") for weight in weights)):
-        raise ValueError(f"--data-weights {' '.join(map(str, weights))}: {len(weights)} numbers for {len(paths)} paths "
-                         "of --data; give one above 0 for each")
-    return weights
-
 def worker_count(args, device):
-    """--workers; where it was not given 0, but on GPUs, for own data at published sizes, up to 4."""
-    given, cores = getattr(args, "workers", 0), (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    wanted = args.config != "tiny" and (args.data or args.i2t_data) and torch.device(device).type == "cuda"
-    return given if given is not None else max(1, min(4, cores)) if wanted else 0
+    """--workers; where it was not given 0, but up to 4 on GPUs at published sizes."""
+    if (given := getattr(args, "workers", 0)) is None and args.config != "tiny" and torch.device(device).type == "cuda":
+        return max(1, min(4, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return given or 0
 
 def on_its_own(worker):
-    """Signals reach a whole group of processes; but a worker ends when its run says so, or has died."""
+    """A signal reaches a whole group of processes, but workers end after their run: when it says so, or is gone."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: also if it was killed
 
 def prefetch(make, items, workers=0, pin=False, depth=2):
     """Yields make(item) for each item, in order, made ahead: in a thread, or in so many processes, which are forked and
-    so share this one's memory; pin: for copies to a GPU. Close it before the program ends."""
+    so share this one's memory. pin: for copies to a GPU. Close the generator before the program ends."""
     if workers:
-        import resource  # not on Windows
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # each tensor on its way is an open file
-    loader = DataLoader(items, None, num_workers=workers, collate_fn=make, pin_memory=pin, generator=torch.Generator(),
-                        worker_init_fn=on_its_own, multiprocessing_context="fork" if workers else None)
-    pool, ahead, made = ThreadPoolExecutor(1), deque(), iter(loader)
+        import resource  # not on Windows; each tensor on its way is an open file
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    made = iter(DataLoader(items, None, num_workers=workers, collate_fn=make, pin_memory=pin, worker_init_fn=on_its_own,
+                           multiprocessing_context="fork" if workers else None, generator=torch.Generator()))
+    pool, ahead = ThreadPoolExecutor(1), deque()
     try:
-        if workers:
-            yield from made
-            return
         for _ in items:
             ahead.append(pool.submit(next, made))
             if len(ahead) > depth:
                 yield ahead.popleft().result()
-        yield from (made.result() for made in ahead)
+        yield from (future.result() for future in ahead)
     finally:  # a thread that is still inside torch while Python shuts down aborts the process
         pool.shutdown(wait=True, cancel_futures=True)
 

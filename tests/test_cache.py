@@ -143,7 +143,7 @@ def test_workers_end_with_the_run_and_not_before_it():
     assert "asked" in lines and lines[-1].isdecimal() and all(map(alive, pids))
     p.kill()
     p.wait()
-    end = time.time() + 5
+    end = time.time() + 15  # DataLoader's watchdog looks every 5 s
     while any(map(alive, pids)) and time.time() < end:
         time.sleep(0.05)
     assert not any(map(alive, pids))
@@ -163,7 +163,7 @@ def test_how_many_workers_there_are():
         return data.worker_count(args, device)
     cores = os.cpu_count()
     assert count("--data", "x") == max(1, min(4, cores)) and count("--data", "x", "--workers", "0") == 0
-    assert count() == count("--data", "x", device="cpu") == count("--data", "x", config="tiny") == 0
+    assert count("--data", "x", device="cpu") == count("--data", "x", config="tiny") == 0
     assert count("--workers", "7", device="cpu") == 7
 
 # ------------------------------------------------------------------------------------------------ cache
@@ -417,7 +417,7 @@ def test_sources_are_drawn_with_their_weights(models, tmp_path):
         batches(models, "--data-weights", "1")
     bad = write_folder(tmp_path / "bad", 2, bad=(0, 1))
     with pytest.raises(ValueError, match="--data-weights: no picture of .*bad can be used"):
-        batches(models, "--data", a, bad, "--data-weights", "1", "1")
+        next(batches(models, "--data", a, bad, "--data-weights", "1", "1").steps(0, 9))
 
 def test_pictures_are_not_opened_for_their_texts(models, tmp_path, calls):
     folder = write_folder(tmp_path / "f", 6)
