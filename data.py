@@ -512,15 +512,13 @@ def read_mix(mix):
     """["recon=1", ...], or the dictionary itself -> {part: share of --batch}. Raises ValueError."""
     if isinstance(mix, dict):
         return mix
-    items, text = [item.partition("=") for item in mix], f"--mix {' '.join(mix)}"
     try:
-        out = {part: float(share) for part, _, share in items}
+        out = {part: float(share) for part, _, share in (item.partition("=") for item in mix)}
     except ValueError:
-        raise ValueError(f"{text}: expected PART=SHARE ..., e.g. t2i=1 i2t=0.5") from None
-    if not set(out) <= set(PARTS) or len(out) < len(items):
-        raise ValueError(f"{text}: the parts, each at most once, are {', '.join(PARTS)}")
-    if not all(0 < share <= 1000 for share in out.values()):
-        raise ValueError(f"{text}: shares must be above 0 and at most 1000")
+        out = {}
+    if len(out) < len(mix) or not set(out) <= set(PARTS) or not all(0 < share <= 1000 for share in out.values()):
+        raise ValueError(f"--mix {' '.join(mix)}: expected PART=SHARE ..., e.g. t2i=1 i2t=0.5: shares above 0, at most "
+                         f"1000, of {', '.join(PARTS)}, each at most once")
     return out
 
 SHARD = 512  # rows in a file of --cache
@@ -544,7 +542,6 @@ class Cache:
         self.shards, self.good, self.types = [], [], {}
 
     def write(self, shard, encodings, verdicts):
-        """verdicts: {name: why} of the broken pictures among these rows, and of the rejected."""
         tensors, types = packed(encodings), {k: str(v.dtype).removeprefix("torch.") for k, v in encodings.items()}
         sums = torch.tensor([checksum(tensors, row) for row in range(len(next(iter(tensors.values()))))])
         write_safetensors(self.paths[shard], tensors | {"sums": sums}, {"about": json.dumps([types, verdicts])})
@@ -562,8 +559,8 @@ class Cache:
         """{name: tensor} of some of the good pictures, in the types that the model made. ValueError."""
         found = []
         for shard, row in (divmod(self.good[int(i)], SHARD) for i in index):
-            tensors = {k: self.shards[shard][k] for k in self.types}
-            if checksum(tensors, row) != self.shards[shard]["sums"][row]:
+            sums, tensors = self.shards[shard]["sums"], {k: self.shards[shard][k] for k in self.types}
+            if checksum(tensors, row) != sums[row]:
                 raise ValueError(f"{self.paths[shard]}: damaged file of --cache (row {row}): delete it")
             found.append({k: v[row] for k, v in tensors.items()})
         return {k: torch.stack([row[k] for row in found]).to(getattr(torch, kind)) for k, kind in self.types.items()}
@@ -695,8 +692,8 @@ class Batches:
     def cached(self, name, source):
         """The pool in --cache: each process encodes its share of the files that are not there yet, all read all."""
         n, folder = len(source), os.path.join(self.args.cache, f"{name}-{self.key(name, source)}")
-        os.makedirs(folder, exist_ok=True)
         cache = Cache(folder, n)
+        os.makedirs(folder, exist_ok=True)
         todo = [[shard for shard, path in enumerate(cache.paths) if not os.path.exists(path)]]
         if self.world > 1:
             dist.broadcast_object_list(todo)
@@ -808,12 +805,6 @@ class Batches:
             numbers.append(rng.randrange(starts[path], starts[path + 1]))
         return torch.tensor(numbers)
 
-    def steps(self, first, last):
-        """Yields the micro-batches of each step, made ahead. Close it before the program ends."""
-        def make(step):
-            return [self.batch(step, micro) for micro in range(self.args.accum)]
-        return self.ahead(make, range(first, last))
-
     def found(self):
         return [self.cut, *(d for source in self.listed.values() for d in (source.problems, source.rejected))]
 
@@ -827,12 +818,12 @@ class Batches:
                 made = e
             return made, [list(islice(d.items(), n, None)) for d, n in zip(self.found(), before)]
         for made, news in prefetch(told, items, self.workers * (len(items) > 1), self.device.type == "cuda"):
-            if isinstance(made, Exception):
-                raise made
             for d, new in zip(self.found(), news):
                 d.update(new)
             for source in self.listed.values():
                 source._check()
+            if isinstance(made, Exception):
+                raise made
             yield made
 
     def batch(self, step, micro=0):

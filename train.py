@@ -421,7 +421,8 @@ def train(run, signals):
     """The loop -> the last step that was done."""
     args, clock, since, done = run.args, time.time(), run.start, run.start
     run.model.train()
-    made = run.batches.steps(run.start, args.steps)
+    steps = range(run.start, args.steps)
+    made = run.batches.ahead(lambda step: [run.batches.batch(step, micro) for micro in range(args.accum)], steps)
     for done, micro_batches in enumerate(made, run.start + 1):
         totals, norm = train_step(run, done - 1, micro_batches)
         if done % args.log_every == 0 or done in (args.steps, run.start + 1):

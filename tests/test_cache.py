@@ -59,6 +59,12 @@ def batches(models, *argv, arch="ar", stage="reca", rank=0, world=1):
     models[arch].trainable_parameters(stage)
     return data.Batches(args, models[arch], "cpu", rank, world)
 
+def steps_of(made, first, last):
+    """As train.py has them made."""
+    def make(step):
+        return [made.batch(step, micro) for micro in range(made.args.accum)]
+    return made.ahead(make, range(first, last))
+
 def same(a, b):
     """Are two nests of dicts, lists and tensors equal?"""
     if isinstance(a, torch.Tensor):
@@ -97,7 +103,7 @@ def test_workers_give_exactly_the_batches_of_none(models, arch, tmp_path, capfd)
     flags = ["--data", folder, "--i2t-data", write_dialogues(folder), "--mix", "recon=1", "i2t=1", "--accum", "2",
              "--cache-gb", "0"]
     made = {n: batches(models, *flags, "--workers", n, arch=arch) for n in (0, 2)}
-    steps = {n: list(b.steps(3, 10)) for n, b in made.items()}
+    steps = {n: list(steps_of(b, 3, 10)) for n, b in made.items()}
     assert len(steps[0]) == 7 and len(steps[0][0]) == 2 and same(steps[0], steps[2])
     assert same(steps[0][2][1], batches(models, *flags, arch=arch).batch(5, 1))
     found = [(set(s.rejected), set(s.problems)) for n in (0, 2) for s in made[n].listed.values()]
@@ -113,7 +119,7 @@ def test_an_error_in_a_worker_is_the_one_without_workers(models, tmp_path):
     said = []
     for workers in (0, 1):
         with pytest.raises(ValueError) as e:
-            list(batches(models, "--data", folder, "--cache-gb", "1000", "--workers", workers).steps(0, 3))
+            list(steps_of(batches(models, "--data", folder, "--cache-gb", "0", "--workers", workers), 0, 3))
         said.append(str(e.value))
     assert said[0] == said[1] and "more than 1%" in said[0] and "\n" not in said[0]
 
@@ -181,11 +187,11 @@ def test_a_second_start_encodes_nothing(models, arch, stage, tmp_path, calls, mo
     flags += ["--cache", tmp_path / "c"]
     first = batches(models, *flags, arch=arch, stage=stage)
     assert calls["encoded"] == 2 * 20
-    steps = list(first.steps(0, 5))
+    steps = list(steps_of(first, 0, 5))
     reset(calls)
     (folder / "999.txt").write_text("no picture")  # is no part of the data
     again = batches(models, *flags, arch=arch, stage=stage)
-    assert same(list(again.steps(0, 5)), steps) and calls == dict(encoded=0, opened=0)
+    assert same(list(steps_of(again, 0, 5)), steps) and calls == dict(encoded=0, opened=0)
     for pool in POOLS[stage]:  # the order of good ones, and what was wrong with the others
         assert again.size[pool] == plain.size[pool] == 18
         assert again.listed[pool].rejected == plain.listed[pool].rejected != {}
@@ -234,7 +240,7 @@ def test_a_damaged_shard_is_named_with_the_way_out(models, tmp_path, calls):
         with open(path, "wb") as f:
             f.write(content)
         with pytest.raises(ValueError, match=f"^{path}: damaged file of --cache .*: delete it$") as e:
-            list(batches(models, *flags).steps(0, 4))
+            list(steps_of(batches(models, *flags), 0, 4))
         assert "\n" not in str(e.value) and calls["encoded"] == 0
     os.remove(path)
     assert batches(models, *flags).size["real"] == 12 and calls["encoded"] == 12
@@ -371,7 +377,7 @@ def test_parquet_gives_the_pictures_of_a_folder(models, tmp_path, monkeypatch):
         assert len(images.rejected) == 1 and images.samples[7].name.endswith(".parquet:7")
     assert [why.split(" column")[0] for _, why in images.left_out] == ["parquet files without a"]
     for sft, flags in (("reca", ()), ("sft", ("--cache", tmp_path / "c", "--workers", "2"))):
-        a, b = (list(batches(models, "--data", path, *flags, stage=sft).steps(0, 3)) for path in (folder, shard))
+        a, b = (list(steps_of(batches(models, "--data", path, *flags, stage=sft), 0, 3)) for path in (folder, shard))
         assert same(a, b)
     rows[4]["image"], rows[5]["text"] = None, None
     parquet.write_table(pa.Table.from_pylist(rows * 9), shard)
@@ -417,11 +423,11 @@ def test_sources_are_drawn_with_their_weights(models, tmp_path):
         batches(models, "--data-weights", "1")
     bad = write_folder(tmp_path / "bad", 2, bad=(0, 1))
     with pytest.raises(ValueError, match="--data-weights: no picture of .*bad can be used"):
-        next(batches(models, "--data", a, bad, "--data-weights", "1", "1").steps(0, 9))
+        next(steps_of(batches(models, "--data", a, bad, "--data-weights", "1", "1"), 0, 9))
 
 def test_pictures_are_not_opened_for_their_texts(models, tmp_path, calls):
     folder = write_folder(tmp_path / "f", 6)
     images = data.Images(folder, captions=True)
     assert [s.caption for s in images.samples] == [f"picture {i}" for i in range(6)]
     made = batches(models, "--data", folder, "--i2t-data", write_dialogues(folder, 6), "--mix", "text=1")
-    assert list(made.steps(0, 2)) and calls == dict(encoded=0, opened=0)
+    assert list(steps_of(made, 0, 2)) and calls == dict(encoded=0, opened=0)
