@@ -8,15 +8,11 @@ import io
 import json
 import os
 import random
-import signal
 import stat
 import sys
 import tarfile
 import time
 import warnings
-import zlib
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import count, islice
 from typing import NamedTuple
@@ -25,12 +21,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
-from safetensors import safe_open
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import shape_world
-from checkpoint import HERE, check_disk, one_line_errors, reading, reason_of, write_safetensors
+from checkpoint import HERE, check_disk, one_line_errors, reason_of
+from loading import Cache, cache_key, packed, prefetch, worker_count
 from vision_encoder import VIEWS, altered, as_rgb, to_float, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,6 +44,7 @@ MAX_SIDE = int(MAX_PIXELS ** 0.5)  # preprocessing may stretch or pad a picture 
 HIDDEN, NO_FILE = "hidden or system files and folders", "broken links, pipes and devices"
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 BLANK = Image.new("RGB", (64, 64))  # stands where a picture cannot be used, until its place is dropped
+PROBE = Image.linear_gradient("L").resize((97, 64)).convert("RGB")  # shows what preprocessing does
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses them: no warning on top
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long text beside the pixels does no harm
 
@@ -99,7 +95,8 @@ def picture_bytes(sample):
     if sample.group < 0:
         return read_part(sample.file, sample.offset, sample.size)
     value = row_group(sample.file, sample.group)[sample.offset].as_py()
-    return (value.get("bytes") if isinstance(value, dict) else value) or b""
+    value = value.get("bytes") if isinstance(value, dict) else value
+    return value if isinstance(value, bytes) else b""  # a name alone is no picture
 
 def open_image(source, exif=True):
     """Path or bytes of a picture -> RGB PIL image by `as_rgb`, the first frame of several, scaled down to sides of at
@@ -521,50 +518,6 @@ def read_mix(mix):
                          f"1000, of {', '.join(PARTS)}, each at most once")
     return out
 
-SHARD = 512  # rows in a file of --cache
-PROBE = Image.linear_gradient("L").resize((97, 64)).convert("RGB")  # what preprocessing makes of it is part of a key
-
-def packed(encodings):
-    """As they are kept on the disk: floats as bf16, codes in 16 bits where they fit."""
-    codes = {k: v for k, v in encodings.items() if v.dtype == torch.int64 and 0 <= v.min() and v.max() < 1 << 16}
-    floats = {k: v.bfloat16() for k, v in encodings.items() if v.is_floating_point()}
-    return encodings | floats | {k: v.to(torch.uint16) for k, v in codes.items()}
-
-def checksum(tensors, row):
-    return zlib.crc32(b"".join(tensors[k][row:row + 1].view(torch.uint8).numpy().tobytes() for k in sorted(tensors)))
-
-class Cache:
-    """Frozen encodings of n pictures on the disk, in files that are there whole or not at all, and are mapped to be
-    read, `rows` by rows. Rows have checksums, since nobody reads a whole file before a run."""
-
-    def __init__(self, folder, n):
-        self.paths = [os.path.join(folder, f"{start:09d}.safetensors") for start in range(0, n, SHARD)]
-        self.shards, self.good, self.types = [], [], {}
-
-    def write(self, shard, encodings, verdicts):
-        tensors, types = packed(encodings), {k: str(v.dtype).removeprefix("torch.") for k, v in encodings.items()}
-        sums = torch.tensor([checksum(tensors, row) for row in range(len(next(iter(tensors.values()))))])
-        write_safetensors(self.paths[shard], tensors | {"sums": sums}, {"about": json.dumps([types, verdicts])})
-
-    def open(self, source):
-        for path in self.paths:
-            with reading(path, "damaged file of --cache", ": delete it"), safe_open(path, "pt") as f:
-                self.shards.append({k: f.get_tensor(k) for k in f.keys()})
-                self.types, (broken, rejected) = json.loads(f.metadata()["about"])
-            source.problems |= broken
-            source.rejected |= rejected
-        self.good = source.keep_good()
-
-    def rows(self, index):
-        """{name: tensor} of some of the good pictures, in the types that the model made. ValueError."""
-        found = []
-        for shard, row in (divmod(self.good[int(i)], SHARD) for i in index):
-            sums, tensors = self.shards[shard]["sums"], {k: self.shards[shard][k] for k in self.types}
-            if checksum(tensors, row) != sums[row]:
-                raise ValueError(f"{self.paths[shard]}: damaged file of --cache (row {row}): delete it")
-            found.append({k: v[row] for k, v in tensors.items()})
-        return {k: torch.stack([row[k] for row in found]).to(getattr(torch, kind)) for k, kind in self.types.items()}
-
 class Batches:
     """`batch(step)` -> {part: {name: tensor}}, what this process trains on in one micro-batch: frozen encodings, token
     rows, randomness. A part takes its images from a pool (`pool_of`), whose encodings are computed once and kept in
@@ -691,7 +644,8 @@ class Batches:
 
     def cached(self, name, source):
         """The pool in --cache: each process encodes its share of the files that are not there yet, all read all."""
-        n, folder = len(source), os.path.join(self.args.cache, f"{name}-{self.key(name, source)}")
+        key = cache_key(self.model, self.args.stage, source, self.photo_pixels(name, [PROBE]))
+        n, folder = len(source), os.path.join(self.args.cache, f"{name}-{key}")
         cache = Cache(folder, n)
         os.makedirs(folder, exist_ok=True)
         todo = [[shard for shard, path in enumerate(cache.paths) if not os.path.exists(path)]]
@@ -700,8 +654,8 @@ class Batches:
         [todo] = todo
         for at in tqdm(range(0, len(todo), self.world), f"files of {folder}", disable=None if self.rank == 0 else True):
             shard = todo[min(at + self.rank, len(todo) - 1)]  # a sharded model encodes on all processes or on none
-            rows = range(n)[shard * SHARD:(shard + 1) * SHARD]
-            encodings = self.encode(name, source, [*rows] + [n - 1] * (SHARD - len(rows)) * (self.world > 1))
+            rows = range(n)[shard * cache.size:(shard + 1) * cache.size]
+            encodings = self.encode(name, source, [*rows] + [n - 1] * (cache.size - len(rows)) * (self.world > 1))
             encodings = {k: v[:len(rows)] for k, v in encodings.items()}
             if at == self.rank == 0:
                 need = len(todo) * sum(v.numel() * v.element_size() for v in packed(encodings).values())
@@ -715,24 +669,6 @@ class Batches:
                 dist.barrier()
         cache.open(source)
         return cache
-
-    @torch.no_grad()
-    def key(self, name, source):
-        """A hash of all that encodings depend on: weights of precompute that nobody trains, settings, preprocessing,
-        and the files (names, sizes, times of change)."""
-        key, stat_of, config = hashlib.sha256(), lru_cache(None)(os.stat), vars(self.model.config)
-        encoders = getattr(self.model, "encoders", None)  # the submodules of precompute; None: any
-        for k, t in self.model.state_dict(keep_vars=True).items():
-            if not t.requires_grad and (encoders is None or k.split(".")[0] in encoders):
-                t = getattr(t, "full_tensor", t.detach)().cpu().contiguous().flatten()
-                key.update(f"{k} {t.dtype}".encode() + t.view(torch.uint8).numpy().tobytes())
-        settings = {k: v for k, v in config.items() if k != "cfg"}, self.args.stage, source.exif
-        key.update(repr(settings).encode() + self.photo_pixels(name, [PROBE]).numpy().tobytes())
-        for s in source.samples:
-            found = stat_of(s.file)
-            about = os.path.abspath(s.file), found.st_size, found.st_mtime_ns, s.offset, s.size, s.group
-            key.update(repr(about).encode())
-        return key.hexdigest()[:20]
 
     def fetch(self, name, index, rngs=(), prefix=""):
         """-> index, {name: tensor} of some rows of a pool: encodings, or "pixels_in" for what is still to be encoded.
@@ -876,35 +812,6 @@ class Batches:
                     name, why = next(iter(bad.items()))
                     lines.append(f"{pool}: {len(bad)} {what}, e.g. {name} ({why})")
         return "not trained on: " + "; ".join(lines) if lines else ""
-
-def worker_count(args, device):
-    """--workers; where it was not given 0, but up to 4 on GPUs at published sizes."""
-    if (given := getattr(args, "workers", 0)) is None and args.config != "tiny" and torch.device(device).type == "cuda":
-        return max(1, min(4, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    return given or 0
-
-def on_its_own(worker):
-    """A signal reaches a whole group of processes, but workers end after their run: when it says so, or is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-
-def prefetch(make, items, workers=0, pin=False, depth=2):
-    """Yields make(item) for each item, in order, made ahead: in a thread, or in so many processes, which are forked and
-    so share this one's memory. pin: for copies to a GPU. Close the generator before the program ends."""
-    if workers:
-        import resource  # not on Windows; each tensor on its way is an open file
-        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    made = iter(DataLoader(items, None, num_workers=workers, collate_fn=make, pin_memory=pin, worker_init_fn=on_its_own,
-                           multiprocessing_context="fork" if workers else None, generator=torch.Generator()))
-    pool, ahead = ThreadPoolExecutor(1), deque()
-    try:
-        for _ in items:
-            ahead.append(pool.submit(next, made))
-            if len(ahead) > depth:
-                yield ahead.popleft().result()
-        yield from (future.result() for future in ahead)
-    finally:  # a thread that is still inside torch while Python shuts down aborts the process
-        pool.shutdown(wait=True, cancel_futures=True)
 
 def check(paths, captions=False, image_root=None):
     """Read everything once and print what is there; True if it can be trained on."""

@@ -7,11 +7,12 @@ import checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BUDGET = {"train.py": 450, "sample.py": 250, "evaluate.py": 600, "vision_encoder.py": 400, "image_tokenizer.py": 600,
-          "text_tokenizer.py": 250, "data.py": 750, "shape_world.py": 450, "checkpoint.py": 720}
+          "text_tokenizer.py": 250, "data.py": 860, "loading.py": 120, "shape_world.py": 450, "checkpoint.py": 720}
 MODELS = ("model_mar.py", "model_ar.py", "model_diffusion.py")  # a reader's own model file is not counted
 MAY_IMPORT = {  # rooms below each room; a model file's name stands for all of them
     "custom_kernels": [], "text_tokenizer": [], "shape_world": [], "checkpoint": ["text_tokenizer"],
-    "vision_encoder": ["custom_kernels"], "data": ["shape_world", "checkpoint", "vision_encoder"],
+    "vision_encoder": ["custom_kernels"], "loading": ["checkpoint"],
+    "data": ["shape_world", "checkpoint", "loading", "vision_encoder"],
     "image_tokenizer": ["data", "checkpoint", "vision_encoder"],
     "model": ["data", "vision_encoder", "image_tokenizer", "checkpoint", "custom_kernels"],
     "sample": ["data", "checkpoint"], "evaluate": ["data", "shape_world", "checkpoint"],
