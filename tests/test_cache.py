@@ -29,8 +29,8 @@ def picture(i, size=(32, 24)):
     Image.fromarray(noise).save(out, "PNG")
     return out.getvalue()
 
-def write_folder(path, n=20, bad=(), **files):
-    """n pictures with captions, some with a side that is too long; one in three is the same as another."""
+def write_folder(path, n=20, bad=()):
+    """n pictures with captions; those in `bad` are much too long for their width."""
     path.mkdir(parents=True)
     for i in range(n):
         (path / f"{i:03d}.png").write_bytes(picture(i, (300, 20) if i in bad else (32, 24)))
