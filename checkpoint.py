@@ -83,6 +83,7 @@ RANGES = {  # lowest and highest value of every flag that is a number, in train.
     **dict.fromkeys(("warmup", "save_every", "eval_every", "eval_n", "stop_after", "clip", "preview_every"), (0, MANY)),
     **dict.fromkeys(("batch", "n", "max_new_tokens"), (1, 10 ** 6)), **dict.fromkeys(("accum", "threads"), (1, 4096)),
     **dict.fromkeys(("drop", "wrong_captions", "sparse_captions", "altered_share"), (0, 1)), "questions": (1, 64),
+    "workers": (0, 256),
     **dict.fromkeys(("betas", "ema"), (0, 1 - 1e-9)), **dict.fromkeys(("lr", "muon_lr", "muon_decay"), (0, 100)),
     **dict.fromkeys(("weight_decay", "temperature"), (0, 100)), **dict.fromkeys(("i2t_weight", "t2i_weight"), (0, 1e6)),
     "preview": (0, 64), "cfg": (1, 1000), "lora": (0, 4096), "cache_gb": (0, 1e6), "seed": (0, 2 ** 62)}
@@ -142,6 +143,9 @@ def one_line_errors(main):
     except Exception as e:
         peer = isinstance(e, dist.DistError) or (isinstance(e, RuntimeError) and "gloo" in str(e))
         known = (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError)
+        if "DataLoader worker" in str(e):  # raised wherever this process happens to be
+            e = MemoryError(f"a process of --workers has died ({reason_of(e)}), mostly for want of (shared) memory: "
+                            "give fewer --workers, or 0")
         if os.environ.get("NANORECA_TRACEBACK") or not (peer or isinstance(e, known)):
             raise
         if peer:
@@ -595,8 +599,8 @@ def read_config(folder):
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{folder}: no config.json there; expected a folder written by train.py "
-                                "(model.safetensors + config.json; one with --shard is joined by train.py --export), or "
-                                "give --config for a published checkpoint")
+                                "(model.safetensors + config.json; --shard runs are joined by --export), or give "
+                                "--config for a published checkpoint")
     meta = read_json(path)
     if not isinstance(meta, dict) or "config" not in meta or "arch" not in meta:
         raise BadFile(f"{path}: lacks 'arch' or 'config': not a config.json of this project (transformers-style "
@@ -775,15 +779,15 @@ def lock_folder(args):
 def size_of(tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
 
-def check_disk(folder, need):
+def check_disk(folder, need, what="a checkpoint", flag="--out"):
     """ValueError where `need` bytes do not fit beside what is there. A file is written whole before the old one
     goes."""
     free = shutil.disk_usage(folder).free
     if need > free:
         def text(n):
             return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
-        raise ValueError(f"{folder}: a checkpoint needs {text(need)} and {text(free)} are free: make room, or give "
-                         "--out on another disk (what was saved before is untouched)")
+        raise ValueError(f"{folder}: {what} needs {text(need)} and {text(free)} are free: make room, or give {flag} on "
+                         "another disk (what was saved before is untouched)")
 
 def last_good(folder):
     path = os.path.join(folder, "checkpoint.pt")

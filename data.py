@@ -1,6 +1,6 @@
 """Data: people's pictures, the order of samples, and what a step trains on: these or the shape world.
 
-    python data.py --check PATH...     what is in these folders, tar shards or JSON files, and what is wrong with it
+    python data.py --check PATH...     what is in these folders, shards or JSON files, and what is wrong with it
 """
 import argparse
 import hashlib
@@ -8,33 +8,38 @@ import io
 import json
 import os
 import random
+import signal
 import stat
 import sys
 import tarfile
 import time
 import warnings
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from itertools import islice
+from functools import lru_cache, partial
+from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
+from safetensors import safe_open
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import shape_world
-from checkpoint import HERE, one_line_errors, origin, reading, reason_of
+from checkpoint import HERE, check_disk, one_line_errors, origin, reading, reason_of, write_safetensors
 from vision_encoder import VIEWS, altered, as_rgb, to_float, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures that people have: single ones, and in folders, tar shards and LLaVA JSON
+# Pictures that people have: single ones, and in folders, tar shards, parquet and LLaVA JSON
 
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGE_TYPES += (".avif",) * bool(features.check("avif"))
 TEXT_TYPES = (".txt", ".json")
+CAPTION_COLUMNS, PICTURE_COLUMNS = ("caption", "text", "prompt"), ("image", "jpg", "png", "webp")  # of parquet
 UNREAD = {(".heic", ".heif", ".hif", ".avif"): "pictures that Pillow here cannot open (HEIC, AVIF: convert to JPEG)",
           (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip"): "compressed or nested archives (only "
           "a plain .tar has random access: gunzip or unpack them)"}
@@ -44,16 +49,18 @@ MAX_SIDE = int(MAX_PIXELS ** 0.5)  # preprocessing may stretch or pad a picture 
 HIDDEN, NO_FILE = "hidden or system files and folders", "broken links, pipes and devices"
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 BLANK = Image.new("RGB", (64, 64))  # stands where a picture cannot be used, until its place is dropped
+PROBE = Image.linear_gradient("L").resize((97, 64)).convert("RGB")  # shows what preprocessing does
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses them: no warning on top
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long text beside the pixels does no harm
 
 class Sample(NamedTuple):
     name: str  # for messages: the file, or shard.tar:member
     file: str
-    offset: int = 0  # where the picture's bytes lie in `file`
+    offset: int = 0  # where the picture's bytes lie in `file`; in parquet: the row in its group
     size: int = -1  # how many; -1: to the end
     caption: str = ""  # only where captions are asked for
     turns: tuple = ()  # LLaVA JSON: ((question, answer), ...), "<image>" taken out
+    group: int = -1  # parquet: the row group
 
 def shown(name):
     """A name of a file as part of one line for any terminal: what cannot be printed is escaped."""
@@ -82,6 +89,19 @@ def read_part(file, offset, size):
     with open(file, "rb") as f:
         f.seek(offset)
         return f.read(size)
+
+@lru_cache(2)
+def row_group(file, group):
+    """The pictures in a row group of a parquet file, which can be read as a whole only: so the last two are kept."""
+    from pyarrow.parquet import ParquetFile
+    return ParquetFile(file, memory_map=True).read_row_group(group, PICTURE_COLUMNS, use_threads=False).column(0)
+
+def picture_bytes(sample):
+    if sample.group < 0:
+        return read_part(sample.file, sample.offset, sample.size)
+    value = row_group(sample.file, sample.group)[sample.offset].as_py()
+    value = value.get("bytes") if isinstance(value, dict) else value
+    return value if isinstance(value, bytes) else b""  # a name alone is no picture
 
 def open_image(source, exif=True):
     """Path or bytes of a picture -> RGB PIL image by `as_rgb`, the first frame of several, scaled down to sides of at
@@ -181,9 +201,9 @@ def after_zeros(f, at):
         at += len(chunk)
 
 class Images:
-    """Pictures at random access: in folders (recursive, links followed), tar shards, LLaVA JSON, single files;
+    """Pictures at random access: in folders (recursive, links followed), tar shards, parquet, LLaVA JSON, single files;
     `images.read(i)` -> RGB PIL image of images.samples[i]. captions=True reads the .txt or .json beside each picture;
-    without one it is broken. exif: see open_image.
+    without one it is broken. exif: see open_image. starts[k]: where the samples of path k begin.
     `problems` (broken) and `rejected` (a side <= 8 pixels, an aspect ratio >= 10) map names to reasons, `left_out`
     lists (name, reason) of what was never a sample. ValueError once more than max_broken of all are broken (1: they
     are only counted), FileNotFoundError for a path that is not there."""
@@ -191,13 +211,14 @@ class Images:
     def __init__(self, paths, captions=False, image_root=None, max_broken=0.01, exif=True):
         self.samples, self.problems, self.rejected, self.left_out = [], {}, {}, []
         self.captions, self.image_root, self.max_broken, self.exif = captions, image_root, max_broken, exif
-        self.folders = set()  # the real paths of those that were read: links may lead in circles
+        self.folders, self.starts = set(), [0]  # the real paths of folders that were read: links may lead in circles
         for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
             self._add(os.fspath(path))
+            self.starts.append(len(self.samples))
         self.total = len(self.samples) + len(self.problems)
         if not self.total:
             raise ValueError(f"{shown(str(paths))}: no pictures found ({', '.join(IMAGE_TYPES)}, in folders, tars, "
-                             f"LLaVA JSON){self._left_out()}")
+                             f"parquet, LLaVA JSON){self._left_out()}")
         self._check()
 
     def _add(self, path):
@@ -210,14 +231,17 @@ class Images:
             raise ValueError(f"{shown(path)}: not a regular file; expected folder, tar shard, picture or LLaVA JSON")
         elif kind.lower() == ".tar":
             self._add_tar(path)
+        elif kind.lower() == ".parquet":
+            if why := self._add_parquet(path):
+                raise ValueError(f"{shown(path)}: left out: {why}")
         elif kind.lower() in (".json", ".jsonl"):
             self._add_llava(path)
         elif kind.lower() in IMAGE_TYPES:
             beside = [base + end for base in (stem, key_of(path)) for t in TEXT_TYPES for end in (t, t.upper())]
             self._add_files({name: (name, 0, -1) for name in [path, *filter(os.path.isfile, beside)]})
         else:
-            raise ValueError(f"{shown(path)}: unknown kind of data: {why_unread(path)}; expected folder, .tar, .json, "
-                             f".jsonl, {', '.join(IMAGE_TYPES)}")
+            raise ValueError(f"{shown(path)}: unknown kind of data: {why_unread(path)}; expected folder, .tar, "
+                             f".parquet, .json, .jsonl, {', '.join(IMAGE_TYPES)}")
 
     def _add_folder(self, path):
         todo = [path]
@@ -317,13 +341,15 @@ class Images:
                     self._add_one(sample, texts or {kind: same[0] for kind, same in some.items()})
             elif kind == ".tar" and not label:
                 self._add_tar(name)
+            elif kind == ".parquet" and not label:
+                self.left_out += [(shown(name), why)] if (why := self._add_parquet(name)) else []
             elif kind not in TEXT_TYPES:
                 self.left_out.append((label + shown(name), why_unread(name)))
 
     def _add_one(self, sample, texts):
-        """texts: {".txt" or ".json": where it lies}."""
+        """texts: {".txt" or ".json": where it lies, or what it says}."""
         try:
-            caption = read_caption({kind: read_part(*where) for kind, where in texts.items()})
+            caption = read_caption({k: at if isinstance(at, bytes) else read_part(*at) for k, at in texts.items()})
             problem = "empty caption" if texts else "no caption (.txt or .json beside it)"
         except (ValueError, OSError, RecursionError) as e:
             way_out = ": convert it to UTF-8" * isinstance(e, UnicodeDecodeError)
@@ -332,6 +358,27 @@ class Images:
             self.problems[sample.name] = problem
         else:
             self.samples.append(sample._replace(caption=caption))
+
+    def _add_parquet(self, path):
+        """-> "", or why the file is left out. Of its columns none but the captions are read."""
+        rows = count()
+        try:
+            from pyarrow.parquet import ParquetFile
+            file = ParquetFile(path)
+            columns = set(file.schema_arrow.names)
+            if not columns & set(PICTURE_COLUMNS):
+                return f"parquet files without a column {', '.join(PICTURE_COLUMNS)}"
+            for group in range(file.num_row_groups):
+                texts = file.read_row_group(group, [k for k in CAPTION_COLUMNS if k in columns and self.captions])
+                for at, said in enumerate(texts.to_pylist()):
+                    sample = Sample(f"{shown(path)}:{next(rows)}", path, at, group=group)
+                    said = json.dumps({k: v for k, v in said.items() if isinstance(v, str)})
+                    self._add_one(sample, {".json": said.encode()} if self.captions else {})
+        except ImportError:
+            return "parquet files, for which pyarrow is missing (pip install pyarrow)"
+        except Exception as e:  # pyarrow has its own kinds
+            raise ValueError(f"{shown(path)}: truncated or damaged parquet file ({reason_of(e)})") from None
+        return ""
 
     def _add_llava(self, path):
         rows, root, missing = read_rows(path), self.image_root or os.path.dirname(path), []
@@ -389,7 +436,7 @@ class Images:
         if s.name in self.problems or s.name in self.rejected:
             return None
         try:
-            image = open_image(read_part(s.file, s.offset, s.size), self.exif)
+            image = open_image(picture_bytes(s), self.exif)
         except (ValueError, OSError) as e:
             self.problems[s.name] = str(e).removeprefix("picture: ")
             self._check()
@@ -401,12 +448,13 @@ class Images:
         return None
 
     def read_or_draw(self, i, rng):
-        """(i, picture i) or, where it cannot be used, another one that `rng` draws: not its neighbor each time.
-        ValueError where none is good."""
+        """(i, picture i) or, where it cannot be used, another one of its path that `rng` draws: not its neighbor each
+        time. ValueError where none is good."""
+        path = np.searchsorted(self.starts, i, "right")
         for _ in range(20 * len(self) + 20):  # what is known to be bad is not read again
             if (image := self.read(i)) is not None:
                 return i, image
-            i = rng.randrange(len(self))
+            i = rng.randrange(self.starts[path - 1], self.starts[path])
         self._check(False)
 
     def keep_good(self):
@@ -418,7 +466,7 @@ class Images:
             self.problems, self.rejected = ({k: v for each in found for k, v in each[n].items()} for n in (0, 1))
         good = [i for i, s in enumerate(self.samples) if s.name not in self.problems and s.name not in self.rejected]
         self._check(bool(good))
-        self.samples = [self.samples[i] for i in good]
+        self.samples, self.starts = [self.samples[i] for i in good], np.searchsorted(good, self.starts).tolist()
         return good
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -456,6 +504,100 @@ def text_rng(*parts):
     return random.Random(_mix(*parts))
 
 # ---------------------------------------------------------------------------------------------------------------------
+# How batches come in time: made ahead in processes or a thread, from encodings that are kept on the disk
+
+def worker_count(args, device):
+    """--workers; where it was not given 0, but up to 4 on GPUs at published sizes."""
+    if (given := getattr(args, "workers", 0)) is None and args.config != "tiny" and torch.device(device).type == "cuda":
+        return max(1, min(4, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return given or 0
+
+def on_its_own(worker):
+    """A signal reaches a whole group of processes, but workers end after their run: when it says so, or is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+def prefetch(make, items, workers=0, pin=False, depth=2):
+    """Yields make(item) for each item, in order, made ahead: in a thread, or in so many processes, which are forked and
+    so share this one's memory. pin: for copies to a GPU. Close the generator before the program ends."""
+    if workers:
+        import resource  # not on Windows; each tensor on its way is an open file
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    made = iter(DataLoader(items, None, num_workers=workers, collate_fn=make, pin_memory=pin, worker_init_fn=on_its_own,
+                           multiprocessing_context="fork" if workers else None, generator=torch.Generator()))
+    pool, ahead = ThreadPoolExecutor(1), deque()
+    try:
+        for _ in items:
+            ahead.append(pool.submit(next, made))
+            if len(ahead) > depth:
+                yield ahead.popleft().result()
+        yield from (future.result() for future in ahead)
+    finally:  # a thread that is still inside torch while Python shuts down aborts the process
+        pool.shutdown(wait=True, cancel_futures=True)
+
+SHARD = 512  # rows in a file of --cache
+
+def cache_key(model, stage, source, example):
+    """A hash of all that the encodings of a data.Images depend on: the weights of precompute that nobody trains, the
+    settings, preprocessing (example: what it made of a fixed picture), and the files: names, sizes, times of change."""
+    key, stat_of = hashlib.sha256(), lru_cache(None)(os.stat)
+    encoders = getattr(model, "encoders", None)  # the submodules that precompute uses; None: any
+    for name, t in model.state_dict(keep_vars=True).items():
+        if not t.requires_grad and (encoders is None or name.split(".")[0] in encoders):
+            t = getattr(t, "full_tensor", t.detach)().cpu().contiguous().flatten()  # full_tensor: of a sharded model
+            key.update(f"{name} {t.dtype}".encode() + t.view(torch.uint8).numpy().tobytes())
+    settings = {k: v for k, v in vars(model.config).items() if k != "cfg"}, stage, source.exif
+    key.update(repr(settings).encode() + example.numpy().tobytes())
+    for s in source.samples:
+        found = stat_of(s.file)
+        about = os.path.abspath(s.file), found.st_size, found.st_mtime_ns, s.offset, s.size, s.group
+        key.update(repr(about).encode())
+    return key.hexdigest()[:20]
+
+def packed(encodings):
+    """As they are kept on the disk: floats as bf16, codes in 16 bits where they fit."""
+    codes = {k: v for k, v in encodings.items() if v.dtype == torch.int64 and 0 <= v.min() and v.max() < 1 << 16}
+    floats = {k: v.bfloat16() for k, v in encodings.items() if v.is_floating_point()}
+    return encodings | floats | {k: v.to(torch.uint16) for k, v in codes.items()}
+
+def checksum(tensors, row):
+    return zlib.crc32(b"".join(tensors[k][row:row + 1].view(torch.uint8).numpy().tobytes() for k in sorted(tensors)))
+
+class Cache:
+    """Frozen encodings of n pictures on the disk, in files that are there whole or not at all and are mapped, not read.
+    Each row has a checksum, since nobody reads a whole file before a run. ValueError for a damaged one."""
+
+    def __init__(self, folder, n):
+        self.paths = [os.path.join(folder, f"{start:09d}.safetensors") for start in range(0, n, SHARD)]
+        self.size, self.shards, self.good, self.types = SHARD, [], [], {}
+
+    def write(self, shard, encodings, verdicts):
+        """verdicts: {name: why} of the pictures among these rows that are broken, and of those that are rejected."""
+        tensors, types = packed(encodings), {k: str(v.dtype).removeprefix("torch.") for k, v in encodings.items()}
+        sums = torch.tensor([checksum(tensors, row) for row in range(len(next(iter(tensors.values()))))])
+        write_safetensors(self.paths[shard], tensors | {"sums": sums}, {"about": json.dumps([types, verdicts])})
+
+    def open(self, source):
+        """Maps all files, and drops from `source` (a data.Images) what could not be used."""
+        for path in self.paths:
+            with reading(path, "damaged file of --cache", ": delete it"), safe_open(path, "pt") as f:
+                self.shards.append({k: f.get_tensor(k) for k in f.keys()})
+                self.types, (broken, rejected) = json.loads(f.metadata()["about"])
+            source.problems |= broken
+            source.rejected |= rejected
+        self.good = source.keep_good()
+
+    def rows(self, index):
+        """{name: tensor} of some of the good pictures, in the types that the model made."""
+        found = []
+        for shard, row in (divmod(self.good[int(i)], self.size) for i in index):
+            sums, tensors = self.shards[shard]["sums"], {k: self.shards[shard][k] for k in self.types}
+            if checksum(tensors, row) != sums[row]:
+                raise ValueError(f"{self.paths[shard]}: damaged file of --cache (row {row}): delete it")
+            found.append({k: tensors[k][row].to(getattr(torch, kind)) for k, kind in self.types.items()})
+        return {k: torch.stack([row[k] for row in found]) for k in self.types}
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What a step trains on: images whose frozen encodings are computed once, and batches that depend on (seed, step,
 # place) alone. RecA's requests stand beside the image in its prompt (arXiv 2509.07295): many, so that the model learns
 # to read the image and not one sentence, and short, because at tiny scale a text token costs as much as an image token.
@@ -469,29 +611,28 @@ def read_mix(mix):
     """["recon=1", ...], or the dictionary itself -> {part: share of --batch}. Raises ValueError."""
     if isinstance(mix, dict):
         return mix
-    items, text = [item.partition("=") for item in mix], f"--mix {' '.join(mix)}"
     try:
-        out = {part: float(share) for part, _, share in items}
-    except ValueError as e:
-        raise ValueError(f"{text}: expected PART=SHARE ..., e.g. t2i=1 i2t=0.5") from origin(e)
-    if not set(out) <= set(PARTS) or len(out) < len(items):
-        raise ValueError(f"{text}: the parts, each at most once, are {', '.join(PARTS)}")
-    if not all(0 < share <= 1000 for share in out.values()):
-        raise ValueError(f"{text}: shares must be above 0 and at most 1000")
+        out = {part: float(share) for part, _, share in (item.partition("=") for item in mix)}
+    except ValueError:
+        out = {}
+    if len(out) < len(mix) or not set(out) <= set(PARTS) or not all(0 < share <= 1000 for share in out.values()):
+        raise ValueError(f"--mix {' '.join(mix)}: expected PART=SHARE ..., e.g. t2i=1 i2t=0.5: shares above 0, at most "
+                         f"1000, of {', '.join(PARTS)}, each at most once")
     return out
 
 class Batches:
     """`batch(step)` -> {part: {name: tensor}}, what this process trains on in one micro-batch: frozen encodings, token
-    rows, randomness. A part takes its images from a pool (`pool_of`), whose encodings are computed once and kept on the
-    CPU, or step by step where they would need more than --cache-gb. view: what RecA's context holds instead of all that
-    the model sees of a picture, a function (model, pixels, encodings, rows, generator) -> encodings to replace, for
-    --altered-share of the pictures (None: that of --understanding)."""
+    rows, randomness. A part takes its images from a pool (`pool_of`), whose encodings are computed once and kept in
+    --cache or on the CPU, or step by step where they would need more than --cache-gb. view: what RecA's context holds
+    instead of all that the model sees of a picture, a function (model, pixels, encodings, rows, generator) -> encodings
+    to replace, for --altered-share of the pictures (None: that of --understanding)."""
 
     def __init__(self, args, model, device="cpu", rank=0, world=1, view=None):
         self.args, self.parts, self.model = args, args.mix, model
-        self.device, self.rank, self.world = device, rank, world
+        self.device, self.rank, self.world = torch.device(device), rank, world
         self.samples = {part: round(args.batch * share) for part, share in self.parts.items()}  # of all processes
         self.view = (view or VIEWS[args.understanding]) if "recon" in self.parts else None
+        self.workers = worker_count(args, device)
         sources, self.texts = self.sources()
         self.encodings, self.uncached, self.size = {}, {}, {"text": args.pool}
         self.cut, self.answered = {}, False  # names of samples of which no answer is left; was there another one?
@@ -512,7 +653,12 @@ class Batches:
         args, captioned = self.args, self.args.stage in ("sft", "base")
         self.pool_of = {"recon": "broad", "i2t": "broad", "words": "broad", "uncond": "broad", "t2i": "captioned",
                         "align": "captioned", "edit": "edits", "images": "crowded"}
-        own = {"captioned" if captioned else "real"} if args.data else set()
+        own, self.weights = {"captioned" if captioned else "real"} if args.data else set(), {}
+        if weights := getattr(args, "data_weights", None):
+            if len(weights) != len(args.data or ()) or not all(0 < weight < float("inf") for weight in weights):
+                raise ValueError(f"--data-weights {' '.join(map(str, weights))}: {len(weights)} numbers for "
+                                 f"{len(args.data or ())} paths of --data; give one above 0 for each")
+            self.weights = dict.fromkeys(own, weights)
         for name in own:
             parts = ("t2i", "align", "words", "uncond") if captioned else ("recon", "images")
             self.pool_of |= dict.fromkeys(parts, name)
@@ -539,6 +685,9 @@ class Batches:
 
     def keep_encodings(self, name, source):
         """Encodes a pool once, or leaves it to be encoded step by step where it is too large to keep."""
+        if isinstance(source, Images) and getattr(self.args, "cache", None):
+            self.encodings[name] = self.cached(name, source)
+            return
         one = self.encode(name, source, [0])
         gigabytes = len(source) * sum(v.numel() * v.element_size() for v in one.values()) / 1e9
         if gigabytes <= self.args.cache_gb:
@@ -567,10 +716,10 @@ class Batches:
         """The frozen encodings of some rows, on the CPU."""
         was, chunk = self.model.training, 256 if getattr(self.model.config, "image_size", 48) <= 64 else 8
         self.model.eval()
-        chunks = []
-        for start in tqdm(range(0, len(rows), chunk), f"encoding {name}", disable=None if show else True):
-            some = rows[start:start + chunk]
-            pixels = self.pixels(name, source, some).to(self.device)
+        chunks, pieces = [], [rows[start:start + chunk] for start in range(0, len(rows), chunk)]
+        made = self.ahead(partial(self.pixels, name, source), pieces)
+        for some, pixels in zip(tqdm(pieces, f"encoding {name}", disable=None if show else True), made):
+            pixels = pixels.to(self.device, non_blocking=True)
             encodings = self.model.precompute(pixels)
             if name == "altered":
                 generator = sample_generator(self.args.seed, 0, 0, "altered")
@@ -595,12 +744,41 @@ class Batches:
             out = {k: v[good] for k, v in out.items()}
         return out
 
+    def cached(self, name, source):
+        """The pool in --cache: each process encodes its share of the files that are not there yet, all read all."""
+        key = cache_key(self.model, self.args.stage, source, self.photo_pixels(name, [PROBE]))
+        n, folder = len(source), os.path.join(self.args.cache, f"{name}-{key}")
+        cache = Cache(folder, n)
+        os.makedirs(folder, exist_ok=True)
+        todo = [[shard for shard, path in enumerate(cache.paths) if not os.path.exists(path)]]
+        if self.world > 1:
+            dist.broadcast_object_list(todo)
+        [todo] = todo
+        for at in tqdm(range(0, len(todo), self.world), f"files of {folder}", disable=None if self.rank == 0 else True):
+            shard = todo[min(at + self.rank, len(todo) - 1)]  # a sharded model encodes on all processes or on none
+            rows = range(n)[shard * cache.size:(shard + 1) * cache.size]
+            encodings = self.encode(name, source, [*rows] + [n - 1] * (cache.size - len(rows)) * (self.world > 1))
+            encodings = {k: v[:len(rows)] for k, v in encodings.items()}
+            if at == self.rank == 0:
+                need = len(todo) * sum(v.numel() * v.element_size() for v in packed(encodings).values())
+                check_disk(folder, need, "the cache of encodings", "--cache")
+                print(f"{folder}: {need / 1e9:.3g} GB of encodings will be kept, for later runs, too", flush=True)
+            if at + self.rank < len(todo):
+                names = {source.samples[i].name for i in rows}
+                found = [{n: d[n] for n in names & d.keys()} for d in (source.problems, source.rejected)]
+                cache.write(shard, encodings, found)
+            if self.world > 1:
+                dist.barrier()
+        cache.open(source)
+        return cache
+
     def fetch(self, name, index, rngs=(), prefix=""):
         """-> index, {name: tensor} of some rows of a pool: encodings, or "pixels_in" for what is still to be encoded.
         Of people's pictures that are not encoded in advance, one that cannot be used gives way to one drawn by its
         place's random.Random, on whatever process: index says which."""
-        if name in self.encodings:
-            return index, {prefix + k: v[index] for k, v in self.encodings[name].items()}
+        if kept := self.encodings.get(name):
+            some = kept.rows(index) if isinstance(kept, Cache) else {k: v[index] for k, v in kept.items()}
+            return index, {prefix + k: v for k, v in some.items()}
         source = self.uncached[name]
         if not isinstance(source, Images):
             return index, {prefix + "pixels_in": self.pixels(name, source, index)}
@@ -650,19 +828,51 @@ class Batches:
 
     def sample_numbers(self, step):
         """{part: numbers of all samples in its pool} of a step, for messages."""
-        sizes = {part: self.size[self.pool_of.get(part, "text")] for part in self.samples}
-        numbers = {part: batch_indices(sizes[part], n, self.args.seed, step, part) for part, n in self.samples.items()}
-        return {part: index.tolist() for part, index in numbers.items()}
+        return {part: self.numbers(part, step).tolist() for part in self.samples}
+
+    def numbers(self, part, step):
+        """Those of the samples of a part, on all processes: from epochs, or with --data-weights as they fall."""
+        n, pool, seed = self.samples[part], self.pool_of.get(part, "text"), self.args.seed
+        if pool not in self.weights:
+            return batch_indices(self.size[pool], n, seed, step, part)
+        starts, weights, numbers = self.listed[pool].starts, self.weights[pool], []
+        for rng in (text_rng(seed, step, part, place, "source") for place in range(n)):
+            [path] = rng.choices(range(len(weights)), weights)
+            if starts[path] == starts[path + 1]:
+                raise ValueError(f"--data-weights: no picture of {self.args.data[path]} can be used")
+            numbers.append(rng.randrange(starts[path], starts[path + 1]))
+        return torch.tensor(numbers)
+
+    def found(self):
+        return [self.cut, *(d for source in self.listed.values() for d in (source.problems, source.rejected))]
+
+    def ahead(self, make, items):
+        """As `prefetch`, with --workers. What they find out about samples is known here with the item, too."""
+        def told(item):
+            before = [len(d) for d in self.found()]
+            try:
+                made = make(item)
+            except Exception as e:  # as it is: DataLoader would make a page of text of it
+                made = e
+            return made, [list(islice(d.items(), n, None)) for d, n in zip(self.found(), before)]
+        for made, news in prefetch(told, items, self.workers * (len(items) > 1), self.device.type == "cuda"):
+            for d, new in zip(self.found(), news):
+                d.update(new)
+            for source in self.listed.values():
+                source._check()
+            if isinstance(made, Exception):
+                raise made
+            yield made
 
     def batch(self, step, micro=0):
         """Micro-batch `micro` of optimizer step `step`, for this process: a function of these and of --seed alone."""
         out, seed = {}, self.args.seed
-        pad_to = 0 if torch.device(self.device).type == "cpu" else None  # 0: the longest row; GPUs want fixed shapes
+        pad_to = 0 if self.device.type == "cpu" else None  # 0: the longest row; GPUs want fixed shapes
         for part, n in self.samples.items():
             per = n // (self.world * self.args.accum)
             first = (micro * self.world + self.rank) * per
             places, name = range(first, first + per), self.pool_of.get(part)
-            index, encodings = batch_indices(self.size[name or "text"], n, seed, step, part)[first:first + per], {}
+            index, encodings = self.numbers(part, step)[first:first + per], {}
             if name:  # before the texts, which belong to the pictures that are really there
                 rngs = [text_rng(seed, step, part, place, "instead") for place in places]
                 index, encodings = self.fetch(name, index, rngs)
@@ -704,18 +914,6 @@ class Batches:
                     name, why = next(iter(bad.items()))
                     lines.append(f"{pool}: {len(bad)} {what}, e.g. {name} ({why})")
         return "not trained on: " + "; ".join(lines) if lines else ""
-
-def prefetch(make, steps, depth=2):
-    """Yields make(step) for each step, made in a thread, `depth` ahead. Close the generator before the program ends."""
-    pool, ahead = ThreadPoolExecutor(1), deque()
-    try:
-        for step in steps:
-            ahead.append(pool.submit(make, step))
-            if len(ahead) > depth:
-                yield ahead.popleft().result()
-        yield from (made.result() for made in ahead)
-    finally:  # a thread that is still inside torch while Python shuts down aborts the process
-        pool.shutdown(wait=True, cancel_futures=True)
 
 def check(paths, captions=False, image_root=None):
     """Read everything once and print what is there; True if it can be trained on."""

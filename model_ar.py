@@ -283,6 +283,7 @@ class ShowO(nn.Module):
     """config: ShowOConfig; tokenizer: a text tokenizer (encode_ordinary, decode, eos, vocab_size), needed where text is
     a string. A context is a pair (embeddings, layout) of rows whose target picture is still to be put in front."""
     image_tokenizer = "vq"  # the frozen tokenizer: this submodule, and its config in ShowOConfig
+    encoders = ("vq", "clip")  # the submodules that precompute uses
     device = property(lambda self: self.showo.lm_head.weight.device)
 
     def __init__(self, config, tokenizer=None):

@@ -316,6 +316,7 @@ Cache = namedtuple("Cache", "kv start rope")
 
 class Bagel(nn.Module):
     image_tokenizer = "vae"  # the frozen autoencoder's name, here and in the configuration
+    encoders = ("vae", "vit_model")  # the submodules that precompute uses
 
     def __init__(self, config, tokenizer=None):
         super().__init__()

@@ -370,6 +370,7 @@ def left_pad(rows, width, fill=0):
 
 class Harmon(nn.Module):
     image_tokenizer = "vae"  # the frozen autoencoder: this submodule, and its config in HarmonConfig
+    encoders = ("vae",)  # the submodules that precompute uses
 
     def __init__(self, config, tokenizer=None):
         super().__init__()

@@ -77,9 +77,12 @@ def parser():
     p.add_argument("--resume", metavar="RUN", help="run folder to continue; its arguments are kept unless given again")
     add = p.add_argument_group("your data (default: the shape world)").add_argument
     add("--data", nargs="+", help="images: folders, tar shards, files; captions are read for --stage sft and base only")
+    add("--data-weights", nargs="+", type=float, metavar="W", help="how often each of --data is drawn from, at random")
     add("--i2t-data", nargs="+", help="what keeps understanding: LLaVA JSON, or captioned folders and tars")
     add("--no-exif", action="store_true", help="pictures as they lie in their files, not turned as EXIF says")
     add("--image-root", help="folder that the image paths of a LLaVA JSON are relative to")
+    add("--workers", type=int, metavar="N", help="processes that read pictures (default 0; GPU runs at size: up to 4)")
+    add("--cache", metavar="DIR", help="keep frozen encodings there, of pools of any size, for later runs and --resume")
     shape_world.add_flags(p)
     add = p.add_argument_group("losses and optimization (defaults: the recipe)").add_argument
     add("--mix", nargs="+", metavar="PART=SHARE", help=f"shares of --batch, of the parts {', '.join(data.PARTS)}")
@@ -618,7 +621,8 @@ def train(run, signals):
     """The loop -> the last step that was done."""
     args, clock, since, done = run.args, time.time(), run.start, run.start
     run.model.train()
-    made = data.prefetch(lambda s: [run.batches.batch(s, m) for m in range(args.accum)], range(run.start, args.steps))
+    steps = range(run.start, args.steps)
+    made = run.batches.ahead(lambda step: [run.batches.batch(step, micro) for micro in range(args.accum)], steps)
     for done, micro_batches in enumerate(made, run.start + 1):
         totals, norm = train_step(run, done - 1, micro_batches)
         if done % args.log_every == 0 or done in (args.steps, run.start + 1):

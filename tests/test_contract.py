@@ -13,6 +13,7 @@ What train.py calls
     preprocess(image, purpose): PIL -> (3, H, W) in [-1, 1]. Training, all of one size: "recon", "t2i", "i2t", the part
         that the picture is for. Inference: "answer", "edit", "reconstruct".
     precompute(images (N, 3, H, W)) -> {name: tensor}: all that is frozen in `self.stage`; never random.
+    encoders: the names of the submodules that precompute uses, for the key of --cache (without it: all that is frozen).
     collate(part, samples, generators, shared, pad_to) -> {name: tensor}: what a loss needs besides: token rows,
         randomness (a generator for each sample, `shared` for what a batch has in common) and "count", by which its sum
         is divided. samples: dicts, by part: recon {prompt, drop}; t2i {caption, drop}; i2t and text {question, answer}
