@@ -367,6 +367,8 @@ def load_strict(module, state, what="model", device="cpu"):
     is copied."""
     own = {name: t for name, t in module.state_dict(keep_vars=True).items() if not name.endswith(ADAPTERS)}
     check_keys(own, state, what)
+    if left := [name for name, b in module.named_buffers() if b.is_meta and name not in own]:
+        raise ValueError(f"{what}: buffers {left[:5]} are in no checkpoint: compute them when the model is built")
     empty = {name for name, t in own.items() if t.device.type == "meta"}
     if empty:
         make_empty(module, device)
@@ -375,8 +377,6 @@ def load_strict(module, state, what="model", device="cpu"):
         mine, rows = own_rows(t)
         mine.copy_(state[name][rows] if t.ndim else state[name])
         check_numbers(name, mine, what)
-    if left := [k for k, b in module.named_buffers() if b.is_meta]:
-        raise ValueError(f"{what}: buffers {left[:5]} are in no checkpoint: compute them after loading")
 
 def make_empty(module, device):
     """Memory for a module on the meta device. Buffers with numbers in them, and which names share a parameter, stay."""

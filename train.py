@@ -211,7 +211,8 @@ def check_typed(args, argv=None):
                          "this out")
     llava = [path for path in args.i2t_data or () if path.lower().endswith((".json", ".jsonl"))]
     checkpoint.refuse_unused(
-        parser(), argv, ("ckpt overwrite", not args.resume, "new runs"), ("vision-ckpt", not tiny, "published models"),
+        parser(), argv, ("overwrite", not args.resume, "new runs"),
+        ("ckpt", not args.resume or args.lora, "new runs"), ("vision-ckpt", not tiny, "published models"),
         ("config", not tokenizer or tiny, "models"), ("text-tokenizer recompute shard cfg", not tokenizer, "models"),
         ("drop", parts & {"t2i", "recon"}, "t2i and recon"), ("muon-decay", args.muon_lr, "--muon-lr above 0"),
         ("tokenizer-ckpt", not tiny or (args.stage == "base" and not args.ckpt), "published models and new bases"),

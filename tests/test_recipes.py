@@ -86,13 +86,10 @@ def test_rates_of_runs_that_count_optimizer_steps():
 
 def test_the_two_bottlenecks_of_image_codes():
     """Half the size gives a quarter of the codes; blurred by 8 and enlarged again, a picture keeps all of them."""
-    file, flops = checkpoint.model_file("ar"), {}
+    file = checkpoint.model_file("ar")
     for config, scale, back in (("show-o-512", 2, False), ("show-o-512-blur8", 8, True)):
         c = file.CONFIGS[config]
         assert (c.reca_down_scale, c.reca_resize_back, c.w_clip_vit) == (scale, back, False)
-        with torch.device("meta"):
-            flops[config] = file.Model(c).flops_per_sample("recon")
-    assert flops["show-o-512-blur8"] > 1.4 * flops["show-o-512"]
     for back, codes in ((False, 1), (True, 9)):
         model = file.Model(dataclasses.replace(file.CONFIGS["tiny"], w_clip_vit=False, reca_down_scale=3,
                                                reca_resize_back=back))

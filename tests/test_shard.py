@@ -21,7 +21,7 @@ def go(*more):
     train.train(run, [])
     checkpoint.settle(run)
     run.lock = None
-    train.dist.init_process_group = lambda *args: None  # once is enough
+    train.dist.init_process_group = lambda *args, **more: None  # once is enough
     return checkpoint.all_tensors(run)
 
 train.report_step = lambda *args: None

@@ -232,7 +232,7 @@ for split in accums:  # of each process, "s" where they are sharded
     del run  # and with it the lock
     if train.dist.is_initialized():
         train.dist.barrier()
-        train.dist.init_process_group = lambda *args: None  # once is enough
+        train.dist.init_process_group = lambda *args, **more: None  # once is enough
 os._exit(0)
 """
 
