@@ -363,16 +363,17 @@ def own_rows(t):
 def load_strict(module, state, what="model", device="cpu"):
     """Copies `state` into `module`; every key must match in name and shape. Tensors take the module's dtype and device;
     of a module on the meta device, sharded or not, memory on `device` is made first, and each process reads its own
-    rows alone. Buffers that are there already are exact and stay. Raises ValueError as check_keys does, before anything
-    is copied."""
+    rows alone. Raises ValueError as check_keys does, before anything is copied."""
     own = {name: t for name, t in module.state_dict(keep_vars=True).items() if not name.endswith(ADAPTERS)}
     check_keys(own, state, what)
     if left := [name for name, b in module.named_buffers() if b.is_meta and name not in own]:
         raise ValueError(f"{what}: buffers {left[:5]} are in no checkpoint: compute them when the model is built")
-    empty = {name for name, t in own.items() if t.device.type == "meta"}
-    if empty:
+    if any(t.device.type == "meta" for t in own.values()):
         make_empty(module, device)
-        own = {name: t for name, t in module.state_dict(keep_vars=True).items() if name in empty}
+        own = {name: t for name, t in module.state_dict(keep_vars=True).items() if name in own}
+    else:  # what the module holds is worth something
+        for name, t in own.items():
+            check_numbers(name, state[name].to(t.dtype), what)
     for name, t in own.items():
         mine, rows = own_rows(t)
         mine.copy_(state[name][rows] if t.ndim else state[name])
@@ -811,7 +812,7 @@ def save_state(run, step):
     config = json.loads(json.dumps(dataclasses.asdict(run.model.config)))
     state = dict(step=step, args=vars(run.args), command=run.about["command"], config=config, history=run.history,
                  bf16=run.dtype == torch.bfloat16)
-    if run.rank == 0:
+    if run.rank == 0 and run.args.stage != "tokenizer":
         state["text_tokenizer"] = save_tokenizer(run.model, folder)
     check_disk(folder, run.checkpoint_size)
     if not run.sharded:
@@ -902,7 +903,8 @@ def shard_names(path):
 
 def load_shards(path, wanted):
     """Fills tensors {name: tensor}, whole or sharded over any number of processes, with what `all_tensors` wrote."""
-    if lacks := [name for name in wanted if name not in shard_names(path)]:
+    stored = shard_names(path)
+    if lacks := [name for name in wanted if name not in stored]:
         raise BadFile(f"{path}: lacks {len(lacks)} of {len(wanted)} tensors, first {lacks[0]}: of another model")
     with reading(path, "not a whole sharded checkpoint"):
         dcp.load(wanted, checkpoint_id=path, no_dist=not dist.is_initialized())

@@ -377,7 +377,7 @@ class Images:
         except ImportError:
             return "parquet files, for which pyarrow is missing (pip install pyarrow)"
         except Exception as e:  # pyarrow has its own kinds
-            raise ValueError(f"{shown(path)}: truncated or damaged parquet file ({reason_of(e)})") from None
+            raise ValueError(f"{shown(path)}: truncated or damaged parquet file ({reason_of(e)})") from origin(e)
         return ""
 
     def _add_llava(self, path):
@@ -613,11 +613,11 @@ def read_mix(mix):
         return mix
     try:
         out = {part: float(share) for part, _, share in (item.partition("=") for item in mix)}
-    except ValueError:
-        out = {}
-    if len(out) < len(mix) or not set(out) <= set(PARTS) or not all(0 < share <= 1000 for share in out.values()):
+        if len(out) < len(mix) or not set(out) <= set(PARTS) or not all(0 < share <= 1000 for share in out.values()):
+            raise ValueError
+    except ValueError as e:
         raise ValueError(f"--mix {' '.join(mix)}: expected PART=SHARE ..., e.g. t2i=1 i2t=0.5: shares above 0, at most "
-                         f"1000, of {', '.join(PARTS)}, each at most once")
+                         f"1000, of {', '.join(PARTS)}, each at most once") from origin(e)
     return out
 
 class Batches:

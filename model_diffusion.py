@@ -704,13 +704,16 @@ class Bagel(nn.Module):
             path = os.path.join(path, *files)
         with torch.device("meta"):
             model = cls(CONFIGS[config] if isinstance(config, str) else config, tokenizer)
-        cast(model.parameters(), dtype or torch.float32)  # not the two tables, which are exact; the file rounded them
+        cast(model.parameters(), dtype or torch.float32)
+        tables = [table.clone() for table in model.buffers()]  # of places; the file has them rounded
         model.vae.float()
         if prepare:
             prepare(model)
         tokenizer_path = tokenizer_path or os.path.join(os.path.dirname(path), "ae.safetensors")
         state = read_weights(path) | {f"vae.{name}": t for name, t in read_weights(tokenizer_path).items()}
         load_strict(model, state, {"vae.": tokenizer_path, "": path}, device)
+        for buffer, table in zip(model.buffers(), tables):
+            buffer.copy_(table)
         return model.eval()
 
     def published_state(self):

@@ -352,9 +352,9 @@ class Run:
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.lock = checkpoint.claim(args, self.rank, self.world)
         self.about = checkpoint.describe(args, state)  # now: the commit may be another one when the run ends
-        self.checkpoint_size = check_room(args, machine_of(args), self.rank)  # before anything is built
-        prepare = functools.partial(place, args=args, dtype=self.dtype, sharded=self.sharded)
-        self.model = build(args, state, prepare)
+        self.checkpoint_size = None
+        self.model = build(args, state, self.prepare)
+        self.checkpoint_size = self.checkpoint_size or check_room(args, machine_of(args), self.rank)
         self.named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.weights = {part: loss_weight(args, part) for part in args.mix}
         self.batches = data.Batches(args, self.model, self.device, self.rank, self.world)
@@ -375,6 +375,11 @@ class Run:
                      f"{self.world} x {self.device.type} in {self.dtype}, {args.steps} steps of {batch}")
         if args.shard and not state and recipe(args).get("muon_lr"):
             self.log.say("--shard: AdamW takes the place of the recipe's Muon, which needs whole matrices")
+
+    def prepare(self, model):
+        """For a model whose files are found and which has no memory yet."""
+        self.checkpoint_size = check_room(self.args, machine_of(self.args), self.rank)
+        place(model, self.args, self.dtype, self.sharded)
 
     def wrapped(self):
         args, cuda, forward = self.args, self.device.type == "cuda", self.model
@@ -658,6 +663,7 @@ Machine = collections.namedtuple("Machine", "world here gpu room peak name")  # 
 
 def machine_of(args):
     """The Machine that --plan-on names, or this one. Its GB are 10^9 bytes: cards have 7 % more, which CUDA takes."""
+    checkpoint.check_device(args.device)
     device, world = torch.device(args.device), int(os.environ.get("WORLD_SIZE", 1))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if not args.plan_on:
@@ -674,7 +680,8 @@ def rehearsal(args, low=False):
     parameter)] of what trains, and the parameters of the frozen autoencoder, which is never cast or sharded."""
     file, folder = checkpoint.model_file(args.arch), args.ckpt or ""
     config = file.CONFIGS[args.config]
-    if args.config == "tiny" and os.path.isfile(os.path.join(folder, "config.json")):  # of any size
+    ours = args.config == "tiny" and args.stage != "tokenizer"
+    if ours and os.path.isfile(os.path.join(folder, "config.json")):  # of any size
         config = checkpoint.from_dict(type(config), checkpoint.read_config(folder)["config"], folder)
     with torch.device("meta"):
         if args.stage == "tokenizer":

@@ -122,7 +122,8 @@ def test_an_error_in_a_worker_is_the_one_without_workers(models, tmp_path):
             made = steps_of(batches(models, "--data", folder, "--cache-gb", "0", "--workers", workers), 0, 3)
             list(made)
         said.append(str(e.value))
-    assert made and said[0] == said[1] and "more than 1%" in said[0] and "\n" not in said[0]
+    first = [text.partition(" ")[2].partition("(")[0] for text in said]  # how many are found meanwhile may differ
+    assert made and first[0] == first[1] and "more than 1%" in first[0] and "\n" not in said[0] + said[1]
 
 def child(program):
     return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -146,8 +147,9 @@ def test_workers_end_with_the_run_and_not_before_it():
     pids = {int(p.stdout.readline()) for _ in range(6)}
     assert len(pids) == 2 and p.pid not in pids and all(map(alive, pids))
     os.killpg(p.pid, signal.SIGTERM)
-    lines = [p.stdout.readline().strip() for _ in range(200)]
-    assert "asked" in lines and lines[-1].isdecimal() and all(map(alive, pids))
+    while p.stdout.readline().strip() != "asked":
+        assert p.poll() is None
+    assert all(p.stdout.readline().strip().isdecimal() for _ in range(50)) and all(map(alive, pids))
     p.kill()
     p.wait()
     end = time.time() + 15  # DataLoader's watchdog looks every 5 s

@@ -589,5 +589,5 @@ def test_processes_wait_long_for_the_first(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     threads = torch.get_num_threads()
-    train.setup(argparse.Namespace(device="cpu", threads=threads, seed=0))
+    train.setup(argparse.Namespace(device="cpu", threads=threads, seed=0, shard=False))
     assert [(name, more["timeout"].total_seconds()) for name, more in called] == [("gloo", 7200)]
