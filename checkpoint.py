@@ -86,7 +86,8 @@ RANGES = {  # lowest and highest value of every flag that is a number, in train.
     "workers": (0, 256),
     **dict.fromkeys(("betas", "ema"), (0, 1 - 1e-9)), **dict.fromkeys(("lr", "muon_lr", "muon_decay"), (0, 100)),
     **dict.fromkeys(("weight_decay", "temperature"), (0, 100)), **dict.fromkeys(("i2t_weight", "t2i_weight"), (0, 1e6)),
-    "preview": (0, 64), "cfg": (1, 1000), "lora": (0, 4096), "cache_gb": (0, 1e6), "seed": (0, 2 ** 62)}
+    **dict.fromkeys(("cache_gb", "data_weights"), (0, 1e6)), "preview": (0, 64), "cfg": (1, 1000), "lora": (0, 4096),
+    "seed": (0, 2 ** 62)}
 
 def check_ranges(args):
     """Raises ValueError for a number outside of its range; nan is outside of every range."""

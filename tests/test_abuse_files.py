@@ -571,7 +571,8 @@ def test_checksum(tmp_path, refused):
 def run_state(**change):
     tensor = torch.zeros(2)
     state = dict(step=3, args={"steps": 5}, config={}, model={"a": tensor}, ema=None,
-                 history=[{"step": 1, "recon": 0.5}], optimizers=[{"state": {0: {"exp_avg": tensor}}, "param_groups": [{"params": [0]}]}])
+                 history=[{"step": 1, "recon": 0.5}],
+                 optimizers=[{"state": {0: {"exp_avg": tensor}}, "param_groups": [{"params": [0]}]}])
     return {k: v for k, v in (state | change).items() if v != "gone"}
 
 BAD_STATES = {
@@ -588,7 +589,7 @@ def test_schema_of_a_good_run(refused):
     for change in ({}, {"ema": {"a": torch.zeros(2)}}, {"step": 0, "history": []}, {"optimizers": []}):
         check_state(run_state(**change), "r/checkpoint.pt")
     for state in ([], None, {}, torch.zeros(1)):
-        refused(lambda: check_state(state, "r/checkpoint.pt"), "step, args, model, optimizers")
+        refused(lambda: check_state(state, "r/checkpoint.pt"), "step, args, model, config, optimizers")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # flags: every one that is a number, and those that would be ignored
@@ -633,7 +634,7 @@ UNUSED = {  # what is typed, and the flag that would change nothing
         ("--resume RUN --ckpt x", "ckpt"), ("--resume RUN --overwrite", "overwrite"),
         ("--vision-ckpt x", "vision-ckpt"),
         ("--stage tokenizer --config CONFIG", "config"), ("--stage tokenizer --text-tokenizer x", "text-tokenizer"),
-        ("--stage tokenizer --checkpoint full", "checkpoint"), ("--stage tokenizer --drop 0.5", "drop"),
+        ("--stage tokenizer --recompute blocks", "recompute"), ("--stage tokenizer --drop 0.5", "drop"),
         ("--stage tokenizer --captioned 9", "captioned"), ("--stage tokenizer --i2t-data x.json", "i2t-data"),
         ("--stage tokenizer --eval-split dev --eval-n 0", "eval-split"),
         ("--stage tokenizer --pool 9 --data x", "pool"),

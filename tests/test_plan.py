@@ -65,7 +65,7 @@ def test_published_bagel():
 
 def test_items_add_up_and_one_gb_less_is_too_small(capsys, monkeypatch):
     monkeypatch.setattr(train, "count_flops", lambda model, batch: 0)  # tested above
-    typed = ["--arch", "ar", "--config", "show-o-256", "--batch", "2", "--plan-on"]
+    typed = ["--arch", "ar", "--config", "show-o-256", "--batch", "2", "--accum", "1", "--plan-on"]
     need = total_of(args_of(*typed, "1x80"))
     for gb, word in ((int(need / 1e9) + 1, "fits"), (int(need / 1e9), "does not fit")):
         assert train.main([*typed, f"1x{gb}"]) == 0
@@ -81,8 +81,8 @@ def test_items_add_up_and_one_gb_less_is_too_small(capsys, monkeypatch):
         train.main(["--plan-on", "80"])
 
 def test_a_run_that_cannot_fit_is_refused_and_one_that_fits_is_not(tmp_path):
-    args = args_of("--arch", "mar", "--config", "harmon-0.5b", "--device", "cpu", "--batch", "1", out=str(tmp_path),
-                   recompute="blocks")
+    args = args_of("--arch", "mar", "--config", "harmon-0.5b", "--device", "cpu", "--batch", "1", "--accum", "1",
+                   out=str(tmp_path), recompute="blocks")
     machine = train.machine_of(args)._replace(room=23e9)
     disk = train.check_room(args, machine, 1)
     assert 8e9 < disk < 10e9  # fp32 weights and two moments, none of them for what is frozen
