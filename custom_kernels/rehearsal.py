@@ -10,7 +10,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from . import pick
 
@@ -107,6 +106,7 @@ def rehearse(model, batch, mode):
 def count_flops(model, batch):
     """Operations of a micro-batch, forward and backward, by torch's counter: of attention as if nothing were masked,
     and none twice for recomputation."""
+    from torch.utils.flop_counter import FlopCounterMode  # which brings Triton along, where there is one
     with FlopCounterMode(display=False) as counter:
         rehearse(model, batch, StandIn(scores=True))
     return counter.get_total_flops()

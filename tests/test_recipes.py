@@ -35,7 +35,7 @@ def arguments(arch, config, *more):
 
 def test_the_table_has_every_published_size():
     assert set(SIZES) == {(arch, config) for arch in COMMON for config in checkpoint.model_file(arch).CONFIGS
-                          if config != "tiny"}
+                          if config not in ("tiny", "middle")}  # middle: of another test
 
 @pytest.mark.parametrize("arch, config", SIZES)
 def test_reca_is_as_published(arch, config):

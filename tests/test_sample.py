@@ -70,7 +70,7 @@ def run(tmp_path, monkeypatch):
     mask.save(tmp_path / "mask.png")
 
     def go(model, *flags):
-        monkeypatch.setattr(checkpoint, "load_model", lambda *args: model)
+        monkeypatch.setattr(checkpoint, "load_model", lambda *args, **more: model)
         files = {"PICTURE": str(tmp_path / "picture.png"), "MASK": str(tmp_path / "mask.png")}
         out = tmp_path / "out.png"
         out_flag = [] if "--question" in flags else ["--out", str(out)]
