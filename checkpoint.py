@@ -936,9 +936,10 @@ class Interrupted(Exception):
 @contextlib.contextmanager
 def averaged(run, may_end=False):
     """The model with its averaged weights, where --ema keeps some, as it is judged, drawn with and saved. may_end: a
-    signal may end what is done with it (Interrupted)."""
+    signal may end what is done with it (Interrupted). Where what is frozen is in bf16, products are, as in a step."""
+    mixed = run.dtype == torch.bfloat16 and run.args.config != "tiny"
     own, run.judging = [p.detach().clone() for _, p in run.named] if run.ema else [], may_end
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(run.device.type, run.dtype, enabled=mixed):
         try:
             for (_, p), average in zip(run.named, (run.ema or {}).values()):
                 p.copy_(average)

@@ -604,7 +604,7 @@ class ShowO(nn.Module):
         if chat:
             mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (c.clip_mean, c.clip_std))
             images = (images * 0.5 + 0.5 - mean) / std
-        return self.clip(images.to(self.mm_projector[0].weight.dtype))
+        return self.clip(images.to(next(self.clip.parameters()).dtype))
 
     def understand(self, images):
         """What RecA's context shows of images: {"features": (B, A, width)} or {"small_codes": (B, A)}."""

@@ -7,6 +7,7 @@ import torch
 from test_train import ARCHS, ROOT, SMALL, losses, python, run, torchrun
 
 import checkpoint
+import data
 import train
 
 STEPS = """
@@ -102,3 +103,24 @@ def test_what_is_frozen_is_bf16(tmp_path):
         whole = name in trained or name.startswith("vae.")
         assert dtype == (torch.float32 if whole else torch.bfloat16), name
     assert 0 < len(trained) < len(kinds)
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_models_with_frozen_bf16_draw_and_learn(arch):
+    """As on GPUs at published sizes: encodings without autocast, losses and drawings with it, near those of fp32."""
+    args, _ = train.parse_args(["--arch", arch, *SMALL])
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = checkpoint.load_model(arch, checkpoint.default_weights(arch, "base"))
+        batches = data.Batches(args, model)
+        args.config = "large"
+        train.place(model, args, dtype, False)
+        args.config = "tiny"
+        scenes = {name: source for name, source in batches.scenes.items() if name in ("broad", "captioned")}
+        batches.encodings |= {name: batches.encode(name, source, range(32)) for name, source in scenes.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            losses = model(batches.batch(0))
+            sum(losses.values()).backward()
+            picture = model.eval().generate(["a red circle"], generator=torch.Generator().manual_seed(0))
+            assert model.answer(picture, ["What color is the circle?"]) and picture.isfinite().all()
+        found.append(torch.stack([*losses.values()]).detach())
+    assert torch.allclose(found[0], found[1], rtol=0.1, atol=0.02), found
