@@ -477,11 +477,11 @@ class Bagel(nn.Module):
             x = x - v * (t - after)
         return x
 
-    def generate(self, prompts, cfg=None, steps=None, temperature=1.0, generator=None, size=None, **how):
+    def generate(self, prompts, cfg=None, steps=None, temperature=1.0, generator=None, size=None, think=False, **how):
         """Captions -> images. size: pixels, int or (H, W). Guidance compares with no context, not an empty text."""
         size = size or self.config.image_size
         size = (size, size) if isinstance(size, int) else size
-        return self.paint([], prompts, size, cfg, steps, temperature, generator, **how)
+        return self.paint([], prompts, size, cfg, steps, temperature, generator, think=think, **how)
 
     def reconstruct(self, images, prompt="Describe the image in detail.", cfg=None, steps=None, temperature=1.0,
                     generator=None, **how):
@@ -491,7 +491,8 @@ class Bagel(nn.Module):
         how = {"features": features, "interval": (0.0, 1.0), **how}
         return self.paint([("vit", grid)], prompts, images.shape[2:], cfg, steps, temperature, generator, **how)
 
-    def edit(self, images, instructions, cfg=None, steps=None, temperature=1.0, generator=None, cfg_image=None, **how):
+    def edit(self, images, instructions, cfg=None, steps=None, temperature=1.0, generator=None, cfg_image=None,
+             think=False, **how):
         """images and one instruction for each -> edited images in the size of vae_resize. Context: clean latents, what
         SigLIP sees, text; guidance leads away from pictures alone (cfg) and from text alone (cfg_image; None: the
         config's, but at most cfg, so that cfg 1 and a little more give nearly the same)."""
@@ -501,7 +502,7 @@ class Bagel(nn.Module):
         generators, cfg = vision.row_generators(generator, len(images)), vision.guidance(cfg, self.config.cfg)
         latents = self.sample_latents(moments, self.randn(generators, moments.shape[1]))
         how = {"interval": (0.0, 1.0), "renorm": "text_channel", "features": features, "latents": latents, **how,
-               "cfg_image": min(cfg, self.config.cfg_image) if cfg_image is None else cfg_image}
+               "think": think, "cfg_image": min(cfg, self.config.cfg_image) if cfg_image is None else cfg_image}
         pictures = [("clean", grid), ("vit", vit)]
         return self.paint(pictures, instructions, images.shape[2:], cfg, steps, temperature, generators, **how)
 
