@@ -811,7 +811,8 @@ def save_state(run, step):
     folder = run.args.out
     check_finite([*run.named, *(run.ema or {}).items()], folder)
     config = json.loads(json.dumps(dataclasses.asdict(run.model.config)))
-    state = dict(step=step, args=vars(run.args), command=run.about["command"], config=config, history=run.history,
+    state = dict(step=step, args=vars(run.args), command=run.about["command"], config=config,
+                 history=list(run.history),  # which goes on while shards are written
                  bf16=run.dtype == torch.bfloat16)
     if run.rank == 0 and run.args.stage != "tokenizer":
         state["text_tokenizer"] = save_tokenizer(run.model, folder)

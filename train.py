@@ -268,6 +268,7 @@ def build(args, state=None, prepare=None):
                                       args.device, prepare=prepare)
         if "shards" in state:
             checkpoint.load_trained(model, state, args.resume)
+        model.config.cfg = args.cfg or model.config.cfg
         return model
     if args.stage == "base" and not args.ckpt:
         config, text_tokenizer = file.CONFIGS[args.config], checkpoint.load_tokenizer(args.text_tokenizer or "tiny")
