@@ -1,7 +1,6 @@
 """--shard on two processes: a run that stops and goes on is the whole run, bit for bit; another number of processes
 goes on with it; export joins it. (That its losses and gradients are those of one process: test_train.py.)"""
-import functools
-import json
+import contextlib
 import os
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from PIL import Image
 from test_train import ARCHS, ROOT, SMALL, losses, run
 
 import checkpoint
+import custom_kernels
 import data
 import train
 
@@ -72,7 +72,7 @@ if arch == "mar":
 train.dist.barrier()
 os._exit(0)
 """
-FLAGS = [*SMALL, "--muon-lr", "0", "--ema", "0.9", "--steps", "3", "--save-every", "2"]
+FLAGS = [*SMALL, "--preview", "0", "--muon-lr", "0", "--ema", "0.9", "--steps", "3", "--save-every", "2"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
@@ -146,7 +146,7 @@ def test_a_damaged_shard_is_refused_in_one_line(folders, tmp_path, monkeypatch):
                 checkpoint.read_checkpoint(folder)
             assert "\n" not in str(e.value)
         path.write_bytes(whole)
-    flipped = (folder / "shards-3" / files[1]).write_bytes(b"x")
+    (folder / "shards-3" / files[1]).write_bytes(b"x")
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in range(3):  # each process looks at its share of the files
         monkeypatch.setenv("RANK", str(rank))
