@@ -110,8 +110,8 @@ def test_a_sharded_run_stops_goes_on_and_is_exported(arch, folders, tmp_path):
     joined = checkpoint.load_model(arch, str(out["ours"]))
     averages = {f"ema.{name}": p for name, p in joined.named_parameters()}
     state = checkpoint.read_checkpoint(str(folder))
-    stored = {f"ema.{n}": torch.zeros_like(p) for n, p in joined.named_parameters()}
-    stored = {n: t for n, t in stored.items() if n in checkpoint.shard_names(str(folder / state["shards"]))}
+    names = checkpoint.shard_names(str(folder / state["shards"]))
+    stored = {n: torch.zeros_like(p) for n, p in averages.items() if n in names}
     checkpoint.load_shards(str(folder / state["shards"]), stored)
     assert stored and all(torch.equal(averages[n], t) for n, t in stored.items())  # as sample.py is to see it
     alone, base = (checkpoint.read_weights(f) for f in (alone, checkpoint.default_weights(arch, "base")))
