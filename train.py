@@ -790,7 +790,8 @@ def verdict(args, machine, total, text):
     return said + "take a smaller --config, or a larger machine"
 
 def plan(args, machine):
-    """-> the lines of --plan. Texts are as long as rows may be, so memory and time are what a run needs at most."""
+    """-> the lines of --plan. Texts are as long as rows may be, so memory and time are what a run needs at most. Memory
+    is what tensors hold: on CPUs the C library may keep some of what was freed on top of that."""
     items, disk, sizes, trained, whole = needs(args, machine, LONGEST)
     model, samples, total = rehearsal(args)[0], samples_of(args), sum(items.values())
     flops = {part: count_flops(model, {part: rehearsal_batch(model, part, 1, LONGEST)}) for part in args.mix}
