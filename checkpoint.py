@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -334,7 +335,8 @@ def check_keys(own, state, what):
                  for side, t in (("found", state), ("expected", own)) if k in t]
         return f"{word} {k} {', '.join(sides)}"
     counts = ", ".join(f"{len(keys)} {word}" for word, keys in found.items())
-    first = "; ".join(line(word, k) for word, keys in found.items() for k in keys[:3 // len(found) or 1])
+    rounds = itertools.zip_longest(*([line(word, k) for k in keys[:3]] for word, keys in found.items()))
+    first = "; ".join([text for some in rounds for text in some if text][:3])
     e = BadFile(f"{what}: the weights do not fit ({len(own)} keys expected, {len(state)} found; {counts}), first "
                 f"{first}: is it the right file and size? --verbose shows more")
     e.table = "".join(f"\n  {line(word, k)}" for word, keys in found.items() for k in keys[:200])
@@ -404,6 +406,14 @@ def write_safetensors(path, state, metadata=None):
         tensors[name] = t
     atomic(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})}))
 
+def sha256(*paths):
+    """Of files in a row, as `cat FILES | sha256sum` says it."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as f:
+            hashlib.file_digest(f, lambda: digest)
+    return digest.hexdigest()
+
 def write_checksum(file, path):
     """Adds the SHA-256 of `file` to path.sha256, where `file` is about to be renamed to `path`. A run may be killed
     between the two, and then the line before is the valid one: the last 8 are kept."""
@@ -411,17 +421,15 @@ def write_checksum(file, path):
     if os.path.isfile(sums):
         with open(sums, encoding="utf-8", errors="replace") as f:
             last = f.read().splitlines()[-7:]
-    with open(file, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-    write_text(sums, "\n".join([*last, f"{digest}  {os.path.basename(path)}"]) + "\n")
+    write_text(sums, "\n".join([*last, f"{sha256(file)}  {os.path.basename(path)}"]) + "\n")
 
 def verify_checksum(path):
     """-> "", or one line to say where there is no checksum. Raises ValueError where none of the noted ones fits."""
     path, sums = os.fspath(path), f"{os.fspath(path)}.sha256"
     if not os.path.isfile(sums):
         return f"{path}: no {os.path.basename(sums)} beside it, so damage to it would not be noticed"
-    with open(sums, encoding="utf-8", errors="replace") as noted, open(path, "rb") as f:
-        if hashlib.file_digest(f, "sha256").hexdigest() not in noted.read().split():
+    with open(sums, encoding="utf-8", errors="replace") as noted:
+        if sha256(path) not in noted.read().split():
             raise BadFile(f"{path}: its SHA-256 is not in {os.path.basename(sums)}: the file was damaged or replaced; "
                           "take a copy of it, or delete the .sha256 to read it all the same")
     return ""
@@ -556,6 +564,8 @@ def save_model(model, folder, arch, **extra):
         save_adapters(model, folder)
     else:
         write_safetensors(os.path.join(folder, "model.safetensors"), model.state_dict())
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
     name = save_tokenizer(model, folder)
     meta = dict(arch=arch, config=dataclasses.asdict(model.config), text_tokenizer=name, **extra)
     write_text(os.path.join(folder, "config.json"), json.dumps(meta, indent=1))
@@ -570,8 +580,12 @@ def save_tokenizer(model, folder):
     return name
 
 def save_adapters(model, folder):
-    """Writes folder/adapter_model.safetensors and folder/adapter_config.json, as PEFT does."""
-    write_safetensors(os.path.join(folder, "adapter_model.safetensors"), lora_state(model))
+    """Writes folder/adapter_model.safetensors and folder/adapter_config.json, as PEFT does. Of a sharded model all
+    processes call it, and the first one writes."""
+    state = lora_state(model)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    write_safetensors(os.path.join(folder, "adapter_model.safetensors"), state)
     write_text(os.path.join(folder, "adapter_config.json"), json.dumps(lora_config(model), indent=1))
 
 def load_adapters(model, folder):
@@ -615,6 +629,13 @@ def tokenizer_of(folder, meta):
     """What to load the text tokenizer of a run by, as config.json or checkpoint.pt names it."""
     name = meta.get("text_tokenizer", "tiny")
     return name if name == "tiny" else os.path.join(folder, name)
+
+def weights_hash(ckpt):
+    """SHA-256 of a weight file, or of a folder's model.safetensors, or of all the weight files there in a row."""
+    names = sorted(os.listdir(ckpt)) if os.path.isdir(ckpt) else []
+    names = [name for name in names if name.endswith(WEIGHT_FILES)]
+    names = ["model.safetensors"] if "model.safetensors" in names else names
+    return sha256(*[os.path.join(ckpt, name) for name in names] or [ckpt])
 
 def is_ours(path):
     """Is it a folder that save_model wrote?"""
@@ -823,8 +844,15 @@ def save_state(run, step):
         return
     settle(run)
     shards = f"shards-{step}"
-    saving = dcp.async_save(all_tensors(run), checkpoint_id=os.path.join(folder, shards), process_group=run.side_group)
-    run.saving = saving, dict(state, shards=shards, optimizers=[], ema=None)
+    path = os.path.join(folder, shards)
+    saving = dcp.async_save(all_tensors(run), checkpoint_id=path, process_group=run.side_group)
+    summed = ThreadPoolExecutor(1).submit(shard_sums, saving, path, run.rank, run.world)
+    run.saving = summed, dict(state, shards=shards, optimizers=[], ema=None)
+
+def shard_sums(saving, path, rank, world):
+    """-> {file: SHA-256} of this process's share of a sharded checkpoint, once all of it is written."""
+    saving.result()
+    return {name: sha256(os.path.join(path, name)) for name in sorted(os.listdir(path))[rank::world]}
 
 def write_state(folder, state):
     path = os.path.join(folder, "checkpoint.pt")
@@ -835,14 +863,14 @@ def write_state(folder, state):
     atomic(path, write)
 
 def settle(run):
-    """Waits until the shards that are being written are on all disks; then checkpoint.pt points to them."""
+    """Waits until the shards that are being written are on all disks; then checkpoint.pt points to them and holds their
+    checksums."""
     if run.saving is None:
         return
-    (saving, state), run.saving, folder = run.saving, None, run.args.out
-    saving.result()
-    dist.barrier()
+    (summed, state), run.saving, folder, sums = run.saving, None, run.args.out, [None] * run.world
+    dist.all_gather_object(sums, summed.result(), group=run.side_group)
     if run.rank == 0:
-        write_state(folder, state)
+        write_state(folder, dict(state, sums={name: digest for some in sums for name, digest in some.items()}))
         remove_shards(folder, state["shards"])
 
 def remove_shards(folder, but=None):
@@ -870,7 +898,18 @@ def read_checkpoint(folder):
     except Exception as e:
         raise ValueError(f"{path}: cannot be read ({reason_of(e)}): not a checkpoint of train.py") from origin(e)
     check_state(state, path)
+    if "shards" in state:
+        verify_shards(os.path.join(folder, state["shards"]), state.get("sums", {}))
     return state
+
+def verify_shards(path, sums):
+    """ValueError where files of a sharded checkpoint are not as they were written; each process looks at its share."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    files = {os.path.join(path, name): digest for name, digest in sorted(sums.items())[rank::world]}
+    wrong = [file for file, digest in files.items() if not os.path.isfile(file) or sha256(file) != digest]
+    if wrong:
+        raise BadFile(f"{wrong[0]}: missing or damaged, its SHA-256 is not the one in checkpoint.pt (so are "
+                      f"{len(wrong) - 1} others of {len(sums)}): take a copy of them")
 
 def load_state(run, state):
     """Optimizers, averages and history of a stored run; settings that are typed now win over the stored ones."""

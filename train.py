@@ -165,6 +165,16 @@ def check_lora(args, muon_lr, state):
         print(f"--lora {args.lora}: AdamW trains adapters, in place of the recipe's Muon", flush=True)
     args.muon_lr = 0.0
 
+def check_base(args, state):
+    """Notes which weights adapters are trained on. ValueError where a resumed run had others."""
+    base = args.ckpt or checkpoint.default_weights(args.arch, "base")
+    found = checkpoint.weights_hash(base) if args.lora and os.path.exists(base) else None
+    noted = state["args"].get("base_sha256") if state else None
+    if noted not in (None, found):
+        raise ValueError(f"--resume {args.resume}: its adapters were trained on weights with the SHA-256 {noted[:16]}, "
+                         f"{base} has {found[:16]}: give --ckpt the file that they belong to")
+    args.base_sha256 = found
+
 def recipe(args):
     """The recipe of this run, a flat dictionary of flags: RECIPES[config][stage] of the model file."""
     if args.stage == "tokenizer":
@@ -354,6 +364,8 @@ class Run:
         self.lock = checkpoint.claim(args, self.rank, self.world)
         self.about = checkpoint.describe(args, state)  # now: the commit may be another one when the run ends
         self.checkpoint_size = None
+        if self.rank == 0:
+            check_base(args, state)
         self.model = build(args, state, self.prepare)
         self.checkpoint_size = self.checkpoint_size or check_room(args, machine_of(args), self.rank)
         self.named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -384,15 +396,16 @@ class Run:
 
     def wrapped(self):
         args, cuda, forward = self.args, self.device.type == "cuda", self.model
-        every = every_nth(args.recompute)
+        every, compiles = every_nth(args.recompute), args.compile == "on"
+        if args.compile == "auto" and cuda and args.config != "tiny":  # tiny runs are short
+            compiles = torch._dynamo.config.suppress_errors = True  # then a failing compiler costs speed alone
+        for block in self.model.blocks() if compiles and self.sharded else ():  # shares are gathered between blocks
+            block.forward = torch.compile(block.forward)
         for block in self.model.blocks()[::every] if every else ():
             block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
         if self.world > 1 and not self.sharded:
             forward = DDP(forward, device_ids=[self.device] if cuda else None, find_unused_parameters=True)
-        if args.compile == "on" or (args.compile == "auto" and cuda and args.config != "tiny"):  # tiny runs are short
-            torch._dynamo.config.suppress_errors = args.compile == "auto"  # then a failing compiler costs speed alone
-            forward = torch.compile(forward)
-        return forward
+        return torch.compile(forward) if compiles and not self.sharded else forward
 
 def train_step(run, step, micro_batches):
     """One optimizer step over this process's [{part: tensors}] -> ({part: its loss}, gradient norm), both still on the
@@ -403,7 +416,9 @@ def train_step(run, step, micro_batches):
     counts = global_counts(run, micro_batches)
     for micro, batch in enumerate(micro_batches):
         batch = run.batches.to_device(batch, counts)
-        alone = micro < M - 1 and isinstance(run.forward, DDP)  # gradients are exchanged in the last micro-batch only
+        # DDP exchanges gradients in the last micro-batch only. Sharded ones are summed in each: each process keeps its
+        # rows alone, as whole gradients of all that trains (set_requires_gradient_sync) are what --shard cannot hold
+        alone = micro < M - 1 and isinstance(run.forward, DDP)
         with (run.forward.no_sync() if alone else contextlib.nullcontext(),
               torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32,
                              cache_enabled=args.recompute == "none")):  # copies of weights take memory
@@ -524,10 +539,12 @@ def save_preview(run, before, after, name, now="after"):
         sample.save_png(sample.before_after(before, after, now), os.path.join(run.args.out, name))
 
 def save_weights(run, **extra):
-    """model.safetensors and config.json, for sample.py, and loss.png."""
+    """model.safetensors, or adapters, and config.json, for sample.py, and loss.png. Of a sharded run all processes call
+    it: adapters are joined from their rows."""
     args, model = run.args, run.model.tokenizer if run.args.stage == "tokenizer" else run.model
-    sample.save_png(sample.curves(run.history, run.weights), os.path.join(args.out, "loss.png"))
-    if run.sharded:
+    if run.rank == 0:
+        sample.save_png(sample.curves(run.history, run.weights), os.path.join(args.out, "loss.png"))
+    if run.sharded and not args.lora:
         return run.log.say(f"the weights are in shares: python train.py --export {args.out} FOLDER joins them")
     with checkpoint.averaged(run):
         checkpoint.check_finite(model.named_parameters(), args.out)
@@ -548,8 +565,9 @@ def finish(run, before, sheet, started):
     if args.stage == "tokenizer":
         run.model.finish(data.to_float(shape_world.Scenes(4096, seed=args.seed).render(), run.device))
     after = scores(run, args.steps, "after:  ")
-    if run.rank == 0:
+    if run.rank == 0 or run.sharded:
         save_weights(run, step=args.steps, scores_before=before, scores_after=after)
+    if run.rank == 0:
         curve = [(r["step"], r["scores"]) for r in run.history if "scores" in r]
         result = dict(run.about, seconds=time.time() - started, curve=curve, scores=after)
         checkpoint.write_text(os.path.join(args.out, "result.json"), json.dumps(result, indent=1, default=str))
@@ -563,6 +581,7 @@ def export(args, state):
     """Writes the model of a run, with averaged weights where it has them, as one piece."""
     run, folder = args.export
     args.device = "cpu"
+    check_base(args, state)
     dtype = torch.bfloat16 if state["bf16"] else torch.float32  # of what is frozen, as it was trained with
     model = build(args, state, functools.partial(place, args=args, dtype=dtype, sharded=False))
     parameters = {f"ema.{name}": p.detach() for name, p in model.named_parameters()}
@@ -646,7 +665,7 @@ def train(run, signals):
         saves = halt or done == args.steps or (args.save_every and done % args.save_every == 0)
         if saves and (run.rank == 0 or run.sharded):
             checkpoint.save_state(run, done)
-            if not halt and not run.sharded:
+            if args.lora or not (halt or run.sharded):  # adapters are small
                 save_weights(run, step=done)
         if halt:
             break
@@ -771,7 +790,8 @@ def verdict(args, machine, total, text):
     return said + "take a smaller --config, or a larger machine"
 
 def plan(args, machine):
-    """-> the lines of --plan. Texts are as long as rows may be, so memory and time are what a run needs at most."""
+    """-> the lines of --plan. Texts are as long as rows may be, so memory and time are what a run needs at most. Memory
+    is what tensors hold: on CPUs the C library may keep some of what was freed on top of that."""
     items, disk, sizes, trained, whole = needs(args, machine, LONGEST)
     model, samples, total = rehearsal(args)[0], samples_of(args), sum(items.values())
     flops = {part: count_flops(model, {part: rehearsal_batch(model, part, 1, LONGEST)}) for part in args.mix}
