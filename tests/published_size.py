@@ -108,7 +108,7 @@ def stages(config, folder, shard):
     model, image, few = f"{files} --ckpt {weights}", f"--image {folder}/0.png", f"--steps 3 --out {folder}/drawn/"
     ask = f"{image} --question 'What is it?' --max-new-tokens 8"
     steps = (f"train {model} --data {folder}/0.png {folder}/1.png {folder}/2.png --i2t-data {folder}/llava.json "
-             f"--image-root {folder} --recompute blocks --accum 1 --steps 3 --stop-after 2 --log-every 1")
+             f"--image-root {folder} --recompute blocks --accum 1 --steps 2 --stop-after 1")
     out = {"files": ("draw", f"files {config} {folder} {shard or ''}"),
            "generate": ("draw", f"sample {model} --prompt 'a small red chair' {few}"),
            "reconstruct": ("draw", f"sample {model} {image} --reconstruct {few}"),
@@ -143,7 +143,7 @@ def one(size, script, *argv):
 # what is measured
 
 def memory(root):
-    """-> GB that a process and its descendants have of their own, and together with the files that they have mapped."""
+    """-> a process and its descendants, GB that they have of their own, and with the files that they have mapped."""
     about, found, own, mapped = {}, {root}, 0, 0
     for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
         with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as f:  # it may just have ended
@@ -152,7 +152,7 @@ def memory(root):
         found |= more
     for kv in [about[pid] for pid in found if "RssAnon" in about.get(pid, ())]:
         own, mapped = own + int(kv["RssAnon"]) + int(kv["RssShmem"]), mapped + int(kv["RssFile"])
-    return own * 1.024e-6, (own + mapped) * 1.024e-6
+    return found, own * 1.024e-6, (own + mapped) * 1.024e-6
 
 def measured(command, leave):
     """Runs a command -> (seconds, GB, GB with mapped files, OK or what it said at last)."""
@@ -163,10 +163,13 @@ def measured(command, leave):
     reader.start()
     while process.poll() is None:
         time.sleep(0.5)
-        peak = tuple(map(max, peak, memory(process.pid)))
+        pids, *now = memory(process.pid)
+        peak = tuple(map(max, peak, now))
         if checkpoint.free_memory(torch.device("cpu")) < leave * 1e9 and not why:
             why = f"ended: less than {leave:g} GB were free"
-            process.send_signal(signal.SIGINT)
+            for pid in pids:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
     reader.join()
     print("".join(f"    {line}" for line in said[-30:]), end="", flush=True)
     return time.time() - started, *peak, why or ("OK" if process.returncode == 0 else (said or ["?"])[-1].strip())
