@@ -10,6 +10,7 @@ A stage that leaves the machine less than --leave GB is ended. No network.
 import argparse
 import base64
 import contextlib
+import glob
 import gzip
 import importlib
 import itertools
@@ -18,11 +19,10 @@ import math
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import threading
+import tempfile
 import time
 
 import torch
@@ -114,17 +114,19 @@ def stages(config, folder, shard):
            "reconstruct": ("draw", f"sample {model} {image} --reconstruct {few}"),
            "edit": ("draw", f"sample {model} {image} --edit 'Make it red.' {few}"),
            "answer": ("draw", f"sample {model} {ask}")}
-    for name, gb, flags in (("lora", "lora", "--batch 1 --lora 16"), ("lora-shard", "lora", "2 --batch 2 --lora 16"),
-                            ("train", "train", "--batch 1"), ("shard", "shard", "2 --batch 2")):
-        run, two = f"{folder}/{name}", flags.startswith("2")
-        out |= {name: (gb, f"{'2 ' * two}{steps} {flags.removeprefix('2 ')}{' --shard' * two} --out {run}"),
-                f"{name}-resume": (gb, f"{'2 ' * two}train --resume {run} --stop-after 0"),
+    for name, gb, two, flags, read in (("lora", "lora", "", "--batch 1 --lora 16", f"{model} --lora"),
+                                       ("lora-shard", "lora", "2 ", "--batch 2 --lora 16 --shard", ""),
+                                       ("train", "train", "", "--batch 1", f"--arch {arch} --ckpt"),
+                                       ("shard", "shard", "2 ", "--batch 2 --shard", "")):  # shares are joined first
+        run = f"{folder}/{name}"
+        out |= {name: (gb, f"{two}{steps} {flags} --out {run}"),
+                f"{name}-resume": (gb, f"{two}train --resume {run} --stop-after 0"),
+                **({f"{name}-read": ("draw", f"sample {read} {run} {ask}")} if read else {}),
                 f"{name}-ours": ("draw", f"train --export {run} {run}-ours"),
                 f"{name}-ours-read": ("draw", f"sample --arch {arch} --ckpt {run}-ours {ask}"),
                 f"{name}-published": ("draw", f"train --export {run} {run}-published --layout published"),
                 f"{name}-published-read": ("draw", f"sample {files} --ckpt {run}-published {ask}")}
-    return out | {"lora-read": ("draw", f"sample {model} --lora {folder}/lora {ask}"),
-                  "train-read": ("draw", f"sample --arch {arch} --ckpt {folder}/train {ask}")}
+    return out
 
 def one(size, script, *argv):
     """A stage, in its process: write_files, or a script's main, of models that take pictures of `size` pixels."""
@@ -143,7 +145,7 @@ def one(size, script, *argv):
 # what is measured
 
 def memory(root):
-    """-> a process and its descendants, GB that they have of their own, and with the files that they have mapped."""
+    """-> GB that a process and its descendants have of their own, and together with the files that they have mapped."""
     about, found, own, mapped = {}, {root}, 0, 0
     for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
         with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as f:  # it may just have ended
@@ -152,27 +154,23 @@ def memory(root):
         found |= more
     for kv in [about[pid] for pid in found if "RssAnon" in about.get(pid, ())]:
         own, mapped = own + int(kv["RssAnon"]) + int(kv["RssShmem"]), mapped + int(kv["RssFile"])
-    return found, own * 1.024e-6, (own + mapped) * 1.024e-6
+    return own * 1.024e-6, (own + mapped) * 1.024e-6
 
 def measured(command, leave):
     """Runs a command -> (seconds, GB, GB with mapped files, OK or what it said at last)."""
-    started, peak, why = time.time(), (0, 0), ""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    said = []
-    reader = threading.Thread(target=lambda: said.extend(process.stdout), daemon=True)
-    reader.start()
-    while process.poll() is None:
-        time.sleep(0.5)
-        pids, *now = memory(process.pid)
-        peak = tuple(map(max, peak, now))
-        if checkpoint.free_memory(torch.device("cpu")) < leave * 1e9 and not why:
-            why = f"ended: less than {leave:g} GB were free"
-            for pid in pids:
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
-    reader.join()
-    print("".join(f"    {line}" for line in said[-30:]), end="", flush=True)
-    return time.time() - started, *peak, why or ("OK" if process.returncode == 0 else (said or ["?"])[-1].strip())
+    started, peak, how = time.time(), (0, 0), ""
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            time.sleep(0.5)
+            peak = tuple(map(max, peak, memory(process.pid)))
+            if checkpoint.free_memory(torch.device("cpu")) < leave * 1e9:
+                how = f"ended: less than {leave:g} GB were free"
+                process.kill()  # torchrun's processes follow it
+        said.seek(0)
+        lines = said.read().splitlines() or ["nothing said"]
+    print("\n".join(f"    {line}" for line in lines[-30:]), flush=True)
+    return time.time() - started, *peak, how or ("OK" if process.returncode == 0 else lines[-1])
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -206,9 +204,12 @@ def main():
             launcher = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split()[:4 * two]]
             needed = MODELS[config]["gb"][need]
             row = 0, 0, 0, f"left out: it needs {needed} GB of memory"
-            if needed < total:
+            if needed <= total:
                 row = measured([*launcher, __file__, "one", args.size, *shlex.split(command)], args.leave)
             rows.append((config, stage, *row))
+            if stage.endswith("published-read") and not args.keep:
+                for path in glob.glob(f"{folder}/{stage.removesuffix('-published-read')}*"):
+                    shutil.rmtree(path)
         if not args.keep:
             shutil.rmtree(folder)
     print(f"{'model':12s} {'stage':24s} seconds     GB  with mapped files")
