@@ -38,9 +38,9 @@ from tests.test_published import GOLDEN, published_keys  # noqa: E402
 
 MODELS = {  # file: [published weights, image tokenizer, text tokenizer]; gb: memory that stages need, and the disk
     "harmon-0.5b": dict(arch="mar", keys="harmon-0.5b", file=["harmon_0.5b.pth", "kl16.ckpt", "qwen.tiktoken"],
-                        gb=dict(draw=5, lora=7, train=14, shard=20, disk=32), minutes=60),
+                        gb=dict(draw=5, lora=12, train=15, shard=20, disk=32), minutes=60),
     "show-o-256": dict(arch="ar", keys="show-o", file=["pytorch_model.bin", "magvitv2.bin", "vocab.json"],
-                       gb=dict(draw=8, lora=15, train=26, shard=36, disk=60), minutes=90)}
+                       gb=dict(draw=8, lora=22, train=28, shard=36, disk=60), minutes=90)}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what people download
@@ -186,7 +186,7 @@ def main():
     os.makedirs(args.work, exist_ok=True)
     for config in args.models:
         gb, minutes = MODELS[config]["gb"], MODELS[config]["minutes"]
-        print(f"{config}: {gb['draw']} GB of memory to draw, {gb['lora']} for adapters, {gb['train']} to train, "
+        print(f"{config}: {gb['draw']} GB of memory to draw, {gb['lora']} for adapters in two processes, {gb['train']} to train, "
               f"{gb['shard']} in shares; {gb['disk']} GB of disk; about {minutes} minutes on two cores", flush=True)
         free = shutil.disk_usage(args.work).free / 1e9
         if total < gb["draw"] or free < gb["disk"]:
