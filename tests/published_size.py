@@ -186,8 +186,9 @@ def main():
     os.makedirs(args.work, exist_ok=True)
     for config in args.models:
         gb, minutes = MODELS[config]["gb"], MODELS[config]["minutes"]
-        print(f"{config}: {gb['draw']} GB of memory to draw, {gb['lora']} for adapters in two processes, {gb['train']} to train, "
-              f"{gb['shard']} in shares; {gb['disk']} GB of disk; about {minutes} minutes on two cores", flush=True)
+        print(f"{config}: {gb['draw']} GB of memory to draw, {gb['lora']} for adapters in two processes, "
+              f"{gb['train']} to train, {gb['shard']} in shares; {gb['disk']} GB of disk; "
+              f"about {minutes} minutes on two cores", flush=True)
         free = shutil.disk_usage(args.work).free / 1e9
         if total < gb["draw"] or free < gb["disk"]:
             sys.exit(f"{config} needs {gb['draw']} GB of memory and {gb['disk']} on the disk; this machine has "
