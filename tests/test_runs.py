@@ -1,8 +1,11 @@
 """Run folders: one run each, nothing that was saved is lost, nothing broken is saved, whatever ends a run."""
+import functools
 import json
 import os
 import random
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -223,6 +226,68 @@ def test_checkpoints_that_are_none(kind, tmp_path, capsys):
     with pytest.raises((ValueError, OSError)) as e:
         run("--resume", str(tmp_path))
     assert "checkpoint.pt" in str(e.value) and "\n" not in str(e.value) and sorted(os.listdir(tmp_path)) == before
+
+def fork_launch(n, main, path):
+    """Runs main in n processes below a launcher, as torchrun does, but for its time: all are forks of this one, which
+    is good for what ends before anything is computed. What they say goes to a file -> its lines, their exit codes."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    with open(path, "w") as said:
+        if (launcher := os.fork()) == 0:
+            os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
+            os.environ.update(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            workers = []
+            for rank in range(n):
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+                if (worker := os.fork()) == 0:
+                    code = 99
+                    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                    signal.alarm(60)
+                    try:
+                        checkpoint.one_line_errors(main)
+                    except SystemExit as e:
+                        code = e.code
+                    finally:
+                        sys.stdout.flush()
+                        os._exit(code)
+                workers.append(worker)
+            codes = [os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) for worker in workers]
+            with open(f"{path}.codes", "w") as f:
+                json.dump(codes, f)
+            os._exit(0)
+        os.waitpid(launcher, 0)
+    with open(path, errors="replace") as said, open(f"{path}.codes") as f:
+        return said.read().splitlines(), json.load(f)
+
+FAULTS = {  # what is wrong: (flags, the line)
+    "no such file": ("--ckpt no/such", "no/such: no config.json there"),
+    "a config file": ("--ckpt bad", "bad/config.json: not valid JSON"),
+    "no run": ("--resume bad", "--resume bad: no checkpoint.pt there"), "a run": ("--resume run", "run/checkpoint.pt"),
+    "a number": ("--lr -1", "--lr -1: must be from 0 to 100"), "a device": ("--device mps:3", "--device mps:3: this"),
+    "a share": ("--batch 7", "--batch 7 gives 4 recon samples, which 3 processes"),
+    "unused": ("--image-root x", "--image-root is for JSON"), "a folder in use": ("--out run", "run holds a run "),
+    "no folder": ("--out bad/config.json", ".*File exists|.*Not a directory"), "pictures": ("--data no", "no: no such"),
+    "prompts": ("--preview-prompts gone", "gone: no such file of prompts"),
+    "a tokenizer": ("--text-tokenizer bad/config.json", "bad/config.json: ")}
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_one_fault_is_one_line_of_all_processes(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("bad/config.json", "run/checkpoint.pt"):
+        os.makedirs(os.path.dirname(name))
+        checkpoint.write_text(name, "{")
+    (flags, line), remarks = FAULTS[kind], int(kind == "a run")  # no checksum is beside it
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    argv = ["--batch", "12", "--device", "cpu", "--threads", "1", "--out", "a", *flags.split()]
+    train.recipe(train.parser().parse_args([]))  # imported once, for all forks
+    lines, codes = fork_launch(3, functools.partial(train.main, argv), tmp_path / "said")
+    errors = [text for text in lines if text.startswith("error: ")]
+    assert codes == [2, 2, 2] and len(errors) == 1 and len(lines) <= 1 + remarks, (codes, lines)
+    assert re.match(f"error: {line}", errors[0])
+    new = {path for path in tmp_path.rglob("*") if path.is_file()} - {*before}
+    assert {path.name for path in new} <= {"said", "said.codes", "run.lock"}
+    assert all(path.read_bytes() == content for path, content in before.items())
 
 def test_one_fault_is_one_line_under_torchrun(tmp_path):
     done = launch(3, "--ckpt", "no/such", "--batch", "12", "--device", "cpu", "--out", str(tmp_path / "a"))

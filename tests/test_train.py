@@ -1,6 +1,7 @@
 """The loop: exact resume, N processes = one, errors in one line, what a run leaves behind. On the tiny models,
 freshly initialised."""
 import argparse
+import functools
 import io
 import json
 import os
@@ -166,10 +167,6 @@ def test_one_line_errors(argv, message, tmp_path):
         run("--arch", "mar", *([] if "--resume" in argv else SMALL[:-4]), *argv, out=tmp_path / "r")
     assert re.search(message, str(e.value)) and "\n" not in str(e.value)
 
-def test_error_is_one_line_and_exit_code_2(tmp_path):
-    done = python("train.py", "--ckpt", "no/such/folder", "--out", str(tmp_path))
-    assert done.returncode == 2 and done.stderr.startswith("error: no/such/folder") and "Traceback" not in done.stderr
-
 def test_truncated_checkpoint_and_full_disk(tmp_path, monkeypatch):
     run("--arch", "mar", "--stage", "base", *SMALL, "--steps", "1", out=tmp_path / "r")
     path = tmp_path / "r" / "checkpoint.pt"
@@ -273,7 +270,7 @@ class NoDoubles(TorchDispatchMode):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nothing_on_the_device_is_in_double_precision(arch):
-    """Apple's GPUs (--device mps) have none: training and drawing by plain PyTorch, fp32, and no kernels."""
+    """Apple's GPUs (--device mps) have none: training and drawing by plain PyTorch, in fp32."""
     _, model, batches = made("--arch", arch, "--stage", "base", "--muon-lr", "0.01", *SMALL)
     batch, own = batches.batch(0), [data.sample_generator(0, 0, 0, "picture")]
     model(batches.to_device(batch, {})), model.generate(["a star"], steps=2, generator=own)  # tables, on the CPU, once
@@ -283,9 +280,31 @@ def test_nothing_on_the_device_is_in_double_precision(arch):
             picture = model.generate(["a star"], steps=2, generator=own)
             model.edit(picture, ["More."], steps=2, generator=own)
             model.answer(picture, ["What?"], max_new_tokens=3, generator=own)
-    device = torch.device("mps")
+
+def test_what_is_chosen_on_apples_gpus(tmp_path, monkeypatch):
+    """fp32, plain PyTorch, nothing that is made for CUDA; and what a person asks of them beyond that is refused."""
+    args, model, batches = made("--arch", "ar", "--stage", "base", *SMALL)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    device, args.device, args.config, args.workers = torch.device("mps"), "mps", "large", None
     names = ("attention", "linear_cross_entropy", "diffusion_loss_rows", "flow_loss_rows")
     assert {custom_kernels.pick.choose(name, None, device) for name in names} == {"reference"}
+    adamw, _ = train.make_optimizers(args, model, model.trainable_parameters("base"))
+    assert not adamw.param_groups[0]["fused"] and checkpoint.dtype_of(args) is None and not train.machine_of(args).gpu
+    run_of = types.SimpleNamespace(args=args, device=device, model=model, world=1, sharded=False)
+    assert train.Run.wrapped(run_of) is model and data.worker_count(args, device) == 0  # which pin no memory
+
+    def build(args, state, prepare):
+        raise RuntimeError(prepare.__self__.dtype)
+    monkeypatch.setattr(train, "build", build)
+    common = ["--arch", "ar", "--stage", "base", *SMALL, "--device", "mps"]
+    with pytest.raises(RuntimeError, match="torch.float32"):
+        run(*common, out=tmp_path / "a")
+    for more, world in ((["--dtype", "bf16"], 1), (["--compile", "on"], 1), ([], 2)):
+        with pytest.raises(ValueError, match="^--device mps: runs in fp32, not compiled, in one process: [^\n]*$"):
+            train.check_args(parse(*common, *more), world)
+    for call in (checkpoint.check_device, functools.partial(checkpoint.load_model, "ar", None, None, None, None)):
+        with pytest.raises(ValueError, match="^--device mps: runs in fp32"):
+            call("mps", torch.bfloat16)
 
 @pytest.mark.parametrize("mix", ["i2t=1 --i2t-weight 1", "t2i=1 i2t=1 --i2t-weight 1", "recon=1 text=1"])
 def test_parts_that_would_train_nothing_are_refused(mix, tmp_path):
