@@ -108,8 +108,7 @@ def refuse_unused(parser, argv, *uses):
             raise ValueError(f"--{flag} is for {purpose}: here it would change nothing, leave it out")
 
 def check_device(name, dtype=None, compiled="off", world=1):
-    """Raises ValueError for a --device that this machine or this torch does not have, or that cannot do what is asked
-    of it: Apple's GPUs (mps) run plain PyTorch in fp32, in one process."""
+    """Raises ValueError for a --device that is not there, and on Apple's GPUs (mps) for more than fp32 in one process."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -121,8 +120,7 @@ def check_device(name, dtype=None, compiled="off", world=1):
         raise ValueError(f"--device {name}: this torch ({torch.__version__}) sees {found} of that kind; give --device "
                          "cpu, or install a build of torch for it")
     if device.type == "mps" and (dtype in ("bf16", torch.bfloat16) or compiled == "on" or world > 1):
-        raise ValueError(f"--device {name}: runs in fp32, not compiled, in one process: leave out --dtype bf16 and "
-                         "--compile on, and start one process")
+        raise ValueError(f"--device {name}: fp32, not compiled, one process: leave out --dtype, --compile and torchrun")
 
 def free_memory(device):
     """Bytes that are free on a torch.device; infinite where nothing says."""

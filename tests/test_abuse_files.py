@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -756,21 +755,6 @@ def test_bad_flags_of_check(text, message, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["data.py", *text.split()])
     refused(data.main, message, error=(ValueError, OSError))
-
-def test_all_scripts_end_with_one_line_and_exit_code_2(tmp_path):
-    """As processes of their own, all at the same time."""
-    bad, jobs = str(tmp_path / "no"), {}
-    commands = {"train": f"--ckpt {bad} --out out", "sample": f"--prompt x --ckpt {bad} --out x.png",
-                "evaluate": f"--ckpt {bad} --json x.json", "data": f"--check {bad}"}
-    for script, text in commands.items():
-        command = [sys.executable, os.path.join(checkpoint.HERE, f"{script}.py"), *text.split()]
-        jobs[script] = subprocess.Popen(command, cwd=tmp_path, env=dict(os.environ, OMP_NUM_THREADS="1"), text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    for script, job in jobs.items():
-        out, err = job.communicate(timeout=240)
-        assert (job.returncode, out, err.count("\n")) == (2, "", 1), (script, out, err)
-        assert err.startswith(f"error: {bad}: no ")
-    assert sorted(os.listdir(tmp_path)) == ["out"] and os.listdir(tmp_path / "out") == ["run.lock"]
 
 BAD_PROMPTS = {"no prompt": '{"tag": "counting"}', "a number": '{"prompt": 5}', "empty": "", "blank": '{"prompt": " "}',
                "no JSON": "two cats", "a list": '["two cats"]', "cut": '{"prompt": "two cats"}\n{"prompt',

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -289,12 +290,28 @@ def test_one_fault_is_one_line_of_all_processes(kind, tmp_path, monkeypatch):
     assert {path.name for path in new} <= {"said", "said.codes", "run.lock"}
     assert all(path.read_bytes() == content for path, content in before.items())
 
+SCRIPTS = {"train": "--ckpt no --out out", "sample": "--prompt x --ckpt no --out x.png",
+           "evaluate": "--ckpt no --json x.json", "data": "--check no"}
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_ends_with_one_line_and_exit_code_2(script, tmp_path, monkeypatch):
+    path = os.path.join(ROOT, f"{script}.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [path, *SCRIPTS[script].split()])
+    lines, codes = fork_launch(1, functools.partial(runpy.run_path, path, run_name="__main__"), tmp_path / "said")
+    assert codes == [2] and len(lines) == 1 and re.match("error: no: no (config.json|such folder)", lines[0]), lines
+    assert {path.name for path in tmp_path.rglob("*")} <= {"said", "said.codes", "out", "run.lock"}
+
 def test_one_fault_is_one_line_under_torchrun(tmp_path):
+    command = [sys.executable, os.path.join(ROOT, "evaluate.py"), "--ckpt", "no", "--json", "x.json"]
+    alone = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     done = launch(3, "--ckpt", "no/such", "--batch", "12", "--device", "cpu", "--out", str(tmp_path / "a"))
     lines = done.communicate(timeout=240)[0].splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     assert len(errors) == 1 and errors[0].startswith("error: no/such") and lines.index(errors[0]) < 3
     assert done.returncode != 0
+    assert alone.communicate(timeout=240)[0].startswith("error: no: no config.json there") and alone.returncode == 2
+    assert set(os.listdir(tmp_path)) <= {"a"}
 
 def test_kills(tmp_path):
     """Two processes, killed at random four times, a worker or the launcher, and resumed: the same numbers in the
