@@ -108,7 +108,7 @@ def refuse_unused(parser, argv, *uses):
             raise ValueError(f"--{flag} is for {purpose}: here it would change nothing, leave it out")
 
 def check_device(name, dtype=None, compiled="off", world=1):
-    """Raises ValueError for a --device that is not there, and on Apple's GPUs (mps) for more than fp32 in one process."""
+    """ValueError for a --device that is not there, and on mps (Apple's GPUs) for more than fp32 and one process."""
     try:
         device = torch.device(name)
     except RuntimeError:
