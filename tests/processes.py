@@ -25,21 +25,41 @@ class Launch:
             env_of = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=ROOT)
             SERVER.append(subprocess.Popen(command, cwd=ROOT, env=env_of, stdin=subprocess.PIPE, text=True))
             atexit.register(SERVER[0].communicate)  # the end of its input is the end of it
-        handle, self.path = tempfile.mkstemp(prefix="nanoreca-launch-")
-        os.close(handle)
+        self.folder = tempfile.TemporaryDirectory(prefix="nanoreca-launch-")  # gone with this object
+        self.path = os.path.join(self.folder.name, "said")
         job = dict(n=n, script=os.path.join(ROOT, script), argv=[str(arg) for arg in argv], path=self.path, env=env)
         print(json.dumps(job), file=SERVER[0].stdin, flush=True)
 
+    @property
+    def pid(self):
+        """Of the launcher, whose children the processes are."""
+        return int(self.told("pid"))
+
+    def told(self, what):
+        end = time.time() + LIMIT + 30
+        while not os.path.exists(f"{self.path}.{what}"):
+            assert time.time() < end and SERVER[0].poll() is None, "the server of launches hangs or is gone"
+            if what == "code" and not alive(self.pid):
+                return -signal.SIGKILL
+            time.sleep(0.02)
+        with open(f"{self.path}.{what}") as f:
+            return f.read()
+
+    def poll(self):
+        return None if alive(self.pid) else int(self.told("code"))
+
     def wait(self):
         """-> exit code (that of the first process which failed), and what all of them said."""
-        end, code = time.time() + LIMIT + 30, f"{self.path}.code"
-        while not os.path.exists(code):
-            assert time.time() < end and SERVER[0].poll() is None, "the server of launches hangs or is gone"
-            time.sleep(0.02)
-        with open(code) as f, open(self.path, errors="replace") as said:
-            found = int(f.read()), said.read()
-        os.remove(code), os.remove(self.path)
-        return found
+        code = int(self.told("code"))
+        with open(self.path, errors="replace") as said:
+            return code, said.read()
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 def torchrun(n, *argv, **more):
     """What a launch says that must succeed."""
@@ -63,7 +83,8 @@ def work(job):
 
 def launch(job):
     """In a process of its own. Once a worker fails, the others are asked to end, as torchrun does."""
-    said = os.open(job["path"], os.O_WRONLY | os.O_APPEND)
+    tell(job, "pid", os.getpid())
+    said = os.open(job["path"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(said, 1), os.dup2(said, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     os.environ.update(job["env"])
@@ -85,10 +106,13 @@ def launch(job):
             code = os.waitstatus_to_exitcode(status)
             for other in workers:
                 os.kill(other, signal.SIGTERM)
-    with open(f"{job['path']}.part", "w") as f:
-        f.write(str(code))
-    os.rename(f"{job['path']}.part", f"{job['path']}.code")
+    tell(job, "code", code)
     os._exit(0)
+
+def tell(job, what, number):
+    with open(f"{job['path']}.part", "w") as f:
+        f.write(str(number))
+    os.rename(f"{job['path']}.part", f"{job['path']}.{what}")
 
 def serve():
     import checkpoint
@@ -100,6 +124,11 @@ def serve():
         if os.fork() == 0:
             sys.stdin.close()
             launch(json.loads(line))
+    try:
+        while True:
+            os.wait()
+    except ChildProcessError:  # none is left
+        pass
 
 if __name__ == "__main__":
     serve()

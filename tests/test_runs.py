@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 from PIL import Image
+from processes import Launch, alive
 from safetensors.torch import load_file
 
 import checkpoint
@@ -315,44 +316,62 @@ def test_one_fault_is_one_line_under_torchrun(tmp_path):
 
 def test_kills(tmp_path):
     """Two processes, killed at random four times, a worker or the launcher, and resumed: the same numbers in the
-    end."""
+    end. First under torchrun itself, then by a launcher that starts sooner."""
     whole, out = str(tmp_path / "whole"), str(tmp_path / "a")
     common = [*SMALL[:-2], "--steps", "40", "--save-every", "2"]
-    assert launch(2, *common, "--out", whole).wait(timeout=240) == 0
-    kill_rounds(out, common, rounds=4, seed=0)
+    undisturbed = Launch(2, *common, "--out", whole)
+    report = kill_rounds(out, common, rounds=4, seed=0, starts=(launch, forked))
+    assert undisturbed.wait()[0] == 0 and any(line["resumed"] for line in report)
     assert rows(out) == rows(whole)
     a, b = (load_file(f"{folder}/model.safetensors") for folder in (out, whole))
     assert all(torch.equal(a[k], b[k]) for k in b)
+
+def forked(n, *argv):
+    return Launch(n, *argv, TORCHELASTIC_RUN_ID="forked")
+
+def ended(job):
+    """-> exit code and output of a job, once it is over."""
+    if isinstance(job, Launch):
+        return job.wait()
+    text = job.communicate(timeout=600)[0]
+    return job.returncode, text
 
 def children(pid):
     with open(f"/proc/{pid}/task/{pid}/children") as f:
         return [int(child) for child in f.read().split()]
 
-def kill_rounds(out, common, rounds, seed):
-    """Starts or resumes a two-process run, kills one of its processes after a random while, `rounds` times; then lets
-    it end. -> what happened, for the report."""
+def last_step(out):
+    path = os.path.join(out, "log.jsonl")
+    lines = open(path).read().splitlines() if os.path.exists(path) else []
+    return max([json.loads(line)["step"] for line in lines if line.endswith("}")], default=0)
+
+def kill_rounds(out, common, rounds, seed, starts=(launch,)):
+    """Starts or resumes a two-process run, kills one of its processes after a random number of steps, or before the
+    first, `rounds` times; then lets it end. starts: what launches the rounds, the last one all that are left. -> what
+    happened, for the report."""
     rng, report = random.Random(seed), []
     for n in range(rounds + 1):
         resumable = os.path.exists(os.path.join(out, "checkpoint.pt"))
         again = ["--overwrite"] if os.path.exists(os.path.join(out, "log.jsonl")) else []
-        job = launch(2, *(["--resume", out] if resumable else [*common, "--out", out, *again]))
+        before = last_step(out) * resumable
+        start = starts[min(n, len(starts) - 1)]
+        job = start(2, *(["--resume", out] if resumable else [*common, "--out", out, *again]))
         if n == rounds:
-            text = job.communicate(timeout=600)[0]
-            assert job.returncode == 0, text[-2000:]
+            code, text = ended(job)
+            assert code == 0, text[-2000:]
             return report
-        deadline = time.time() + 60
-        while len(children(job.pid)) < 2 and time.time() < deadline:
-            time.sleep(0.1)
-        time.sleep(rng.uniform(4, 9))
+        deadline, steps = time.time() + 60, before + rng.randrange(-1, 7)
+        while job.poll() is None and time.time() < deadline and (len(children(job.pid)) < 2 or last_step(out) < steps):
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.5))
         workers = children(job.pid) if job.poll() is None else []
         victim = rng.choice([job.pid, *workers]) if workers else None
         if victim:
             os.kill(victim, signal.SIGKILL)
         start = time.time()
-        job.wait(timeout=60)
-        while any(os.path.exists(f"/proc/{pid}") and open(f"/proc/{pid}/stat").read().split(") ")[1][0] != "Z"
-                  for pid in workers) and time.time() - start < 40:
-            time.sleep(0.2)
+        ended(job)
+        while any(map(alive, workers)) and time.time() - start < 40:
+            time.sleep(0.1)
         kind = {None: "none", job.pid: "launcher"}.get(victim, "worker")
         report.append(dict(round=n, victim=kind, seconds=round(time.time() - start, 1), resumed=resumable))
         assert time.time() - start < 30, report
