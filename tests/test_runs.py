@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+from helpers import SIGNALS, run
 from PIL import Image
 from processes import Launch, alive
 from safetensors.torch import load_file
@@ -24,17 +25,6 @@ import train
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = ["--arch", "ar", "--stage", "base", "--batch", "8", "--pool", "32", "--eval-n", "0", "--log-every", "1",
          "--steps", "4", "--warmup", "2", "--device", "cpu", "--threads", "1"]
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-def run(*argv):
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    threads = torch.get_num_threads()
-    try:
-        return train.main([*argv])
-    finally:
-        torch.set_num_threads(threads)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 def launch(n, *argv, script="train.py"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", script, *argv]

@@ -18,6 +18,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from helpers import run
 from PIL import Image
 from processes import ROOT, Launch, torchrun
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,16 +42,6 @@ def made(*argv, stage=None):
     model = train.build(args)
     model.trainable_parameters(stage or args.stage)
     return args, model, data.Batches(args, model)
-
-def run(*argv, out):
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    threads = torch.get_num_threads()
-    try:
-        return train.main([*argv, "--out", str(out)])
-    finally:
-        torch.set_num_threads(threads)
-        for s, h in handlers.items():
-            signal.signal(s, h)
 
 def losses(folder):
     rows = [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
