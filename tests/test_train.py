@@ -540,8 +540,9 @@ def preview(monkeypatch, world, prompts, **args):
             model = Drawer()
             source = types.SimpleNamespace(first_pictures=lambda n: shape_world.Scenes(min(n, 6), seed=1).render())
             run = types.SimpleNamespace(
-                args=given, rank=rank, world=world, model=model, ema=None, named=[], device=torch.device("cpu"),
-                prompts=train.sample.DEFAULT_PROMPTS[:12] if prompts is None else prompts, batches=source)
+                args=given, rank=rank, world=world, model=model, ema=None, named=[], dtype=torch.float32,
+                device=torch.device("cpu"), batches=source,
+                prompts=train.sample.DEFAULT_PROMPTS[:12] if prompts is None else prompts)
             results.append(train.pictures(run))
             rows.append(model.rows)
         shares = list(gathered)
