@@ -102,14 +102,14 @@ def check_ranges(args):
 def refuse_unused(parser, argv, *uses):
     """Raises ValueError for a flag that was typed, but not as 0, which asks for nothing, and would change nothing.
     uses: ("flag flag ...", are these used with the others that were given?, what they are for)."""
-    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))  # to None, which nobody can type
+    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args(argv))))  # to None, which nobody can type
     typed = vars(parser.parse_args(argv))
     for flag, used, purpose in ((flag, *use) for flags, *use in uses for flag in flags.split()):
         if not used and typed.get(flag.replace("-", "_")):
             raise ValueError(f"--{flag} is for {purpose}: here it would change nothing, leave it out")
 
-def check_device(name):
-    """Raises ValueError for a --device that this machine or this torch does not have."""
+def check_device(name, dtype=None, compiled="off", world=1):
+    """ValueError for a --device that is not there, and on mps (Apple's GPUs) for more than fp32 and one process."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -120,6 +120,8 @@ def check_device(name):
     if found <= (device.index or 0):
         raise ValueError(f"--device {name}: this torch ({torch.__version__}) sees {found} of that kind; give --device "
                          "cpu, or install a build of torch for it")
+    if device.type == "mps" and (dtype in ("bf16", torch.bfloat16) or compiled == "on" or world > 1):
+        raise ValueError(f"--device {name}: fp32, not compiled, one process: leave out --dtype, --compile and torchrun")
 
 def free_memory(device):
     """Bytes that are free on a torch.device; infinite where nothing says."""
@@ -648,7 +650,7 @@ def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer
     original files. prepare: called with the model while it has no memory, see train.place. adapters: the folder of a
     run with --lora, merged into the weights; without ckpt into the shipped base. Raises FileNotFoundError and
     ValueError with a message for the user."""
-    check_device(device)
+    check_device(device, dtype)
     if adapters:
         base = ckpt or default_weights(arch, "base")
         model = load_model(arch, base, config, tokenizer_ckpt, text_tokenizer, device, dtype, vision_ckpt)
@@ -890,9 +892,7 @@ def read_checkpoint(folder):
     path = os.path.join(folder, "checkpoint.pt")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--resume {folder}: no checkpoint.pt there; give the folder of a run that saved one")
-    note = verify_checksum(path)
-    if note:
-        print(note, flush=True)
+    remark(verify_checksum(path))
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:

@@ -208,7 +208,7 @@ def check_args(args, world):
             whole = math.lcm(*[fractions.Fraction(s).limit_denominator(100).denominator for s in args.mix.values()])
             raise ValueError(f"--batch {args.batch} gives {n} {part} samples, which {world} processes x --accum "
                              f"{args.accum} cannot share: take a multiple of {whole * world * args.accum}")
-    checkpoint.check_device(args.device)
+    checkpoint.check_device(args.device, args.dtype, args.compile, world)
 
 def check_typed(args, argv=None):
     """ValueError for a flag that is typed and would change nothing: it was meant to change something."""
@@ -329,7 +329,7 @@ def make_optimizers(args, model, named):
     decayed = [p for n, p in matrices if n not in inside]
     groups = [dict(params=decayed, weight_decay=args.weight_decay), dict(params=plain, weight_decay=0.0)]
     optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr, betas=args.betas, eps=args.eps,
-                                    fused=args.device != "cpu" or None)]
+                                    fused=args.device.startswith("cuda") or None)]
     if inside:
         optimizers.append(Muon(inside.values(), lr=args.muon_lr, weight_decay=args.muon_decay))
     return optimizers
@@ -688,7 +688,7 @@ def machine_of(args):
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if not args.plan_on:
         room = checkpoint.free_memory(device) / (1 if device.type == "cuda" else here)
-        return Machine(world, here, device.type != "cpu", room, peak_flops(device), f"{world} x {device.type}")
+        return Machine(world, here, device.type == "cuda", room, peak_flops(device), f"{world} x {device.type}")
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.plan_on)
     if not found:
         raise ValueError(f"--plan-on {args.plan_on}: expected GPUs x GB of each, e.g. 8x80")

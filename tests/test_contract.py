@@ -33,6 +33,7 @@ import inspect
 
 import pytest
 import torch
+from helpers import untrained
 from PIL import Image
 
 import checkpoint
@@ -49,14 +50,7 @@ def arch(request):
 
 @pytest.fixture(scope="module")
 def model(arch):
-    """A tiny one with untrained weights, but none of them exactly 0, so that every path carries numbers."""
-    file = checkpoint.model_file(arch)
-    torch.manual_seed(0)
-    model = file.Model(file.CONFIGS["tiny"], checkpoint.load_tokenizer("tiny")).eval()
-    for name, p in model.named_parameters():
-        if not name.startswith(file.Model.image_tokenizer + "."):
-            p.data += 0.02 * torch.randn(p.shape)
-    return model
+    return untrained(arch)
 
 def batches(arch, model, stage, parts=PARTS):
     mix = [f"{part}=1" for part in parts]

@@ -1,9 +1,8 @@
 """sample.py: what its flags make a model do, found in the model and not by its name; and its pictures."""
+import functools
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -282,10 +281,10 @@ def test_numbers_out_of_range_end_in_one_line(argv):
     with pytest.raises(ValueError, match=f"^{argv.split()[0]} .*: must be from [^\n]*$"):
         sample.parse_args(argv.split())
 
-def test_error_is_one_line_and_exit_code_2():
-    argv = [sys.executable, os.path.join(ROOT, "sample.py"), *weights("mar"), "--think"]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (2, "error: --think: --arch mar has no such mode\n")
+def test_error_is_one_line_and_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as e:
+        checkpoint.one_line_errors(functools.partial(sample.main, [*weights("mar"), "--think"]))
+    assert (e.value.code, capsys.readouterr().err) == (2, "error: --think: --arch mar has no such mode\n")
 
 def test_grid_and_plot():
     pictures = np.arange(5 * 4 * 6 * 3, dtype=np.uint8).reshape(5, 4, 6, 3)
