@@ -121,11 +121,11 @@ def stages(config, folder, shard):
         run = f"{folder}/{name}"
         out |= {name: (gb, f"{two}{steps} {flags} --out {run}"),
                 f"{name}-resume": (gb, f"{two}train --resume {run} --stop-after 0"),
-                **({f"{name}-read": ("draw", f"sample {read} {run} {ask}")} if read else {}),
-                f"{name}-ours": ("draw", f"train --export {run} {run}-ours"),
-                f"{name}-ours-read": ("draw", f"sample --arch {arch} --ckpt {run}-ours {ask}"),
-                f"{name}-published": ("draw", f"train --export {run} {run}-published --layout published"),
-                f"{name}-published-read": ("draw", f"sample {files} --ckpt {run}-published {ask}")}
+                **({f"{name}-read": (gb, f"sample {read} {run} {ask}")} if read else {}),
+                f"{name}-ours": (gb, f"train --export {run} {run}-ours"),
+                f"{name}-ours-read": (gb, f"sample --arch {arch} --ckpt {run}-ours {ask}"),
+                f"{name}-published": (gb, f"train --export {run} {run}-published --layout published"),
+                f"{name}-published-read": (gb, f"sample {files} --ckpt {run}-published {ask}")}
     return out
 
 def one(size, script, *argv):
