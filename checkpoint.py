@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import pathlib
+import pickle
 import re
 import shlex
 import shutil
@@ -938,9 +939,28 @@ def load_rows(optimizer, saved):
             mine, rows = own_rows(t)
             mine.copy_(value[rows] if value.ndim else value)
 
+TABLE_TYPES = {  # what a table of shards is made of, beside the types of numbers
+    ("torch.distributed.checkpoint.metadata", name) for name in (
+        "Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "TensorStorageMetadata",
+        "TensorProperties", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING")} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"), ("pathlib", "PosixPath"),
+    ("torch.serialization", "_get_layout")}
+
+class Table(pickle.Unpickler):
+    def find_class(self, module, name):
+        if (module, name) in TABLE_TYPES or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place there")
+
+class ShardReader(dcp.FileSystemReader):
+    def read_metadata(self, *args, **kwargs):
+        with open(os.path.join(self.path, ".metadata"), "rb") as file:
+            Table(file).load()  # because torch's own reader would run whatever a stranger has put into this file
+        return super().read_metadata(*args, **kwargs)
+
 def shard_names(path):
     with reading(path, "not a whole sharded checkpoint"):
-        return set(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
+        return set(ShardReader(path).read_metadata().state_dict_metadata)
 
 def load_shards(path, wanted):
     """Fills tensors {name: tensor}, whole or sharded over any number of processes, with what `all_tensors` wrote."""
@@ -948,7 +968,7 @@ def load_shards(path, wanted):
     if lacks := [name for name in wanted if name not in stored]:
         raise BadFile(f"{path}: lacks {len(lacks)} of {len(wanted)} tensors, first {lacks[0]}: of another model")
     with reading(path, "not a whole sharded checkpoint"):
-        dcp.load(wanted, checkpoint_id=path, no_dist=not dist.is_initialized())
+        dcp.load(wanted, storage_reader=ShardReader(path), no_dist=not dist.is_initialized())
 
 def load_trained(model, state, folder):
     """What a resumed run's checkpoint keeps of the model."""

@@ -2,6 +2,7 @@
 goes on with it; export joins it. (That its losses and gradients are those of one process: test_train.py.)"""
 import contextlib
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -152,6 +153,16 @@ def test_a_damaged_shard_is_refused_in_one_line(folders, tmp_path, monkeypatch):
         monkeypatch.setenv("RANK", str(rank))
         with pytest.raises(ValueError) if rank == 1 else contextlib.nullcontext():
             checkpoint.read_checkpoint(folder)
+
+def test_a_table_of_shards_runs_nothing(folders, tmp_path):
+    folder, sign = shutil.copytree(folders["ar"] / "whole" / "shards-3", tmp_path / "shards"), tmp_path / "sign"
+    assert checkpoint.shard_names(folder)
+    for call in ((os.mkdir, str(sign)), (eval, f"__import__('os').mkdir({str(sign)!r})"), (torch.load, str(sign))):
+        hostile = type("Hostile", (), {"__reduce__": lambda self: (call[0], call[1:])})
+        (folder / ".metadata").write_bytes(pickle.dumps(hostile()))
+        with pytest.raises(ValueError, match=f"^{folder}: not a whole sharded .*has no place there") as e:
+            checkpoint.load_shards(str(folder), {})
+        assert "\n" not in str(e.value) and not sign.exists()
 
 def test_a_sharded_run_saves_its_adapters_alone(folders):
     """Beside every checkpoint, and those that the checkpoint has: averaged ones, as it keeps averages."""
