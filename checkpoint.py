@@ -756,10 +756,10 @@ class Log:
 
 RUN_FILES = ("checkpoint.pt", "checkpoint.pt.sha256", "model.safetensors", "adapter_model.safetensors", "log.jsonl")
 
-def claim(args, rank, world):
+def claim(args, rank, world, start):
     """Makes the run folder this run's own until it ends -> the open lock, on the first process. Sets args.out, on all
-    processes, or raises on all of them what `lock_folder` raises."""
-    said, lock = [None], None
+    processes, or raises on all of them what `lock_folder` raises; ValueError where not all start at the same step."""
+    said, lock = [None, start], None
     if rank == 0:
         try:
             said[0], lock = lock_folder(args)
@@ -769,6 +769,8 @@ def claim(args, rank, world):
         dist.broadcast_object_list(said)
     if isinstance(said[0], Exception):
         raise said[0]
+    if start != said[1]:
+        raise ValueError(f"--resume {args.resume}: step {start}, on the first process {said[1]}: give all one folder")
     args.out = said[0]
     return lock
 

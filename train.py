@@ -361,7 +361,7 @@ class Run:
         cuda = self.device.type == "cuda"
         bf16 = args.dtype == "bf16" or (args.dtype == "auto" and cuda and torch.cuda.is_bf16_supported())
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        self.lock = checkpoint.claim(args, self.rank, self.world)
+        self.lock = checkpoint.claim(args, self.rank, self.world, state["step"] if state else 0)
         self.about = checkpoint.describe(args, state)  # now: the commit may be another one when the run ends
         self.checkpoint_size = None
         if self.rank == 0:

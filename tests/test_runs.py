@@ -281,6 +281,18 @@ def test_one_fault_is_one_line_of_all_processes(kind, tmp_path, monkeypatch):
     assert {path.name for path in new} <= {"said", "said.codes", "run.lock"}
     assert all(path.read_bytes() == content for path, content in before.items())
 
+def test_all_processes_resume_the_same_step(tmp_path):
+    """Also where nodes hold copies of a run folder, one of them older."""
+    for step in "12":
+        assert run(*SMALL, "--stop-after", step, out=tmp_path / step) == 0
+
+    def main():
+        folder = str(tmp_path / "21"[int(os.environ["RANK"])])
+        return train.main(["--resume", folder, "--stop-after", "0"])
+    lines, codes = fork_launch(2, main, tmp_path / "said")
+    wanted = f"error: --resume {tmp_path}/1: step 1, on the first process 2: give all one folder"
+    assert codes == [2, 2] and [line for line in lines if line.startswith("error")] == [wanted], lines
+
 SCRIPTS = {"train": "--ckpt no --out out", "sample": "--prompt x --ckpt no --out x.png",
            "evaluate": "--ckpt no --json x.json", "data": "--check no"}
 
