@@ -527,7 +527,7 @@ def pictures(run):
         n = len(source)
     captions = [prompts[i % len(prompts)] if source is None else "" for i in range(n)]
     mine = [(run.rank + run.world * i) % n for i in range(-(-n // run.world))]
-    with checkpoint.averaged(run):
+    with checkpoint.averaged(run, may_end=run.world == 1):
         shares = [sample.show(run.model, captions, source, args.seed, mine, run.device, 4 if large else 16)]
     if run.world > 1:
         shares *= run.world
@@ -659,7 +659,8 @@ def train(run, signals):
                 scores(run, done, f"step {done}: ")
             clock, since = time.time(), done
         if args.preview_every and done % args.preview_every == 0 and done < args.steps:
-            save_preview(run, None, pictures(run), f"preview-{done}.png", f"step {done}")
+            with contextlib.suppress(checkpoint.Interrupted):
+                save_preview(run, None, pictures(run), f"preview-{done}.png", f"step {done}")
             clock, since = time.time(), done
         halt = stops(run, done, signals)
         saves = halt or done == args.steps or (args.save_every and done % args.save_every == 0)

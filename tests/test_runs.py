@@ -137,13 +137,19 @@ def test_every_signal_saves(number, tmp_path, monkeypatch):
     assert run(*SMALL, "--out", str(tmp_path / "a")) == 128 + number
     assert torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["step"] == 2
 
-def test_a_signal_ends_scoring_on_the_way(tmp_path, monkeypatch):
-    def score(*args, **more):
+@pytest.mark.parametrize("flags", [("--eval-n", "6", "--eval-every", "2"), ("--preview", "2", "--preview-every", "2")])
+def test_a_signal_ends_scoring_and_drawing_on_the_way(flags, tmp_path, monkeypatch):
+    def long(*args, **more):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
-    monkeypatch.setattr(train.evaluate, "score_all", score)
+    monkeypatch.setattr(train.evaluate, "score_all", long)
+    model = checkpoint.model_file("ar").Model
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda self, *args, **more: (
+        long() if os.path.exists(tmp_path / "a" / "log.jsonl") and "step" in open(tmp_path / "a" / "log.jsonl").read()
+        else generate(self, *args, **more)))
     start = time.time()
-    assert run(*SMALL, "--eval-n", "6", "--eval-every", "2", "--out", str(tmp_path / "a")) == 128 + signal.SIGTERM
+    assert run(*SMALL, *flags, "--out", str(tmp_path / "a")) == 128 + signal.SIGTERM
     assert time.time() - start < 30 and os.path.exists(tmp_path / "a" / "checkpoint.pt")
 
 def test_disks_and_paths(tmp_path, monkeypatch):
