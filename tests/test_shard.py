@@ -1,7 +1,9 @@
 """--shard on two processes: a run that stops and goes on is the whole run, bit for bit; another number of processes
 goes on with it; export joins it. (That its losses and gradients are those of one process: test_train.py.)"""
 import contextlib
+import io
 import os
+import pathlib
 import pickle
 import shutil
 import subprocess
@@ -13,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from test_train import ARCHS, ROOT, SMALL, losses, run
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 import checkpoint
 import custom_kernels
@@ -157,12 +160,15 @@ def test_a_damaged_shard_is_refused_in_one_line(folders, tmp_path, monkeypatch):
 def test_a_table_of_shards_runs_nothing(folders, tmp_path):
     folder, sign = shutil.copytree(folders["ar"] / "whole" / "shards-3", tmp_path / "shards"), tmp_path / "sign"
     assert checkpoint.shard_names(folder)
-    for call in ((os.mkdir, str(sign)), (eval, f"__import__('os').mkdir({str(sign)!r})"), (torch.load, str(sign))):
+    for call in ((os.mkdir, str(sign)), (eval, f"__import__('os').mkdir({str(sign)!r})"), (torch.load, str(sign)),
+                 (getattr, pathlib.PosixPath, "unlink")):
         hostile = type("Hostile", (), {"__reduce__": lambda self: (call[0], call[1:])})
         (folder / ".metadata").write_bytes(pickle.dumps(hostile()))
         with pytest.raises(ValueError, match=f"^{folder}: not a whole sharded .*has no place there") as e:
             checkpoint.load_shards(str(folder), {})
         assert "\n" not in str(e.value) and not sign.exists()
+    member = type("Member", (), {"__reduce__": lambda self: (getattr, (_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT"))})
+    assert checkpoint.Table(io.BytesIO(pickle.dumps(member()))).load() is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
 
 def test_a_sharded_run_saves_its_adapters_alone(folders):
     """Beside every checkpoint, and those that the checkpoint has: averaged ones, as it keeps averages."""
