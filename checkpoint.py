@@ -943,22 +943,15 @@ def load_rows(optimizer, saved):
             mine.copy_(value[rows] if value.ndim else value)
 
 TABLE_TYPES = {  # what a table of shards is made of, beside the types of numbers
-    ("torch.distributed.checkpoint.metadata", name) for name in (
-        "Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "TensorStorageMetadata",
-        "TensorProperties", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING")} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"), ("pathlib", "PosixPath"),
-    ("torch.serialization", "_get_layout")}
-
-def enum_member(kind, name):
-    if not issubclass(kind, enum.Enum):
-        raise pickle.UnpicklingError(f"{kind.__name__}.{name} has no place there")
-    return kind[name]
+    "Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "TensorStorageMetadata", "TensorProperties",
+    "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING", "_StorageInfo", "Size", "PosixPath", "_get_layout"}
 
 class Table(pickle.Unpickler):
     def find_class(self, module, name):
         if (module, name) == ("builtins", "getattr"):  # so the first versions of Python 3.11 write members of an Enum
-            return enum_member
-        if (module, name) in TABLE_TYPES or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
+            return enum.EnumMeta.__getitem__
+        number = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if number or (module.split(".")[0] in ("torch", "pathlib") and name in TABLE_TYPES):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place there")
 

@@ -164,7 +164,7 @@ def test_a_table_of_shards_runs_nothing(folders, tmp_path):
                  (getattr, pathlib.PosixPath, "unlink")):
         hostile = type("Hostile", (), {"__reduce__": lambda self: (call[0], call[1:])})
         (folder / ".metadata").write_bytes(pickle.dumps(hostile()))
-        with pytest.raises(ValueError, match=f"^{folder}: not a whole sharded .*has no place there") as e:
+        with pytest.raises(ValueError, match=f"^{folder}: not a whole sharded .*(no place there|_member_map_)") as e:
             checkpoint.load_shards(str(folder), {})
         assert "\n" not in str(e.value) and not sign.exists()
     member = type("Member", (), {"__reduce__": lambda self: (getattr, (_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT"))})
