@@ -170,7 +170,7 @@ def check_base(args, state):
     base = args.ckpt or checkpoint.default_weights(args.arch, "base")
     found = checkpoint.weights_hash(base) if args.lora and os.path.exists(base) else None
     noted = state["args"].get("base_sha256") if state else None
-    if noted not in (None, found):
+    if found and noted not in (None, found):
         raise ValueError(f"--resume {args.resume}: its adapters were trained on weights with the SHA-256 {noted[:16]}, "
                          f"{base} has {found[:16]}: give --ckpt the file that they belong to")
     args.base_sha256 = found
