@@ -396,72 +396,52 @@ class EfficientViTBlock(nn.Module):
         x = x + self.attn(x)
         return x + self.conv_out(x)
 
-def _average(x, c):
-    """(B, C, h, w) -> (B, c, h, w): the mean of every C / c channels in a row."""
-    return x.unflatten(1, (c, -1)).mean(2)
+class Shrink(nn.Conv2d):
+    """(B, c_in, h, w) -> (B, c_out, h/factor, w/factor). What the convolution learns is added to a fixed shortcut:
+    pixels are folded into channels, and of these as many in a row are averaged as it takes."""
 
-def _repeat(x, c):
-    return x.repeat_interleave(c // x.shape[1], 1)
-
-class DCDown(nn.Module):
-    """Halves the picture: pixels folded into channels and averaged, plus what a convolution learns to add to that."""
-
-    def __init__(self, c_in, c_out):
-        super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1)
+    def __init__(self, c_in, c_out, factor=1):
+        super().__init__(c_in, c_out, 3, stride=factor, padding=1)
 
     def forward(self, x):
-        return self.conv(x) + _average(F.pixel_unshuffle(x, 2), self.conv.out_channels)
+        folded = F.pixel_unshuffle(x, self.stride[0])
+        return super().forward(x) + folded.unflatten(1, (self.out_channels, -1)).mean(2)
 
-class DCUp(nn.Module):
-    """Doubles it: repeated channels unfolded into pixels, plus a convolution of the picture enlarged."""
+class Expand(nn.Conv2d):
+    """(B, c_in, h, w) -> (B, c_out, factor*h, factor*w): the way back, with channels repeated, then unfolded."""
 
-    def __init__(self, c_in, c_out):
-        super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, 3, padding=1)
+    def __init__(self, c_in, c_out, factor=1):
+        super().__init__(c_in, c_out, 3, padding=1)
+        self.factor = factor
 
     def forward(self, x):
-        shortcut = F.pixel_shuffle(_repeat(x, 4 * self.conv.out_channels), 2)
-        return self.conv(F.interpolate(x, scale_factor=2.0)) + shortcut
+        repeated = x.repeat_interleave(self.out_channels * self.factor ** 2 // self.in_channels, 1)
+        enlarged = F.interpolate(x, scale_factor=float(self.factor))
+        return super().forward(enlarged) + F.pixel_shuffle(repeated, self.factor)
 
 def _dc_blocks(config, stage, count):
     width, attends = config.widths[stage], stage >= config.attention_from
     return [EfficientViTBlock(width, config.head_dim) if attends else DCResBlock(width) for _ in range(count)]
 
-class DCEncoder(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.conv_in = nn.Conv2d(3, c.widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList()
-        for i, count in enumerate(c.encoder_blocks):
-            down = [DCDown(*c.widths[i:i + 2])] if i < len(c.widths) - 1 else []
-            self.down_blocks.append(nn.Sequential(*_dc_blocks(c, i, count), *down))
-        self.conv_out = nn.Conv2d(c.widths[-1], c.z_channels, 3, padding=1)
+def _dc_encoder(c):
+    stages = []
+    for i, count in enumerate(c.encoder_blocks):
+        stages.append(nn.Sequential(*_dc_blocks(c, i, count)))
+        if i < len(c.widths) - 1:
+            stages[i].append(nn.Sequential(OrderedDict(conv=Shrink(c.widths[i], c.widths[i + 1], 2))))
+    return nn.Sequential(OrderedDict(conv_in=nn.Conv2d(3, c.widths[0], 3, padding=1),
+                                     down_blocks=nn.Sequential(*stages),
+                                     conv_out=Shrink(c.widths[-1], c.z_channels)))
 
-    def forward(self, x):
-        x = self.conv_in(x)
-        for stage in self.down_blocks:
-            x = stage(x)
-        return self.conv_out(x) + _average(x, self.conv_out.out_channels)
-
-class DCDecoder(nn.Module):
-    """`up_blocks.i` is counted from full resolution, as in the encoder, although the last one runs first."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv_in = nn.Conv2d(c.z_channels, c.widths[-1], 3, padding=1)
-        self.up_blocks = nn.ModuleList()
-        for i, count in enumerate(c.decoder_blocks):
-            up = [DCUp(c.widths[i + 1], c.widths[i])] if i < len(c.widths) - 1 else []
-            self.up_blocks.append(nn.Sequential(*up, *_dc_blocks(c, i, count)))
-        self.norm_out = ChannelRMSNorm(c.widths[0])
-        self.conv_out = nn.Conv2d(c.widths[0], 3, 3, padding=1)
-
-    def forward(self, z):
-        x = self.conv_in(z) + _repeat(z, self.conv_in.out_channels)
-        for stage in reversed(self.up_blocks):
-            x = stage(x)
-        return self.conv_out(F.relu(self.norm_out(x)))
+def _dc_decoder(c):
+    stages = OrderedDict()  # run in this order, although their names count from full resolution, as in the encoder
+    for i in reversed(range(len(c.widths))):
+        stages[str(i)] = nn.Sequential(*_dc_blocks(c, i, c.decoder_blocks[i]))
+        if i < len(c.widths) - 1:
+            stages[str(i)].insert(0, nn.Sequential(OrderedDict(conv=Expand(c.widths[i + 1], c.widths[i], 2))))
+    return nn.Sequential(OrderedDict(conv_in=Expand(c.z_channels, c.widths[-1]), up_blocks=nn.Sequential(stages),
+                                     norm_out=ChannelRMSNorm(c.widths[0]), relu=nn.ReLU(),
+                                     conv_out=nn.Conv2d(c.widths[0], 3, 3, padding=1)))
 
 class DCAutoencoder(nn.Module):
     """DC-AE (arXiv 2410.10733): 32 channels at a 32nd of the picture's side; no posterior, so nothing is sampled."""
@@ -470,7 +450,7 @@ class DCAutoencoder(nn.Module):
         super().__init__()
         self.config = config
         self.stride = 2 ** (len(config.widths) - 1)  # pixels a side of one place of the latents
-        self.encoder, self.decoder = DCEncoder(config), DCDecoder(config)
+        self.encoder, self.decoder = _dc_encoder(config), _dc_decoder(config)
 
     def encode(self, images):
         """images (B, 3, H, W) -> latents (B, z_channels, H/stride, W/stride) as the generators see them: z * scale.
