@@ -465,6 +465,11 @@ class DCAutoencoder(nn.Module):
         """latents (B, z_channels, h, w), scaled as encode() returns them -> images (B, 3, H, W), not clamped."""
         return self.decoder(latents / self.config.scale)
 
+def build(config):
+    """The image tokenizer of a config, untrained."""
+    kinds = {AutoencoderConfig: Autoencoder, LFQConfig: LFQTokenizer, DCAutoencoderConfig: DCAutoencoder}
+    return kinds[type(config)](config)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # training the tiny ones
 
@@ -482,9 +487,9 @@ def trained(config, name, folder=None):
     folder = folder or os.path.join(checkpoint.HERE, "weights", tiny_name(settings))
     settings = checkpoint.from_dict(type(settings), checkpoint.read_config(folder)["config"],
                                     os.path.join(folder, "config.json"))
-    weights, kind = checkpoint.read_weights(folder), LFQTokenizer if isinstance(settings, LFQConfig) else Autoencoder
+    weights = checkpoint.read_weights(folder)
     with checkpoint.reading(folder, "no image tokenizer can be built from its config.json"), torch.device("meta"):
-        checkpoint.check_keys(kind(settings).state_dict(), weights, folder)  # before anything is allocated
+        checkpoint.check_keys(build(settings).state_dict(), weights, folder)  # before anything is allocated
     return replace(config, **{name: settings}), weights
 
 def tokenizer_loss(model, images):
@@ -529,7 +534,7 @@ class TokenizerStage(nn.Module):
     def __init__(self, name, ckpt=None):
         super().__init__()
         self.config = TOKENIZERS[name]
-        self.tokenizer = (LFQTokenizer if isinstance(self.config, LFQConfig) else Autoencoder)(self.config)
+        self.tokenizer = build(self.config)
         if ckpt:
             checkpoint.load_strict(self.tokenizer, checkpoint.read_weights(ckpt), ckpt)
 
