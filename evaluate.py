@@ -239,7 +239,8 @@ def parse_args(argv=None):
     checkpoint.choose(args)
     checkpoint.refuse_unused(
         p, argv, ("split editing json", not args.geneval, "the shape world's scores, not for --geneval"),
-        ("out", args.geneval, "--geneval"), ("tokenizer-ckpt vision-ckpt", args.config != "tiny", "published models"))
+        ("out", args.geneval, "--geneval"),
+        ("tokenizer-ckpt vision-ckpt rest-ckpt", args.config != "tiny", "published models"))
     if args.n is None:
         args.n = 4 if args.geneval else 600
     if args.config != "tiny" and not args.geneval:
@@ -252,7 +253,8 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     model = checkpoint.load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer,
-                                  args.device, checkpoint.dtype_of(args), args.vision_ckpt, adapters=args.adapters)
+                                  args.device, checkpoint.dtype_of(args), args.vision_ckpt, adapters=args.adapters,
+                                  rest=args.rest_ckpt)
     sampler = {k: v for k, v in dict(cfg=args.cfg, steps=args.steps).items() if v is not None}
     if args.geneval:
         return export_geneval(model, args.geneval, args.out, args.n, args.seed, **sampler)

@@ -37,6 +37,9 @@ from image_tokenizer import TOKENIZERS, AutoencoderConfig, DCAutoencoderConfig, 
 IGNORE = -100  # label of a position that is not trained
 UNCONDITIONAL = "Generate an image."  # the request where there is none
 T = 1000  # steps of time
+# What InternVL's dialogues begin with: who it is, and by whom. Requests for a picture do not.
+SYSTEM = ("你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学"
+          "及多家合作单位联合开发的多模态大语言模型。")
 # Parts that the release takes from other people's files, where their names lack this beginning
 PREFIXES = {"lmm.": "give InternVL3's folder with --vision-ckpt", "vae.": "give DC-AE's with --tokenizer-ckpt",
             "transformer.": "give SANA's (transformer/) with --rest-ckpt"}
@@ -67,7 +70,7 @@ class OpenUniConfig:
     rms_norm_eps: float = 1e-6
     vit: vision.CLIPConfig = field(default_factory=lambda: vision.VISION_ENCODERS["internvit-300m-448"])
     tokens: tuple = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")  # their names in the tokenizer
-    system: str = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+    system: str = SYSTEM
     queries: int = 256
     connector_layers: int = 6
     connector_heads: int = 14
@@ -348,8 +351,8 @@ class OpenUni(nn.Module):
     # ---- losses
 
     def reca_loss(self, latents, ids, pads, noise, u, features=None, count=None):
-        """Reconstruction alignment: what InternVL3 sees of an image, in the prompt, is what SANA draws it from. The loss
-        is the flow's own, mean over pixels and channels: no captions, no questions.
+        """Reconstruction alignment: what InternVL3 sees of an image, in the prompt, is what SANA draws it from. The
+        loss is the flow's own, a mean over places and channels: no captions, no questions.
 
         latents (B, C, h, w): the image. ids (B, W), pads (B,): the request, with room for the N tokens of the image.
         features (B, N, H): of the same image; in editing of another one. noise, u: see the top of the file. count: what
@@ -454,8 +457,8 @@ class OpenUni(nn.Module):
         return z
 
     def generate(self, prompts, cfg=None, steps=None, temperature=1.0, generator=None, size=None):
-        """Captions -> images (B, 3, height, width) in [-1, 1]. size: pixels, one number or (height, width), multiples of
-        self.stride."""
+        """Captions -> images (B, 3, height, width) in [-1, 1]. size: pixels, one number or (height, width), multiples
+        of self.stride."""
         size = size or self.config.image_size
         size = (size, size) if isinstance(size, int) else tuple(size)
         samples = [{"caption": prompt} for prompt in prompts]
@@ -589,8 +592,8 @@ class OpenUni(nn.Module):
         return [*self.ask(text, image, room), self.marks[2]][:limit + image * (self.seen + 2)]
 
     def dialogue_ids(self, part, sample, limit=math.inf):
-        """One sample -> ids and labels of its row (IGNORE but for answers and <|im_end|>). A dialogue ends with the last
-        turn that fits whole into `limit` ids. The first stays: what cuts it cuts its end, too."""
+        """One sample -> ids and labels of its row (IGNORE but for answers and <|im_end|>). A dialogue ends with the
+        last turn that fits whole into `limit` ids. The first stays: what cuts it cuts its end, too."""
         start, end, *_ = self.marks
         newline, ids = self.encode("\n"), []
         if self.config.system:

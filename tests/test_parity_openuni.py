@@ -5,8 +5,9 @@ PARITY_DIR=folder replaces tests/golden (folder/openuni/{config.json, weights.sa
 cases.safetensors}, any sizes)."""
 import gzip
 import json
+import math
 import os
-from dataclasses import replace
+from dataclasses import asdict
 from functools import lru_cache
 
 import pytest
@@ -17,8 +18,7 @@ import checkpoint
 import model_openuni
 import vision_encoder
 from image_tokenizer import DCAutoencoderConfig
-from model_openuni import CONFIGS, IGNORE, OpenUni, OpenUniConfig, Sana, SanaConfig, sampling_sigmas
-from text_tokenizer import load_tokenizer
+from model_openuni import CONFIGS, OpenUni, OpenUniConfig, Sana, SanaConfig, sampling_sigmas
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.path.join(os.environ.get("PARITY_DIR", os.path.join(HERE, "golden")), "openuni")
@@ -110,7 +110,8 @@ def test_vision():
         x = layer(x)
     folded = model.fold(vit(g["in"]))
     compare(("vit.embeddings", embeddings, g["embeddings"]), ("vit.out", x, g["out"]),
-            ("vit.pixel_shuffle", folded, g["pixel_shuffle"]), ("vit.projected", model.lmm.mlp1(folded), g["projected"]))
+            ("vit.pixel_shuffle", folded, g["pixel_shuffle"]),
+            ("vit.projected", model.lmm.mlp1(folded), g["projected"]))
 
 @torch.no_grad()
 def test_what_internvl_sees(monkeypatch):
@@ -168,7 +169,8 @@ def test_sana():
     del block.attn1.join
     hook.remove()
     compare(("dit.time_embed6", time, g["time_embed6"]), ("dit.embedded_timestep", e, g["embedded_timestep"]),
-            ("dit.caption", dit.read(g["prompt_embeds"]), g["caption"]), ("dit.block0.attn1", mixed[0], g["block0.attn1"]),
+            ("dit.caption", dit.read(g["prompt_embeds"]), g["caption"]),
+            ("dit.block0.attn1", mixed[0], g["block0.attn1"]),
             ("dit.block0.out", outs[0], g["block0.out"]), ("dit.out", v, g["out"]))
 
 @torch.no_grad()
@@ -187,7 +189,8 @@ def test_times():
     u = torch.arange(1000, dtype=torch.float64).add(0.5).div(1000).float()
     t, sigma = model.flow_time(u)
     sigmas = sampling_sigmas(20, CONFIGS["openuni-b-512"].shift)
-    compare(("sched.train_timesteps", t, g["train_timesteps"]), ("sched.train_sigmas", sigma.flatten(), g["train_sigmas"]),
+    compare(("sched.train_timesteps", t, g["train_timesteps"]),
+            ("sched.train_sigmas", sigma.flatten(), g["train_sigmas"]),
             ("sched.test20_sigmas", torch.tensor(sigmas), g["test20_sigmas"]),
             ("sched.test20_timesteps", torch.tensor([int(1000 * s) for s in sigmas[:-1]]), g["test20_timesteps"]),
             factor=1e-6)
@@ -283,3 +286,95 @@ def test_sampler(monkeypatch):
             factor=SAMPLER)
     levels = torch.from_numpy(vision_encoder.to_uint8(image)).permute(0, 3, 1, 2).int() - g["image_u8"].int()
     assert levels.abs().max() <= 1
+
+def test_solver_is_exact_where_the_image_is_a_line_in_log_snr():
+    """Of second order: between the first step and the last it makes no error then, at any spacing."""
+    def image(sigma):
+        return 3.0 + 0.5 * (math.log(1 - sigma) - math.log(sigma))
+    sigmas = sampling_sigmas(9, 3.0)
+    for last, now, after in zip(sigmas, sigmas[1:], sigmas[2:-1]):
+        fine = torch.linspace(math.log(1 / now - 1), math.log(1 / after - 1), 4001, dtype=torch.float64)
+        # z / sigma changes by the integral of e^lambda * image
+        area = torch.trapezoid(fine.exp() * (3.0 + 0.5 * fine), fine)
+        z = torch.tensor(1.0, dtype=torch.float64)
+        want = after * (z / now + area)
+        got = model_openuni.solver_step(z, image(now), image(last), (last, now, after))
+        first = model_openuni.solver_step(z, image(now), None, (last, now, after))
+        assert abs(got - want) < 0.3 * abs(first - want)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# published files
+
+PARTS = {"vit": "lmm.vision_model.", "llm": "lmm.language_model.", "mlp1": "lmm.mlp1.", "connector": "connector.",
+         "projector": "projector.", "queries": "meta_queries", "dit": "transformer.", "vae": "vae."}
+MILLIONS = {"openuni-b-512": (304, 630, 4.5, 52.4, 2.07, 0.23, 592, 312),
+            "openuni-l-512": (304, 1776, 8.7, 222, 3.54, 0.39, 1604, 312),
+            "openuni-l-1024": (304, 1776, 8.7, 222, 3.54, 0.39, 1605, 312)}
+
+@pytest.mark.parametrize("size", MILLIONS)
+def test_keys_and_numbers_of_parameters(size):
+    with torch.device("meta"):
+        model = OpenUni(CONFIGS[size])
+    with gzip.open(os.path.join(HERE, "golden", "keys", f"{size}.keys.json.gz")) as f:
+        want = json.load(f)
+    state = model.state_dict()
+    assert {k: list(t.shape) for k, t in state.items()} == want
+    for (part, prefix), millions in zip(PARTS.items(), MILLIONS[size]):
+        n = sum(t.numel() for k, t in state.items() if k.startswith(prefix)) / 1e6
+        assert abs(n - millions) <= 0.011 * millions, (part, n)
+    trained = {name for name, _ in model.trainable_parameters("reca")}
+    assert trained == {k for k in state if not k.startswith(("lmm.", "vae."))}
+    assert model.seen == 256 and model.stride == 32 and model.marks == (0, 1, 2, 3, 4)
+
+def files(folder, weights, **parts):
+    """Writes {name: prefixes} of golden weights, where there is but one prefix without it -> {name: path}."""
+    out = {}
+    for name, prefixes in parts.items():
+        state = {k: t for k, t in weights.items() if k.startswith(tuple(prefixes))}
+        if len(prefixes) == 1:
+            state = {k.removeprefix(prefixes[0]): t for k, t in state.items()}
+        out[name] = str(folder / f"{name}.safetensors")
+        save_file(state, out[name])
+    return out
+
+def test_published_files_lie_over_each_other(tmp_path, capsys):
+    """OpenUni's file lacks what it did not train, and RecA's lies over it; what is nowhere, or does not fit, is told in
+    one line."""
+    _, _, model = golden()
+    weights, own = load_file(os.path.join(GOLDEN, "weights.safetensors")), ("meta_queries", "connector.", "projector.")
+    path = files(tmp_path, weights, first=own, sana=["transformer."], internvl=["lmm."], dcae=["vae."])
+    reca = {k: t + 1 for k, t in weights.items() if k.startswith((*own, "transformer."))}
+    path["reca"] = str(tmp_path / "reca.pth")
+    torch.save({"state_dict": reca}, path["reca"])
+    frozen = dict(config=model.config, vision_path=path["internvl"], tokenizer_path=path["dcae"])
+
+    def load(first, *rest):
+        capsys.readouterr()
+        return OpenUni.load_published(path[first], **frozen, rest=[path[name] for name in rest]).state_dict()
+    got = load("first", "sana")
+    assert got.keys() == weights.keys() and all(torch.equal(t, got[k]) for k, t in weights.items())
+    n = sum(k.startswith("transformer.") for k in weights)
+    assert f"{path['sana']}: {n} of {n} tensors (transformer)" in capsys.readouterr().err
+    got = load("reca", "first", "sana")
+    assert all(torch.equal(reca.get(k, t), got[k]) for k, t in weights.items())
+    said = capsys.readouterr().err
+    assert f"{path['first']}: 0 of " in said and f"{path['sana']}: 0 of {n} tensors" in said and "state_dict" in said
+    with pytest.raises(ValueError, match=r"first.safetensors: no transformer\.\* .*SANA's .*--rest-ckpt$"):
+        load("first")
+    frozen["vision_path"] = None
+    with pytest.raises(ValueError, match=r"reca.pth: no lmm\.\* .*InternVL3's folder with --vision-ckpt$"):
+        load("reca")
+    load("reca", "internvl")
+    frozen["vision_path"] = path["internvl"]
+    save_file({k: t for k, t in load_file(path["sana"]).items() if k != "proj_out.bias"}, path["sana"])
+    with pytest.raises(ValueError, match=r"^[^;]*sana.safetensors: .* 1 missing\), first missing transformer.proj_out"):
+        load("first", "sana")
+
+def test_a_run_folder_of_a_published_size_says_which_autoencoder():
+    """Two kinds fit into the field: the one whose fields these are."""
+    for name in ("tiny", "openuni-b-512"):
+        again = checkpoint.from_dict(OpenUniConfig, json.loads(json.dumps(asdict(CONFIGS[name]))))
+        assert again == CONFIGS[name] and type(again.vae) is type(CONFIGS[name].vae)
+    for vae in (3, None, {"z_channels": 16}):
+        with pytest.raises(ValueError, match="config.json: DCAutoencoderConfig"):
+            checkpoint.from_dict(OpenUniConfig, json.loads(json.dumps(asdict(CONFIGS["tiny"]))) | {"vae": vae})
