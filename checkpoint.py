@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import hashlib
 import importlib
+import inspect
 import itertools
 import json
 import os
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import typing
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -465,7 +467,8 @@ def add_flags(parser):
     add("--config", default="tiny", help="model size: tiny or a published one, e.g. harmon-1.5b")
     add("--ckpt", help="folder written by train.py, or a published file (default: shipped weights)")
     add("--tokenizer-ckpt", help="image tokenizer: our folder, or the published file (kl16.ckpt, ...)")
-    add("--vision-ckpt", help="published CLIP file, of the Show-o CLIP variants")
+    add("--vision-ckpt", help="published file or folder a model understands with: CLIP (Show-o), InternVL3 (OpenUni)")
+    add("--rest-ckpt", nargs="+", metavar="PATH", help="published files of what --ckpt leaves out, the best first")
     add("--text-tokenizer", help="published text tokenizer, a folder or file; the tiny one is shipped")
     add("--weights", metavar="KEY", help=f"of a --ckpt with several state dicts: {', '.join(WRAPPERS)} or another key")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where a GPU has it, but for "
@@ -480,7 +483,7 @@ def model_of(args):
     if args.device == "cpu":
         use_products(args.gemm)
     return load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer, args.device,
-                      dtype_of(args), args.vision_ckpt, adapters=args.adapters)
+                      dtype_of(args), args.vision_ckpt, adapters=args.adapters, rest=args.rest_ckpt)
 
 def dtype_of(args):
     """--dtype, of the weights that sample.py and evaluate.py load; None: float32."""
@@ -529,19 +532,21 @@ def checked(field, value, default):
     raise BadFile(f"{field} is {json.dumps(value)[:60]}, expected {expected}")
 
 def from_dict(cls, values, path="config.json"):
-    """A dataclass from a JSON dict, nested ones too, lists back to tuples. Raises ValueError where a field is unknown,
-    missing, of another type or out of its range."""
+    """A dataclass from a JSON dict, nested ones too (where a field has several types, the one with these fields), lists
+    back to tuples. Raises ValueError where a field is unknown, missing, of another type or out of its range."""
     if not isinstance(values, dict):
         raise BadFile(f"{path}: {cls.__name__} is {json.dumps(values)[:60]}, expected an object with its fields")
-    defaults, out, fields = cls(), {}, {f.name for f in dataclasses.fields(cls)}
-    for names, how in ((set(values) - fields, "has no"), (fields - set(values), "lacks the")):
+    defaults, out, fields = cls(), {}, {f.name: f.type for f in dataclasses.fields(cls)}
+    for names, how in ((set(values) - set(fields), "has no"), (set(fields) - set(values), "lacks the")):
         if names:
             raise BadFile(f"{path}: {cls.__name__} {how} field {', '.join(sorted(names))[:200]}: it was written by "
                           "another version of this code")
     for name, value in values.items():
         default = getattr(defaults, name)
         if dataclasses.is_dataclass(default):
-            out[name] = from_dict(type(default), value, path)
+            keys, kinds = set(value) if isinstance(value, dict) else (), typing.get_args(fields[name])
+            fits = [kind for kind in kinds if {f.name for f in dataclasses.fields(kind)} == keys]
+            out[name] = from_dict((fits or [type(default)])[0], value, path)
         else:
             out[name] = checked(f"{path}: {cls.__name__}.{name}", value, default)
     for name in [name for name in out if name.endswith("heads")]:
@@ -657,15 +662,15 @@ def is_ours(path):
     return os.path.isfile(file) and isinstance(meta := read_json(file), dict) and {"arch", "config"} <= set(meta)
 
 def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer=None, device="cpu", dtype=None,
-               vision_ckpt=None, prepare=None, adapters=None):
+               vision_ckpt=None, prepare=None, adapters=None, rest=()):
     """The model of `arch`, in eval mode, from one of our folders or, with `config` = a published size, from the
     original files. prepare: called with the model while it has no memory, see train.place. adapters: the folder of a
-    run with --lora, merged into the weights; without ckpt into the shipped base. Raises FileNotFoundError and
-    ValueError with a message for the user."""
+    run with --lora, merged into the weights; without ckpt into the shipped base. rest: files of what ckpt leaves out.
+    Raises FileNotFoundError and ValueError with a message for the user."""
     check_device(device, dtype)
     if adapters:
         base = ckpt or default_weights(arch, "base")
-        model = load_model(arch, base, config, tokenizer_ckpt, text_tokenizer, device, dtype, vision_ckpt)
+        model = load_model(arch, base, config, tokenizer_ckpt, text_tokenizer, device, dtype, vision_ckpt, rest=rest)
         load_adapters(model, adapters)
         return model
     module, ckpt = model_file(arch), ckpt or default_weights(arch)
@@ -684,10 +689,12 @@ def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer
     if not text_tokenizer:
         raise ValueError(f"--config {config} needs --text-tokenizer: the folder or file of the published text "
                          "tokenizer (vocab.json + merges.txt, tokenizer.json or qwen.tiktoken)")
-    tokenizer = load_tokenizer(text_tokenizer)
+    tokenizer, load = load_tokenizer(text_tokenizer), module.Model.load_published
     check_vocabulary(module.CONFIGS[config], tokenizer, text_tokenizer)
-    return module.Model.load_published(ckpt, config=config, tokenizer_path=tokenizer_ckpt, vision_path=vision_ckpt,
-                                       tokenizer=tokenizer, device=device, dtype=dtype, prepare=prepare)
+    if rest and "rest" not in inspect.signature(load).parameters:
+        raise ValueError(f"--rest-ckpt {rest[0]}: the --ckpt of --arch {arch} leaves nothing out, leave this out, too")
+    return load(ckpt, config=config, tokenizer_path=tokenizer_ckpt, vision_path=vision_ckpt, tokenizer=tokenizer,
+                device=device, dtype=dtype, prepare=prepare, **({"rest": rest} if rest else {}))
 
 def from_parts(arch, config, tokenizer, state, ckpt, device="cpu", dtype=None, prepare=None):
     """A model in eval mode from its config (a dictionary) and its weights `state`; None: they will come in later."""

@@ -239,8 +239,8 @@ def parse_args(argv=None):
     checkpoint.choose(args)
     checkpoint.refuse_unused(
         p, argv, ("split editing json", not args.geneval, "the shape world's scores, not for --geneval"),
-        ("out", args.geneval, "--geneval"), ("tokenizer-ckpt vision-ckpt", args.config != "tiny", "published models"),
-        ("gemm", args.device == "cpu", "CPUs"))
+        ("out", args.geneval, "--geneval"), ("gemm", args.device == "cpu", "CPUs"),
+        ("tokenizer-ckpt vision-ckpt rest-ckpt", args.config != "tiny", "published models"))
     if args.n is None:
         args.n = 4 if args.geneval else 600
     if args.config != "tiny" and not args.geneval:

@@ -1,9 +1,10 @@
 """Image tokenizers: the frozen autoencoders that the generators paint through, and the training of the tiny ones.
 
-Two classes cover every tokenizer of the models. `Autoencoder` gives continuous latents: the KL-16 VAE of MAR and
+Three classes cover every tokenizer of the models. `Autoencoder` gives continuous latents: the KL-16 VAE of MAR and
 Harmon, the FLUX autoencoder of BAGEL. `LFQTokenizer` gives integer codes: MAGVIT-v2 of Show-o, whose "codebook" is the
 sign pattern of a few channels (lookup-free quantization). Both are the same convolutional pyramid, and so are the tiny
-ones for 48x48 pictures, by config. Module names are the published state-dict keys: to load is not to translate.
+ones for 48x48 pictures, by config. `DCAutoencoder`, of SANA and OpenUni, gives continuous latents of a 32nd of the
+picture's side. Module names are the published state-dict keys: to load is not to translate.
 
 Images are float (B, 3, H, W) in [-1, 1] everywhere in this file.
 """
@@ -52,11 +53,22 @@ class LFQConfig:
     l1_weight: float = 1.0
     mse_weight: float = 1.0
 
+@dataclass
+class DCAutoencoderConfig:
+    widths: tuple = (128, 256, 512, 512, 1024, 1024)  # of the stages, from full resolution down, half the side each
+    encoder_blocks: tuple = (2, 2, 2, 3, 3, 3)
+    decoder_blocks: tuple = (3, 3, 3, 3, 3, 3)
+    attention_from: int = 3  # the first stage with linear attention; the ones before it are convolutions
+    head_dim: int = 32
+    z_channels: int = 32
+    scale: float = 0.41407  # latent = z * scale
+
 TOKENIZERS = {
     "kl16": AutoencoderConfig(),
     "flux": AutoencoderConfig(ch_mult=(1, 2, 4, 4), encoder_attn_resolutions=(), quant_conv=False, scale=0.3611,
                               shift=0.1159),
     "magvitv2": LFQConfig(),
+    "dc-ae-f32c32": DCAutoencoderConfig(),
     # For 48x48 pictures of the shape world, whose 16x16 cells are independent: a residual MLP per cell (and one
     # attention between cells) is the whole pyramid, and learns on a CPU many times faster than 3x3 convolutions at full
     # resolution. scale 1 because calibrate() makes the latents standard. MSE rules the codes: it asks for the few
@@ -209,7 +221,7 @@ def _check_images(images, stride):
         raise ValueError(f"images: shape {tuple(images.shape)}, expected (B, 3, H, W), H and W at least {stride}")
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the two tokenizers: continuous latents and discrete codes
+# the tokenizers on this pyramid: continuous latents and discrete codes
 
 class Autoencoder(nn.Module):
     """Latent diffusion's KL-regularized autoencoder (arXiv 2112.10752): KL-16, FLUX's and the tiny one by config."""
@@ -305,6 +317,160 @@ class LFQTokenizer(nn.Module):
         return self.decode_signs(q), *self.quantizer_losses(z)
 
 # ---------------------------------------------------------------------------------------------------------------------
+# DC-AE: 32 times fewer pixels a side
+
+def relu_attention(q, k, v):
+    """Linear attention (EfficientViT, arXiv 2205.14756): q, k, v (..., N, d) -> (..., N, d), in the dtype of v.
+    The weight of a key is relu(q) . relu(k) instead of exp(q . k): a product, so that all keys are summed up once for
+    all queries, at a cost linear in N. These sums over a whole picture need float32."""
+    dtype = v.dtype
+    with torch.autocast(v.device.type, enabled=False):
+        q, k, v = F.relu(q.float()), F.relu(k.float()), v.float()
+        summed = q @ (k.transpose(-1, -2) @ v)
+        weight = q @ k.sum(-2).unsqueeze(-1)  # (..., N, 1)
+        return (summed / (weight + 1e-15)).to(dtype)
+
+class ChannelRMSNorm(nn.RMSNorm):
+    """RMSNorm over the channels of each place of (B, C, h, w), with a bias."""
+
+    def __init__(self, c):
+        super().__init__(c, eps=1e-5)
+        self.bias = nn.Parameter(torch.zeros(c))
+
+    def forward(self, x):
+        return (super().forward(x.permute(0, 2, 3, 1)) + self.bias).permute(0, 3, 1, 2)
+
+class GatedConv(nn.Module):
+    """The feed-forward part: a gated MLP per place, whose hidden layer also sees the eight places around it."""
+
+    def __init__(self, c, hidden, norm=True):
+        super().__init__()
+        self.conv_inverted = nn.Conv2d(c, 2 * hidden, 1)
+        self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
+        self.conv_point = nn.Conv2d(hidden, c, 1, bias=False)
+        self.norm = ChannelRMSNorm(c) if norm else nn.Identity()
+
+    def forward(self, x):
+        value, gate = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, 1)
+        return self.norm(self.conv_point(value * F.silu(gate)))
+
+class MultiscaleAttention(nn.Module):
+    """Linear attention of twice C / head_dim heads: half of them see q, k and v mixed over 5x5 places."""
+
+    def __init__(self, c, head_dim):
+        super().__init__()
+        self.head_dim = head_dim
+        self.to_q, self.to_k, self.to_v = (nn.Linear(c, c, bias=False) for _ in range(3))
+        mix = nn.Conv2d(3 * c, 3 * c, 5, padding=2, groups=3 * c, bias=False)
+        point = nn.Conv2d(3 * c, 3 * c, 1, groups=3 * c // head_dim, bias=False)
+        self.to_qkv_multiscale = nn.ModuleList([nn.Sequential(OrderedDict(proj_in=mix, proj_out=point))])
+        self.to_out = nn.Linear(2 * c, c, bias=False)
+        self.norm_out = ChannelRMSNorm(c)
+
+    def forward(self, x):
+        rows = x.permute(0, 2, 3, 1)
+        qkv = torch.cat([layer(rows) for layer in (self.to_q, self.to_k, self.to_v)], -1).permute(0, 3, 1, 2)
+        qkv = torch.cat([qkv, self.to_qkv_multiscale[0](qkv)], 1).flatten(2)  # (B, 6C, h*w)
+        # A head takes 3 * head_dim channels in a row: what the layer named to_q makes is q, k and v of the first heads.
+        heads = qkv.unflatten(1, (-1, 3 * self.head_dim)).transpose(2, 3)  # (B, 2C / head_dim, h*w, 3 * head_dim)
+        out = relu_attention(*heads.chunk(3, -1)).transpose(1, 2).flatten(2)  # (B, h*w, 2C)
+        return self.norm_out(self.to_out(out).transpose(1, 2).unflatten(2, x.shape[2:]))
+
+class DCResBlock(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c, c, 3, padding=1)
+        self.conv2 = nn.Conv2d(c, c, 3, padding=1, bias=False)
+        self.norm = ChannelRMSNorm(c)
+
+    def forward(self, x):
+        return x + self.norm(self.conv2(F.silu(self.conv1(x))))
+
+class EfficientViTBlock(nn.Module):
+    def __init__(self, c, head_dim):
+        super().__init__()
+        self.attn = MultiscaleAttention(c, head_dim)
+        self.conv_out = GatedConv(c, 4 * c)
+
+    def forward(self, x):
+        x = x + self.attn(x)
+        return x + self.conv_out(x)
+
+class Shrink(nn.Conv2d):
+    """(B, c_in, h, w) -> (B, c_out, h/factor, w/factor). What the convolution learns is added to a fixed shortcut:
+    pixels are folded into channels, and of these as many in a row are averaged as it takes."""
+
+    def __init__(self, c_in, c_out, factor=1):
+        super().__init__(c_in, c_out, 3, stride=factor, padding=1)
+
+    def forward(self, x):
+        folded = F.pixel_unshuffle(x, self.stride[0])
+        return super().forward(x) + folded.unflatten(1, (self.out_channels, -1)).mean(2)
+
+class Expand(nn.Conv2d):
+    """(B, c_in, h, w) -> (B, c_out, factor*h, factor*w): the way back, with channels repeated, then unfolded."""
+
+    def __init__(self, c_in, c_out, factor=1):
+        super().__init__(c_in, c_out, 3, padding=1)
+        self.factor = factor
+
+    def forward(self, x):
+        repeated = x.repeat_interleave(self.out_channels * self.factor ** 2 // self.in_channels, 1)
+        enlarged = F.interpolate(x, scale_factor=float(self.factor))
+        return super().forward(enlarged) + F.pixel_shuffle(repeated, self.factor)
+
+def _dc_blocks(config, stage, count):
+    width, attends = config.widths[stage], stage >= config.attention_from
+    return [EfficientViTBlock(width, config.head_dim) if attends else DCResBlock(width) for _ in range(count)]
+
+def _dc_encoder(c):
+    stages = []
+    for i, count in enumerate(c.encoder_blocks):
+        stages.append(nn.Sequential(*_dc_blocks(c, i, count)))
+        if i < len(c.widths) - 1:
+            stages[i].append(nn.Sequential(OrderedDict(conv=Shrink(c.widths[i], c.widths[i + 1], 2))))
+    return nn.Sequential(OrderedDict(conv_in=nn.Conv2d(3, c.widths[0], 3, padding=1),
+                                     down_blocks=nn.Sequential(*stages),
+                                     conv_out=Shrink(c.widths[-1], c.z_channels)))
+
+def _dc_decoder(c):
+    stages = OrderedDict()  # run in this order, although their names count from full resolution, as in the encoder
+    for i in reversed(range(len(c.widths))):
+        stages[str(i)] = nn.Sequential(*_dc_blocks(c, i, c.decoder_blocks[i]))
+        if i < len(c.widths) - 1:
+            stages[str(i)].insert(0, nn.Sequential(OrderedDict(conv=Expand(c.widths[i + 1], c.widths[i], 2))))
+    return nn.Sequential(OrderedDict(conv_in=Expand(c.z_channels, c.widths[-1]), up_blocks=nn.Sequential(stages),
+                                     norm_out=ChannelRMSNorm(c.widths[0]), relu=nn.ReLU(),
+                                     conv_out=nn.Conv2d(c.widths[0], 3, 3, padding=1)))
+
+class DCAutoencoder(nn.Module):
+    """DC-AE (arXiv 2410.10733): 32 channels at a 32nd of the picture's side; no posterior, so nothing is sampled."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.stride = 2 ** (len(config.widths) - 1)  # pixels a side of one place of the latents
+        self.encoder, self.decoder = _dc_encoder(config), _dc_decoder(config)
+
+    def encode(self, images):
+        """images (B, 3, H, W) -> latents (B, z_channels, H/stride, W/stride) as the generators see them: z * scale.
+        ValueError if a side is not a multiple of the stride."""
+        _check_images(images, self.stride)
+        h, w = images.shape[2:]
+        if h % self.stride or w % self.stride:
+            raise ValueError(f"images: {h}x{w} pixels, expected sides that are multiples of {self.stride}: crop them")
+        return self.encoder(images) * self.config.scale
+
+    def decode(self, latents):
+        """latents (B, z_channels, h, w), scaled as encode() returns them -> images (B, 3, H, W), not clamped."""
+        return self.decoder(latents / self.config.scale)
+
+def build(config):
+    """The image tokenizer of a config, untrained."""
+    kinds = {AutoencoderConfig: Autoencoder, LFQConfig: LFQTokenizer, DCAutoencoderConfig: DCAutoencoder}
+    return kinds[type(config)](config)
+
+# ---------------------------------------------------------------------------------------------------------------------
 # training the tiny ones
 
 def tiny_name(config):
@@ -321,9 +487,9 @@ def trained(config, name, folder=None):
     folder = folder or os.path.join(checkpoint.HERE, "weights", tiny_name(settings))
     settings = checkpoint.from_dict(type(settings), checkpoint.read_config(folder)["config"],
                                     os.path.join(folder, "config.json"))
-    weights, kind = checkpoint.read_weights(folder), LFQTokenizer if isinstance(settings, LFQConfig) else Autoencoder
+    weights = checkpoint.read_weights(folder)
     with checkpoint.reading(folder, "no image tokenizer can be built from its config.json"), torch.device("meta"):
-        checkpoint.check_keys(kind(settings).state_dict(), weights, folder)  # before anything is allocated
+        checkpoint.check_keys(build(settings).state_dict(), weights, folder)  # before anything is allocated
     return replace(config, **{name: settings}), weights
 
 def tokenizer_loss(model, images):
@@ -368,7 +534,7 @@ class TokenizerStage(nn.Module):
     def __init__(self, name, ckpt=None):
         super().__init__()
         self.config = TOKENIZERS[name]
-        self.tokenizer = (LFQTokenizer if isinstance(self.config, LFQConfig) else Autoencoder)(self.config)
+        self.tokenizer = build(self.config)
         if ckpt:
             checkpoint.load_strict(self.tokenizer, checkpoint.read_weights(ckpt), ckpt)
 

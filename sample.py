@@ -196,7 +196,7 @@ def parse_args(argv=None):
         p, argv, ("n batch steps cfg out", not args.question, "pictures, not for --question"),
         ("seed", not args.question or args.temperature, "pictures, and for answers with a --temperature above 0"),
         ("max-new-tokens", args.question, "--question"), ("no-exif", args.image, "--image"),
-        ("tokenizer-ckpt vision-ckpt", args.config != "tiny", "published models"),
+        ("tokenizer-ckpt vision-ckpt rest-ckpt", args.config != "tiny", "published models"),
         ("gemm", args.device == "cpu", "CPUs"))
     return args
 

@@ -224,7 +224,7 @@ def check_typed(args, argv=None):
     checkpoint.refuse_unused(
         parser(), argv, ("overwrite", not args.resume, "new runs"),
         ("ckpt", not args.resume or args.lora, "new runs"), ("gemm", args.device == "cpu", "CPUs"),
-        ("vision-ckpt", not tiny, "published models"),
+        ("vision-ckpt rest-ckpt", not tiny, "published models"),
         ("config", not tokenizer or tiny, "models"), ("text-tokenizer recompute shard cfg", not tokenizer, "models"),
         ("drop", parts & {"t2i", "recon"}, "t2i and recon"), ("muon-decay", args.muon_lr, "--muon-lr above 0"),
         ("tokenizer-ckpt", not tiny or (args.stage == "base" and not args.ckpt), "published models and new bases"),
@@ -299,7 +299,7 @@ def build(args, state=None, prepare=None):
     else:
         ckpt = args.ckpt or checkpoint.default_weights(args.arch, "base")
         model = checkpoint.load_model(args.arch, ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer,
-                                      args.device, vision_ckpt=args.vision_ckpt, prepare=prepare)
+                                      args.device, vision_ckpt=args.vision_ckpt, prepare=prepare, rest=args.rest_ckpt)
     model.config.cfg = args.cfg or model.config.cfg
     if args.lora:
         init_lora(model, data.sample_generator(args.seed, 0, 0, "lora"))

@@ -1,9 +1,10 @@
 """Vision encoders: what the models see with. The understanding side of Show-o is `CLIPVision` (CLIP ViT-L/14-336), that
-of BAGEL `SigLIPNaViT` (SigLIP so400m/14 for pictures of any size). The tiny ones for 48x48 pictures are the same two
-classes with small configs. Harmon has no encoder of its own here: it understands with its MAR encoder.
+of BAGEL `SigLIPNaViT` (SigLIP so400m/14 for pictures of any size), that of OpenUni `InternViT`. The tiny ones for 48x48
+pictures are the same classes with small configs. Harmon has no encoder of its own here: it understands with its MAR
+encoder.
 
-Both are pre-norm ViTs of one kind of block. Module names are the published state-dict keys. The preprocessing that
-belongs to the published weights (PIL image -> tensor) is at the end, with what the samplers of all models share.
+All are pre-norm ViTs. Module names are the published state-dict keys. The preprocessing that belongs to the published
+weights (PIL image -> tensor) is at the end, with what the samplers of all models share.
 """
 import math
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from custom_kernels.products import sdpa
 # configurations
 
 @dataclass
-class CLIPConfig:
+class CLIPConfig:  # and InternViT's
     width: int = 1024
     layers: int = 24  # blocks in the file
     skip_last: int = 1  # so many of them are never run: the features are the penultimate hidden state, as in LLaVA
@@ -45,9 +46,11 @@ class SigLIPConfig:
 VISION_ENCODERS = {
     "clip-vit-large-patch14-336": CLIPConfig(),
     "siglip-so400m-14-980": SigLIPConfig(),
+    "internvit-300m-448": CLIPConfig(skip_last=0, image_size=448, eps=1e-6),
     # 48x48 pictures in 9 patches, one for each cell of the shape world. No block is stored without being run.
     "tiny-clip": CLIPConfig(width=128, layers=2, skip_last=0, heads=4, mlp_width=256, image_size=48, patch=16),
     "tiny-siglip": SigLIPConfig(width=128, layers=2, heads=4, mlp_width=256, patch=16, positions=6),
+    "tiny-internvit": CLIPConfig(width=96, layers=3, skip_last=0, heads=4, mlp_width=192, image_size=48, patch=8),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,6 +190,52 @@ class SigLIPNaViT(nn.Module):
         return m["post_layernorm"](x)
 
 # ---------------------------------------------------------------------------------------------------------------------
+# InternViT
+
+class InternLayer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.heads = c.heads
+        self.norm1, self.norm2 = (nn.LayerNorm(c.width, eps=c.eps) for _ in range(2))
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(c.width, 3 * c.width), "proj": nn.Linear(c.width, c.width)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(c.width, c.mlp_width), "fc2": nn.Linear(c.mlp_width, c.width)})
+        self.ls1, self.ls2 = (nn.Parameter(torch.ones(c.width)) for _ in range(2))  # a factor for each channel
+
+    def forward(self, x):  # (B, T, width)
+        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, T, width / heads)
+        x = x + self.ls1 * self.attn["proj"](h.transpose(1, 2).flatten(2))
+        return x + self.ls2 * self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+
+class InternEmbeddings(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.randn(1, 1, c.width) * c.width ** -0.5)
+        self.patch_embedding = nn.Conv2d(3, c.width, c.patch, stride=c.patch)
+        tokens = (c.image_size // c.patch) ** 2 + 1
+        self.position_embedding = nn.Parameter(torch.randn(1, tokens, c.width) * c.width ** -0.5)
+
+    def forward(self, pixels):
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, N, width), row by row
+        first = self.class_embedding.to(patches.dtype).expand(len(patches), -1, -1)
+        return torch.cat([first, patches], 1) + self.position_embedding  # (B, 1 + N, width)
+
+class InternViT(nn.Module):
+    """InternVL's vision tower (arXiv 2412.05271): patch features of the last layer, no class token, no final norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.embeddings = config, InternEmbeddings(config)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(InternLayer(config) for _ in range(config.layers))})
+
+    def forward(self, pixels):
+        """pixels (B, 3, image_size, image_size), normalized -> patch features (B, N, width), row by row."""
+        x = self.embeddings(pixels)
+        for layer in self.encoder["layers"]:
+            x = layer(x)
+        return x[:, 1:]
+
+# ---------------------------------------------------------------------------------------------------------------------
 # preprocessing: PIL image -> normalized tensor, exactly as the published weights were trained
 
 def upright(image):
@@ -220,6 +269,7 @@ def to_pixels(image, mean=0.5, std=0.5):
     return ((x - torch.as_tensor(mean).view(-1, 1, 1)) / torch.as_tensor(std).view(-1, 1, 1)).contiguous()
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def _center_crop(image, size, whole):
     """Shorter side to `size` (bicubic), then the square in the middle. whole: how half an odd margin is rounded."""

@@ -106,7 +106,9 @@ SIZES = {
     "ar": dict(hidden_size=1024, num_heads=16, intermediate_size=4096, num_layers=6, image_size=128),
     "diffusion": dict(vocab_size=16384, hidden_size=1024, num_heads=16, num_kv_heads=4, intermediate_size=3072,
                       num_layers=4, image_size=96, vae_resize=(96, 96), max_latent_size=12),
-    "mar": dict(hidden_size=1024, num_heads=16, num_kv_heads=4, intermediate_size=4096, num_layers=6)}
+    "mar": dict(hidden_size=1024, num_heads=16, num_kv_heads=4, intermediate_size=4096, num_layers=6),
+    "openuni": dict(hidden_size=1024, num_heads=16, num_kv_heads=4, intermediate_size=4096, num_layers=4,
+                    connector_heads=16, connector_mlp=4096)}
 
 def middle(arch):
     """A config of more than 300 MB of weights, whose step takes a second."""

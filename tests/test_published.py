@@ -13,22 +13,24 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden", "keys")
-FILES = {"mar": ["harmon_trained.pth"], "ar": ["pytorch_model.bin", "config.json"], "diffusion": ["ema.safetensors"]}
-DTYPES = {"mar": torch.float32, "ar": torch.float32, "diffusion": torch.bfloat16}
+FILES = {"mar": ["harmon_trained.pth"], "ar": ["pytorch_model.bin", "config.json"], "diffusion": ["ema.safetensors"],
+         "openuni": ["openuni_trained.pth"]}
+DTYPES = {"mar": torch.float32, "ar": torch.float32, "diffusion": torch.bfloat16, "openuni": torch.float32}
 
 def published_keys(name):
-    """{key: shape} of a published file: the lists have Harmon with the VAE, which has a file of its own."""
+    """{key: shape} of a published file: the lists have Harmon and OpenUni with what has files of its own."""
     with gzip.open(os.path.join(GOLDEN, "showo.json.gz" if "show-o" in name else f"{name}.keys.json.gz")) as f:
         keys = json.load(f)
     keys = keys["keys"][keys["same_as"][name]] if "show-o" in name else keys
-    return {k: tuple(shape) for k, shape in keys.items() if not k.startswith("vae.")}
+    return {k: tuple(shape) for k, shape in keys.items() if not k.startswith(("vae.", "lmm."))}
 
 @pytest.mark.parametrize("arch, config, names", [
     ("mar", "harmon-0.5b", ["harmon-0.5b"]), ("mar", "harmon-1.5b", ["harmon-1.5b"]),
     ("ar", "show-o-256", ["show-o"]), ("ar", "show-o-512", ["show-o-512x512", "show-o-512x512-wo-llava-tuning"]),
     ("ar", "show-o-clip-256", ["show-o-w-clip-vit", "reca-show-o"]),
     ("ar", "show-o-clip-512", ["show-o-w-clip-vit-512x512", "reca-show-o-512x512"]),
-    ("diffusion", "bagel-7b-mot", ["bagel-7b-mot"])])
+    ("diffusion", "bagel-7b-mot", ["bagel-7b-mot"]), ("openuni", "openuni-b-512", ["openuni-b-512"]),
+    ("openuni", "openuni-l-512", ["openuni-l-512"]), ("openuni", "openuni-l-1024", ["openuni-l-1024"])])
 def test_keys_shapes_and_dtypes_of_published_sizes(arch, config, names):
     file = checkpoint.model_file(arch)
     with torch.device("meta"):
@@ -57,8 +59,9 @@ def frozen_file(model, prefix, path):
 
 def frozen_files(model, folder):
     out = {"tokenizer_path": frozen_file(model, model.image_tokenizer + ".", folder / "ae.safetensors")}
-    if hasattr(model, "clip"):
-        out["vision_path"] = frozen_file(model, "clip.", folder / "clip.safetensors")
+    for name in ("clip", "lmm"):
+        if hasattr(model, name):
+            out["vision_path"] = frozen_file(model, f"{name}.", folder / f"{name}.safetensors")
     return out
 
 def test_a_wrong_file_of_several_is_named_in_one_line(arch, model, tmp_path, capsys):

@@ -21,14 +21,19 @@ SIZES = {
     ("ar", "show-o-512-blur8"): ((2, 2, 1), 5, 1, 5000, 1000000, 1000),
     ("ar", "show-o-clip-256"): ((4, 4, 1), 5, 1, 5000, 10000, 1000),
     ("ar", "show-o-clip-512"): ((2, 2, 1), 5, 1, 5000, 1000000, 1000),
-    ("diffusion", "bagel-7b-mot"): ((8, 0, 0), 1, 8, 1000, 0, 1000)}
+    ("diffusion", "bagel-7b-mot"): ((8, 0, 0), 1, 8, 1000, 0, 1000),
+    ("openuni", "openuni-b-512"): ((42, 0, 0), 4, 8, 2500, 2500, 25),
+    ("openuni", "openuni-l-512"): ((42, 0, 0), 16, 8, 312, 312, 3),
+    ("openuni", "openuni-l-1024"): ((42, 0, 0), 16, 8, 312, 312, 3)}  # ours: there is no published one
 COMMON = {  # AdamW, clipping (0: none), the share of dropped prompts, weights of the losses, averaging (0: none)
     "mar": dict(lr=1e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.02, clip=1.0, drop=0.1, i2t_weight=1.0,
                 t2i_weight=0.0, ema=0.0),
     "ar": dict(lr=5e-7, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, clip=0.0, drop=0.0, i2t_weight=1.0,
                t2i_weight=0.0, ema=0.0),
     "diffusion": dict(lr=4e-5, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0, clip=1.0, drop=0.1, i2t_weight=0.0,
-                      t2i_weight=0.0, ema=0.0)}
+                      t2i_weight=0.0, ema=0.0),
+    "openuni": dict(lr=1e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, clip=1.0, drop=0.0, i2t_weight=0.0,
+                    t2i_weight=0.0, ema=0.0)}
 
 def arguments(arch, config, *more):
     return train.parse_args(["--arch", arch, "--config", config, "--device", "cpu", *more])[0]
@@ -44,7 +49,7 @@ def test_reca_is_as_published(arch, config):
     assert {name: getattr(args, name) for name in COMMON[arch]} == COMMON[arch]
     assert (args.steps, args.warmup, args.accum, args.muon_lr) == (steps, warmup, accum, 0.0)
     assert args.understanding == "full"
-    assert (args.schedule, args.horizon) == (("cosine", horizon) if horizon else ("constant", 0))
+    assert (args.schedule, args.horizon or args.steps) == (("cosine", horizon) if horizon else ("constant", steps))
     given = dict(zip(PARTS, micro))
     weights = dict(recon=1.0, i2t=args.i2t_weight, t2i=args.t2i_weight)
     assert set(args.mix) == {part for part in PARTS if given[part] and weights[part]}
@@ -75,9 +80,22 @@ def test_rates_of_runs_that_count_micro_batches(config):
     for step in (0, 1, 62, 124, 125, 126, 400, args.steps - 1, 12499):
         assert train.learning_rate(args, step, args.lr) == pytest.approx(published(4 * step + 3), rel=5e-3, abs=1e-11)
 
+@pytest.mark.parametrize("config, micro, total", [("openuni-b-512", 4, 10000), ("openuni-l-512", 16, 5000)])
+def test_rates_of_openuni(config, micro, total):
+    """A hundredth of all micro-batches is warm-up, from a factor of 1e-5; the cosine ends at 0."""
+    def published(i):
+        if i < total // 100:
+            return 1e-5 * (1e-5 + (1 - 1e-5) * i / (total // 100 - 1))
+        return 0.5e-5 * (1 + math.cos(math.pi * (i - total // 100) / (total - total // 100)))
+    args = arguments("openuni", config)
+    assert args.steps == total // micro
+    for step in (0, 1, 2, 3, 4, 30, args.steps // 2, args.steps - 1):
+        assert train.learning_rate(args, step, args.lr) == pytest.approx(published(micro * step + micro - 1), rel=0.05,
+                                                                         abs=2e-9)
+
 def test_rates_of_runs_that_count_optimizer_steps():
     for (arch, config), (*_, horizon, warmup) in SIZES.items():
-        if arch != "mar":
+        if arch in ("ar", "diffusion"):
             args = arguments(arch, config)
             assert [train.learning_rate(args, step, 1.0) for step in (0, 250)] == [0.0, 0.25]
             end = 0.5 * (1 + math.cos(math.pi * 3999 / (horizon - warmup))) if horizon else 0.999
