@@ -1,10 +1,11 @@
 """Image tokenizers: the frozen autoencoders that the generators paint through, and the training of the tiny ones.
 
-Three classes cover every tokenizer of the models. `Autoencoder` gives continuous latents: the KL-16 VAE of MAR and
+Four classes cover every tokenizer of the models. `Autoencoder` gives continuous latents: the KL-16 VAE of MAR and
 Harmon, the FLUX autoencoder of BAGEL. `LFQTokenizer` gives integer codes: MAGVIT-v2 of Show-o, whose "codebook" is the
-sign pattern of a few channels (lookup-free quantization). Both are the same convolutional pyramid, and so are the tiny
-ones for 48x48 pictures, by config. `DCAutoencoder`, of SANA and OpenUni, gives continuous latents of a 32nd of the
-picture's side. Module names are the published state-dict keys: to load is not to translate.
+sign pattern of a few channels (lookup-free quantization). `VQTokenizer` does, too: VQ-16 of Janus, with a codebook that
+was learned. These three are the same convolutional pyramid, and so are the tiny ones for 48x48 pictures, by config.
+`DCAutoencoder`, of SANA and OpenUni, gives continuous latents of a 32nd of the picture's side. Module names are the
+published state-dict keys: to load is not to translate.
 
 Images are float (B, 3, H, W) in [-1, 1] everywhere in this file.
 """
@@ -54,6 +55,15 @@ class LFQConfig:
     mse_weight: float = 1.0
 
 @dataclass
+class VQConfig:
+    ch: int = 128
+    ch_mult: tuple = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2  # as in AutoencoderConfig; attention in the deepest level alone
+    z_channels: int = 256
+    codebook_size: int = 16384
+    code_width: int = 8
+
+@dataclass
 class DCAutoencoderConfig:
     widths: tuple = (128, 256, 512, 512, 1024, 1024)  # of the stages, from full resolution down, half the side each
     encoder_blocks: tuple = (2, 2, 2, 3, 3, 3)
@@ -68,6 +78,7 @@ TOKENIZERS = {
     "flux": AutoencoderConfig(ch_mult=(1, 2, 4, 4), encoder_attn_resolutions=(), quant_conv=False, scale=0.3611,
                               shift=0.1159),
     "magvitv2": LFQConfig(),
+    "vq16": VQConfig(),
     "dc-ae-f32c32": DCAutoencoderConfig(),
     # For 48x48 pictures of the shape world, whose 16x16 cells are independent: a residual MLP per cell (and one
     # attention between cells) is the whole pyramid, and learns on a CPU many times faster than 3x3 convolutions at full
@@ -158,12 +169,12 @@ def _level(c_in, width, count, attn, groups):
     return level
 
 def _run(level, x):
-    """The blocks of a level, and after them what changes the size of the picture."""
-    for block, attn in zip(level["block"], level["attn"]):
+    """The blocks of a level, each with its attention, and after them what changes the size of the picture."""
+    blocks, attention, *resize = level.values()
+    for block, attn in zip(blocks, attention):
         x = attn(block(x))
-    for name in ("downsample", "upsample"):
-        if name in level:
-            x = level[name](x)
+    for layer in resize:
+        x = layer(x)
     return x
 
 class Encoder(nn.Module):
@@ -185,9 +196,13 @@ class Encoder(nn.Module):
         self.norm_out = norm(groups, ch)
         self.conv_out = conv(groups, ch, c_out)
 
+    def levels(self):
+        """In the order in which they run."""
+        return self.down
+
     def forward(self, x):
         x = self.conv_in(F.pixel_unshuffle(x, self.patch))
-        for level in self.down:
+        for level in self.levels():
             x = _run(level, x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
@@ -210,11 +225,38 @@ class Decoder(nn.Module):
         self.norm_out = norm(groups, ch)
         self.conv_out = conv(groups, ch, c_out * patch * patch)
 
+    def levels(self):
+        return reversed(self.up)
+
     def forward(self, z):
         x = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
+        for level in self.levels():
             x = _run(level, x)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)
+
+def _rename(pyramid, old, levels):
+    """The names of VQ-16's files: `conv_blocks` are the levels in the order in which they run, so that the decoder's
+    first is the deepest; a level has `res`; what is in the middle has numbers."""
+    levels = [OrderedDict(level.items()) for level in levels]
+    pyramid.conv_blocks = nn.ModuleList(nn.ModuleDict({"res": level.pop("block"), **level}) for level in levels)
+    pyramid.mid = nn.Sequential(*pyramid.mid)
+    delattr(pyramid, old)
+
+class VQEncoder(Encoder):
+    def __init__(self, *args):
+        super().__init__(*args)
+        _rename(self, "down", self.down)
+
+    def levels(self):
+        return self.conv_blocks
+
+class VQDecoder(Decoder):
+    def __init__(self, *args):
+        super().__init__(*args)
+        _rename(self, "up", reversed(self.up))
+
+    def levels(self):
+        return self.conv_blocks
 
 def _check_images(images, stride):
     if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < stride:
@@ -315,6 +357,35 @@ class LFQTokenizer(nn.Module):
         z = self.features(images)
         q = z + (torch.where(z > 0, 1.0, -1.0) - z).detach()
         return self.decode_signs(q), *self.quantizer_losses(z)
+
+class VQTokenizer(nn.Module):
+    """VQ-16 (arXiv 2406.06525), vector quantization: the code of a place is the row of a learned codebook to which it
+    has the smallest angle. Frozen: what would train it is left out."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        widths, levels = [c.ch * m for m in c.ch_mult], len(c.ch_mult)
+        self.stride, attn = 2 ** (levels - 1), [i == levels - 1 for i in range(levels)]
+        self.encoder = VQEncoder(3, c.ch, widths, [c.num_res_blocks] * levels, attn, c.z_channels, 32)
+        self.decoder = VQDecoder(c.z_channels, widths, [c.num_res_blocks + 1] * levels, attn, 3, 32)
+        self.quantize = nn.ModuleDict({"embedding": nn.Embedding(c.codebook_size, c.code_width)})
+        self.quantize.register_buffer("codebook_used", torch.zeros(65536))  # in the published file, and of no use
+        self.quant_conv = nn.Conv2d(c.z_channels, c.code_width, 1)
+        self.post_quant_conv = nn.Conv2d(c.code_width, c.z_channels, 1)
+
+    def codebook(self):
+        return F.normalize(self.quantize.embedding.weight, dim=-1)  # (codebook_size, code_width), of length 1
+
+    def encode(self, images):
+        """images (B, 3, H, W) -> codes (B, H/stride, W/stride), int64."""
+        _check_images(images, self.stride)
+        z = F.normalize(self.quant_conv(self.encoder(images)).permute(0, 2, 3, 1), dim=-1)  # (B, h, w, code_width)
+        return (z @ self.codebook().T).argmax(-1)
+
+    def decode(self, codes):
+        """codes (B, h, w) int64 -> images (B, 3, H, W), not clamped."""
+        return self.decoder(self.post_quant_conv(F.embedding(codes, self.codebook()).permute(0, 3, 1, 2)))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # DC-AE: 32 times fewer pixels a side
@@ -467,7 +538,8 @@ class DCAutoencoder(nn.Module):
 
 def build(config):
     """The image tokenizer of a config, untrained."""
-    kinds = {AutoencoderConfig: Autoencoder, LFQConfig: LFQTokenizer, DCAutoencoderConfig: DCAutoencoder}
+    kinds = {AutoencoderConfig: Autoencoder, LFQConfig: LFQTokenizer, VQConfig: VQTokenizer,
+             DCAutoencoderConfig: DCAutoencoder}
     return kinds[type(config)](config)
 
 # ---------------------------------------------------------------------------------------------------------------------

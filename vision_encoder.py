@@ -1,7 +1,7 @@
 """Vision encoders: what the models see with. The understanding side of Show-o is `CLIPVision` (CLIP ViT-L/14-336), that
-of BAGEL `SigLIPNaViT` (SigLIP so400m/14 for pictures of any size), that of OpenUni `InternViT`. The tiny ones for 48x48
-pictures are the same classes with small configs. Harmon has no encoder of its own here: it understands with its MAR
-encoder.
+of BAGEL `SigLIPNaViT` (SigLIP so400m/14 for pictures of any size), that of Janus `SigLIP` (L/16-384), that of OpenUni
+`InternViT`. The tiny ones for 48x48 pictures are the same classes with small configs. Harmon has no encoder of its own
+here: it understands with its MAR encoder.
 
 All are pre-norm ViTs. Module names are the published state-dict keys. The preprocessing that belongs to the published
 weights (PIL image -> tensor) is at the end, with what the samplers of all models share.
@@ -23,7 +23,7 @@ from custom_kernels.products import sdpa
 # configurations
 
 @dataclass
-class CLIPConfig:  # and InternViT's
+class CLIPConfig:  # and that of InternViT and SigLIP
     width: int = 1024
     layers: int = 24  # blocks in the file
     skip_last: int = 1  # so many of them are never run: the features are the penultimate hidden state, as in LLaVA
@@ -47,9 +47,12 @@ VISION_ENCODERS = {
     "clip-vit-large-patch14-336": CLIPConfig(),
     "siglip-so400m-14-980": SigLIPConfig(),
     "internvit-300m-448": CLIPConfig(skip_last=0, image_size=448, eps=1e-6),
+    "siglip-large-patch16-384": CLIPConfig(skip_last=0, image_size=384, patch=16, eps=1e-6),
     # 48x48 pictures in 9 patches, one for each cell of the shape world. No block is stored without being run.
     "tiny-clip": CLIPConfig(width=128, layers=2, skip_last=0, heads=4, mlp_width=256, image_size=48, patch=16),
     "tiny-siglip": SigLIPConfig(width=128, layers=2, heads=4, mlp_width=256, patch=16, positions=6),
+    "tiny-siglip16": CLIPConfig(width=128, layers=2, skip_last=0, heads=4, mlp_width=256, image_size=48, patch=16,
+                                eps=1e-6),
     "tiny-internvit": CLIPConfig(width=96, layers=3, skip_last=0, heads=4, mlp_width=192, image_size=48, patch=8),
 }
 
@@ -190,20 +193,22 @@ class SigLIPNaViT(nn.Module):
         return m["post_layernorm"](x)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# InternViT
+# InternViT, and SigLIP for pictures of one size
 
-class InternLayer(nn.Module):
-    def __init__(self, c):
+class FusedLayer(nn.Module):
+    """The block under timm's names: q, k and v are one product. scaled: what is added has a factor for each channel."""
+
+    def __init__(self, c, scaled=False):
         super().__init__()
         self.heads = c.heads
         self.norm1, self.norm2 = (nn.LayerNorm(c.width, eps=c.eps) for _ in range(2))
         self.attn = nn.ModuleDict({"qkv": nn.Linear(c.width, 3 * c.width), "proj": nn.Linear(c.width, c.width)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(c.width, c.mlp_width), "fc2": nn.Linear(c.mlp_width, c.width)})
-        self.ls1, self.ls2 = (nn.Parameter(torch.ones(c.width)) for _ in range(2))  # a factor for each channel
+        self.ls1, self.ls2 = (nn.Parameter(torch.ones(c.width)) if scaled else 1.0 for _ in range(2))
 
     def forward(self, x):  # (B, T, width)
         q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, T, width / heads)
+        h = sdpa(q, k, v)  # (B, heads, T, width / heads)
         x = x + self.ls1 * self.attn["proj"](h.transpose(1, 2).flatten(2))
         return x + self.ls2 * self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
 
@@ -226,7 +231,8 @@ class InternViT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.embeddings = config, InternEmbeddings(config)
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(InternLayer(config) for _ in range(config.layers))})
+        layers = nn.ModuleList(FusedLayer(config, scaled=True) for _ in range(config.layers))
+        self.encoder = nn.ModuleDict({"layers": layers})
 
     def forward(self, pixels):
         """pixels (B, 3, image_size, image_size), normalized -> patch features (B, N, width), row by row."""
@@ -234,6 +240,26 @@ class InternViT(nn.Module):
         for layer in self.encoder["layers"]:
             x = layer(x)
         return x[:, 1:]
+
+class SigLIP(nn.Module):
+    """SigLIP's vision tower (arXiv 2303.15343) as in Janus: all tokens after the final norm. GELU is the exact one; the
+    published file also holds a pooling head, which Janus never runs."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, c.width, c.patch, stride=c.patch)})
+        tokens = (c.image_size // c.patch) ** 2
+        self.pos_embed = nn.Parameter(torch.randn(1, tokens, c.width) * c.width ** -0.5)
+        self.blocks = nn.ModuleList(FusedLayer(c) for _ in range(c.layers))
+        self.norm = nn.LayerNorm(c.width, eps=c.eps)
+
+    def forward(self, pixels):
+        """pixels (B, 3, image_size, image_size) in [-1, 1] -> features (B, N, width), row by row."""
+        x = self.patch_embed["proj"](pixels).flatten(2).transpose(1, 2) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # preprocessing: PIL image -> normalized tensor, exactly as the published weights were trained
@@ -290,6 +316,15 @@ def magvit_pixels(image, size):
 def square_pixels(image, size):
     """Show-o's RecA data: resized to a square without cropping (bicubic; the aspect ratio is not kept), [-1, 1]."""
     return to_pixels(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+
+def letterbox_pixels(image, size, least=14):
+    """Janus's questions: the longer side to `size` (bicubic), the other one in proportion, cut to whole pixels but at
+    least `least`, in the middle of a gray (127) square (odd margin: less above and left), [-1, 1]."""
+    w, h = (max(int(side / max(image.size) * size), least) for side in image.size)
+    square = Image.new("RGB", (size, size), (127, 127, 127))
+    small = image.convert("RGB").resize((w, h), Image.Resampling.BICUBIC)
+    square.paste(small, ((size - w) // 2, (size - h) // 2))
+    return to_pixels(square)
 
 def bagel_size(w, h, max_size, min_size, stride, max_pixels=14 * 14 * 9 * 1024):
     """BAGEL's rule for the size of a picture -> (w, h), multiples of `stride`: long side at most max_size, short side
