@@ -53,6 +53,7 @@ class LFQConfig:
     entropy_weight: float = 0.1
     l1_weight: float = 1.0
     mse_weight: float = 1.0
+    codebook_size = property(lambda self: 2 ** self.bits)
 
 @dataclass
 class VQConfig:
