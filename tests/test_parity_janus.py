@@ -110,7 +110,8 @@ def test_vision():
     patches = tower.patch_embed["proj"](s["in"]).flatten(2).transpose(1, 2)
     features = tower(s["in"])
     compare(("patches", patches, s["patch_embed"]),
-            ("block 0", tower.blocks[0](patches + tower.pos_embed), s["block0"]), ("features", features, s["out"]), ("understand", model.understand(s["in"]), s["out"]),
+            ("block 0", tower.blocks[0](patches + tower.pos_embed), s["block0"]),
+            ("features", features, s["out"]), ("understand", model.understand(s["in"]), s["out"]),
             ("aligner", model.see(features), case("aligner")[0]["out"]))
     pixels = torch.randint(0, 256, s["in"].shape, dtype=torch.uint8)
     compare(("bytes", model.see(pixels=pixels), model.see(tower(pixels / 127.5 - 1))))
