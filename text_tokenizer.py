@@ -1,16 +1,17 @@
 """Text tokenizers: byte-level BPE, run by tiktoken from the ranks in a local file; nothing is ever downloaded.
 
-Three kinds are known: ours (weights/tokenizer.tiktoken), Qwen2/2.5's and GPT-2/phi-1.5's. They differ in the pieces
-that a text is cut into before BPE and in their special strings. Ours and Qwen2's normalize Unicode (NFC).
+Four kinds are known: ours (weights/tokenizer.tiktoken), Qwen2/2.5's, GPT-2/phi-1.5's and DeepSeek's (Janus). They
+differ in the pieces that a text is cut into before BPE (DeepSeek's in several stages) and in their special strings.
+Ours and Qwen2's normalize Unicode (NFC).
 """
 import base64
 import contextlib
 import json
 import os
-import re
 import unicodedata
 from functools import lru_cache
 
+import regex  # which tiktoken brings
 import tiktoken
 
 WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
@@ -24,6 +25,8 @@ QWEN_SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|o
 <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>""".split()
 # phi-1.5 adds runs of 31..2 spaces, then of 9..2 tabs, after GPT-2's 50,257 ids.
 PHI_WHITESPACE = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]
+DEEPSEEK_EOS = "<｜end▁of▁sentence｜>"  # what tells DeepSeek's kind
+NEVER = {0xC0, 0xC1, *range(0xF5, 256)}  # bytes that no text has in UTF-8, for which a vocabulary needs no token
 LONGEST = 100_000  # characters that tiktoken gets at once: a million spaces overflow its stack and it panics
 
 def origin(e):
@@ -67,31 +70,38 @@ def read_json(path):
             return json.load(f)
 
 def _wrong(path, why):
-    return BadFile(f"{path}: {why}; expected whole, unchanged files of one Qwen2/2.5 or phi-1.5 tokenizer")
+    return BadFile(f"{path}: {why}; expected whole, unchanged files of one Qwen2/2.5, phi-1.5 or DeepSeek tokenizer")
 
 def _any_of(strings):
     ordered = sorted(strings, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, ordered)) + ")") if ordered else None
+    return regex.compile("(" + "|".join(map(regex.escape, ordered)) + ")") if ordered else None
+
+def _isolate(stage, text):
+    """-> the pieces of a text, matches of the pattern and what is between them. $ ends a line, as in tokenizer.json."""
+    cuts = [at for match in regex.finditer(stage, text, regex.M) for at in match.span()]
+    return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)]) if start < end]
 
 class Tokenizer:
-    """Text <-> ids: BPE ranks, a split pattern, special strings, and plain added strings (phi's runs of whitespace).
-    `special` (dict string -> id) is recognized by `encode` only, `added` by both ways to encode. They are cut out, the
-    longest first, BEFORE tiktoken sees the text: of overlapping special strings tiktoken does not take the longest one,
-    and four spaces must be one id, not two."""
+    """Text <-> ids: BPE ranks, what splits text (a pattern, or a tuple of stages, each of which cuts what the last one
+    left), special strings, and plain added strings (phi's runs of whitespace). `special` (dict string -> id) is
+    recognized by `encode` only, `added` by both ways to encode. They are cut out, the longest first, BEFORE tiktoken
+    sees the text: of overlapping special strings tiktoken does not take the longest one, and four spaces must be one
+    id, not two."""
 
-    def __init__(self, ranks, split, special, added=None, nfc=False):
+    def __init__(self, ranks, split, special, added=None, nfc=False, eos="<|endoftext|>"):
         self.special, self.added, self.nfc, self.ranks = dict(special), dict(added or {}), nfc, ranks
-        self.fixed = {**self.special, **self.added}
-        self.bpe = tiktoken.Encoding("local", pat_str=split, mergeable_ranks=ranks, special_tokens=self.fixed)
+        self.fixed, self.stages = {**self.special, **self.added}, split if isinstance(split, tuple) else ()
+        self.bpe = tiktoken.Encoding("local", pat_str="(?s:.+)" if self.stages else split, mergeable_ranks=ranks,
+                                     special_tokens=self.fixed)
         self.known = {*ranks.values(), *self.fixed.values()}
         self.vocab_size = max(self.known) + 1     # number of ids, special ones included
-        self.eos = self.special["<|endoftext|>"]  # ends a document; a chat turn ends with <|im_end|>
+        self.eos = self.special[eos]  # ends a document; a chat turn ends with <|im_end|>
         self.cut_all, self.cut_added = _any_of(self.fixed), _any_of(self.added)
 
     def as_file(self):
         """All of it in one text, which load_tokenizer reads from a text_tokenizer.json."""
         tokens = [base64.b64encode(token).decode() for token in sorted(self.ranks, key=self.ranks.get)]
-        return json.dumps(dict(gpt2=not self.nfc, added=self.fixed, tokens=tokens))
+        return json.dumps(dict(gpt2=not self.nfc, added=self.fixed, tokens=tokens, stages=self.stages))
 
     def _encode(self, text, cut):
         ids = []
@@ -100,8 +110,10 @@ class Tokenizer:
                 ids.append(self.fixed[piece])
                 continue
             piece = unicodedata.normalize("NFC", piece) if self.nfc else piece
-            for start in range(0, len(piece), LONGEST):
-                ids.extend(self.bpe.encode_ordinary(piece[start:start + LONGEST]))
+            pieces = [piece[start:start + LONGEST] for start in range(0, len(piece), LONGEST)]
+            for stage in self.stages:
+                pieces = [part for whole in pieces for part in _isolate(stage, whole)]
+            ids += [i for part in pieces for i in self.bpe.encode_ordinary(part)]
         return ids
 
     def encode(self, text):
@@ -121,7 +133,7 @@ class Tokenizer:
 
 def _check_ids(path, ranks, fixed):
     """tiktoken panics where ids are no numbers or not unique, and later where a byte is unknown."""
-    if lost := [b for b in range(256) if bytes([b]) not in ranks]:
+    if lost := [b for b in range(256) if bytes([b]) not in ranks and b not in NEVER]:
         raise _wrong(path, f"{len(lost)} of 256 bytes have no token, first {bytes(lost[:1])!r}")
     ids = [*ranks.values(), *fixed.values()]
     if odd := [i for i in ids if type(i) is not int or not 0 <= i < len(ids)]:
@@ -162,14 +174,27 @@ def _vocab_to_ranks(path, vocab, merges, skip):
     if odd := [m for m in merges if len(m) != 2]:
         raise _wrong(path, f"merge {str(odd[0])[:60]!r} is not of two tokens")
     order = [(rank(left + right), rank(left), rank(right))[0] for left, right in merges]
-    if order != sorted(order) or len(ranks) != len(set(order)) + 256:
-        raise _wrong(path, f"{len(ranks)} tokens against 256 bytes + {len(order)} merges, or ids that do not rise with "
-                           "the merges")
+    singles = sum(len(token) == 1 for token in ranks)
+    if order != sorted(order) or len(ranks) != len(set(order)) + singles:
+        raise _wrong(path, f"{len(ranks)} tokens against {singles} bytes + {len(order)} merges, or ids that do not "
+                           "rise with the merges")
     return ranks
+
+def _read_stages(path, file):
+    """tokenizer.json, whose pre-tokenizer is a Sequence -> the patterns of its stages. ValueError for unknown ones."""
+    *stages, last = file["pre_tokenizer"]["pretokenizers"]
+    known = dict(type="Split", behavior="Isolated", invert=False), dict(type="Digits", individual_digits=True)
+    odd = [stage for stage in stages if {k: v for k, v in stage.items() if k != "pattern"} not in known]
+    odd += [last] * (last["type"] != "ByteLevel" or last["use_regex"] or last["add_prefix_space"])
+    normalizer = file.get("normalizer") or {"normalizers": []}
+    if odd := odd + normalizer.get("normalizers", [normalizer]):
+        raise _wrong(path, f"prepares text by {json.dumps(odd)[:200]}, which DeepSeek's does not")
+    patterns = (stage["pattern"]["Regex"] if "pattern" in stage else r"\p{N}" for stage in stages)
+    return tuple(regex.compile(pattern).pattern for pattern in patterns)
 
 def _read_vocab(path):
     """vocab.json + merges.txt, encoder.json + vocab.bpe, tokenizer.json or what Tokenizer.as_file made -> (ranks, added
-    strings, is it GPT-2's?)."""
+    strings, how text is split)."""
     file, (folder, name) = read_json(path), os.path.split(path)
     if name in ("vocab.json", "encoder.json"):
         merges_path = os.path.join(folder, "merges.txt" if name == "vocab.json" else "vocab.bpe")
@@ -179,10 +204,11 @@ def _read_vocab(path):
             lines = f.read().split("\n")
         merges = [line.split(" ") for line in lines[lines[0].startswith("#version"):] if line.strip()]
         added = {s: i for s, i in file.items() if s == "<|endoftext|>"}  # Qwen2 keeps its special strings elsewhere
-        return _vocab_to_ranks(path, file, merges, skip=added), added, bool(added)
+        return _vocab_to_ranks(path, file, merges, skip=added), added, GPT2_SPLIT if added else QWEN_SPLIT
     if isinstance(file, dict) and "tokens" in file:
         tokens = [base64.b64decode(token, validate=True) for token in file["tokens"]]
-        return {token: i for i, token in enumerate(tokens)}, {s: i for s, i in file["added"].items() if s}, file["gpt2"]
+        split = tuple(file.get("stages", ())) or (GPT2_SPLIT if file["gpt2"] else QWEN_SPLIT)
+        return {token: i for i, token in enumerate(tokens)}, {s: i for s, i in file["added"].items() if s}, split
     if not isinstance(file, dict) or not {"vocab", "merges"} <= set(file.get("model") or ()):
         raise _wrong(path, "no BPE model with vocab and merges in it")
     added = {token["content"]: token["id"] for token in file.get("added_tokens") or ()}
@@ -190,15 +216,17 @@ def _read_vocab(path):
         raise _wrong(path, "one of the added tokens has no text")
     merges = [m.split(" ") if isinstance(m, str) else m for m in file["model"]["merges"]]
     split = json.dumps(file.get("pre_tokenizer"))
-    gpt2 = '"ByteLevel"' in split and "Regex" not in split
-    if not gpt2 and json.dumps(QWEN_SPLIT) not in split:
+    how = GPT2_SPLIT if '"ByteLevel"' in split and "Regex" not in split else QWEN_SPLIT
+    if DEEPSEEK_EOS in added:
+        how = _read_stages(path, file)
+    elif how == QWEN_SPLIT and json.dumps(QWEN_SPLIT) not in split:
         raise _wrong(path, f"splits text by {split[:90]}..., which is neither Qwen2's nor GPT-2's way")
-    return _vocab_to_ranks(path, file["model"]["vocab"], merges, skip=added), added, gpt2
+    return _vocab_to_ranks(path, file["model"]["vocab"], merges, skip=added), added, how
 
 @lru_cache(None)
 def load_tokenizer(name_or_path="tiny"):
-    """"tiny" (ours, 1,024 ids), or a file or folder of Qwen2/2.5 or GPT-2/phi-1.5 -> Tokenizer, its kind seen from the
-    files. GPT-2's vocabulary gets phi-1.5's 38 runs of whitespace, since phi is what uses it here. Raises
+    """"tiny" (ours, 1,024 ids), or a file or folder of Qwen2/2.5, GPT-2/phi-1.5 or DeepSeek -> Tokenizer, its kind seen
+    from the files. GPT-2's vocabulary gets phi-1.5's 38 runs of whitespace, since phi is what uses it here. Raises
     FileNotFoundError (says what was looked for) or ValueError (another kind of tokenizer, files that disagree)."""
     path = os.path.join(WEIGHTS, "tokenizer.tiktoken") if name_or_path == "tiny" else os.fspath(name_or_path)
     if os.path.isdir(path):
@@ -208,20 +236,21 @@ def load_tokenizer(name_or_path="tiny"):
         if not found:
             raise FileNotFoundError(f"{path}: no text tokenizer in this folder; looked for {', '.join(names)}")
         path = found[0]
-    check_file(path, 'text tokenizer ("tiny", or a file or folder of Qwen2/2.5 or phi-1.5)')
+    check_file(path, 'text tokenizer ("tiny", or a file or folder of Qwen2/2.5, phi-1.5 or DeepSeek)')
     if not path.endswith((".tiktoken", ".json")):
         raise _wrong(path, "unknown kind of text tokenizer, not .json or .tiktoken")
     with reading(path, "not laid out as the files of a text tokenizer are"):
-        ranks, added, gpt2 = _read_vocab(path) if path.endswith(".json") else (_read_ranks(path), {}, False)
+        ranks, added, split = _read_vocab(path) if path.endswith(".json") else (_read_ranks(path), {}, QWEN_SPLIT)
     n = len(ranks)
-    if gpt2:
-        special = {s: i for s, i in added.items() if s.strip()}
-        runs = {s: i for s, i in added.items() if not s.strip()}
+    special = {s: i for s, i in added.items() if len(s.strip()) > 1}
+    runs = {s: i for s, i in added.items() if s not in special}  # and the letters that stand for NEVER in DeepSeek's
+    if split == GPT2_SPLIT:
         runs = runs or {s: n + len(special) + i for i, s in enumerate(PHI_WHITESPACE)}
-    else:
+    elif split == QWEN_SPLIT and not added:
         names = TINY_SPECIAL if path.endswith(".tiktoken") and n != 151643 else QWEN_SPECIAL
-        special, runs = added or {s: n + i for i, s in enumerate(names)}, {}
-    if missing := [s for s in TINY_SPECIAL[:1 if gpt2 else 3] if s not in special]:
+        special = {s: n + i for i, s in enumerate(names)}
+    needed = {GPT2_SPLIT: TINY_SPECIAL[:1], QWEN_SPLIT: TINY_SPECIAL[:3]}.get(split, [DEEPSEEK_EOS])
+    if missing := [s for s in needed if s not in special]:
         raise _wrong(path, f"special tokens {missing} are missing")
     _check_ids(path, ranks, {**special, **runs})
-    return Tokenizer(ranks, GPT2_SPLIT if gpt2 else QWEN_SPLIT, special, runs, nfc=not gpt2)
+    return Tokenizer(ranks, split, special, runs, nfc=split == QWEN_SPLIT, eos=needed[0])

@@ -180,6 +180,54 @@ def test_whitespace_of_phi(vocabulary):
     assert phi.encode("\t" * 12) == [tabs(9), tabs(3)]
     assert phi.encode("x" + " " * 4 + "x")[1] == spaces(4)
 
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory):
+    """A tokenizer.json of DeepSeek's kind, made here, as the published file could not be had; and [text, ids], the ids
+    those of the Hugging Face tokenizers library for that file."""
+    golden = read_json(os.path.join(os.path.dirname(__file__), "golden", "staged_tokenizer.json"))
+    path = tmp_path_factory.mktemp("staged") / "tokenizer.json"
+    path.write_text(json.dumps(golden["tokenizer"]))
+    return path, golden
+
+def test_stages(staged, tmp_path):
+    path, golden = staged
+    tok = load_tokenizer(path)
+    for text, ids in golden["texts"]:
+        assert tok.encode(text) == ids, repr(text)
+        assert tok.decode(ids) == text  # nothing is normalized
+    assert len(tok.stages) == 6 and tok.eos == tok.special["<｜end▁of▁sentence｜>"] and not tok.nfc
+    plain = tok.encode_ordinary("<|User|>: 12 ø")
+    assert tok.special["<|User|>"] not in plain and tok.decode(plain) == "<|User|>: 12 ø"
+    assert plain[-5:] == [*tok.encode(" "), *tok.encode("1"), *tok.encode("2"), *tok.encode(" "), tok.added["ø"]]
+    long = "a b1, " * 40000  # more than is split at once
+    assert tok.decode(tok.encode(long)) == long
+    (tmp_path / "text_tokenizer.json").write_text(tok.as_file())
+    again = load_tokenizer(tmp_path)
+    assert all(again.encode(text) == ids for text, ids in golden["texts"]) and again.fixed == tok.fixed
+
+def test_stages_that_are_not_known(staged, tmp_path):
+    """Nothing in the file is passed over: what would give other ids is refused."""
+    _, golden = staged
+    changes = [(0, "behavior", "Removed"), (1, "invert", True), (5, "individual_digits", False),
+               (2, "type", "Whitespace"), (6, "use_regex", True), (6, "add_prefix_space", True)]
+    for number, (stage, name, value) in enumerate(changes):
+        file = json.loads(json.dumps(golden["tokenizer"]))
+        file["pre_tokenizer"]["pretokenizers"][stage][name] = value
+        (tmp_path / f"{number}.json").write_text(json.dumps(file))
+        with pytest.raises(ValueError, match=rf'{number}.json: prepares text by .*"{name}": .*which DeepSeek'):
+            load_tokenizer(tmp_path / f"{number}.json")
+    for name, normalizer in (("a", {"type": "NFC"}), ("b", {"type": "Sequence", "normalizers": [{"type": "NFC"}]})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(golden["tokenizer"] | {"normalizer": normalizer}))
+        with pytest.raises(ValueError, match="NFC"):
+            load_tokenizer(tmp_path / f"{name}.json")
+    file = json.loads(json.dumps(golden["tokenizer"]))
+    file["pre_tokenizer"]["pretokenizers"][1]["pattern"]["Regex"] = "("
+    (tmp_path / "c.json").write_text(json.dumps(file))
+    with pytest.raises(ValueError, match="c.json: not laid out"):
+        load_tokenizer(tmp_path / "c.json")
+    (tmp_path / "d.json").write_text(json.dumps(golden["tokenizer"] | {"normalizer": None}))
+    assert load_tokenizer(tmp_path / "d.json").stages
+
 @pytest.mark.parametrize("kind, column", [("NANORECA_QWEN", 1), ("NANORECA_PHI", 2)])
 def test_published_ids(kind, column):
     """Ids of the Hugging Face tokenizers library for hard strings. The real vocabulary is needed: $NANORECA_QWEN and
