@@ -335,7 +335,7 @@ class Janus(nn.Module):
             if temperature == 0:
                 code = logits.argmax(-1)
             else:
-                total = torch.softmax(logits / temperature, -1).double().cumsum(-1)
+                total = torch.softmax(logits / temperature, -1).cumsum(-1)
                 code = (total <= u[:, i, None] * total[:, -1:]).sum(-1).clamp(max=logits.shape[1] - 1)
             out.append(code)
             x = self.embed_codes(code if forced is None else forced[:, i]).repeat(rows // B, 1)[:, None]

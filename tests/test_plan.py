@@ -108,9 +108,7 @@ SIZES = {
                       num_layers=4, image_size=96, vae_resize=(96, 96), max_latent_size=12),
     "mar": dict(hidden_size=1024, num_heads=16, num_kv_heads=4, intermediate_size=4096, num_layers=6),
     "openuni": dict(hidden_size=1024, num_heads=16, num_kv_heads=4, intermediate_size=4096, num_layers=4,
-                    connector_heads=16, connector_mlp=4096),
-    "janus": dict(hidden_size=1024, num_heads=16, num_kv_heads=4, intermediate_size=4096, num_layers=6,
-                  head_width=1024)}
+                    connector_heads=16, connector_mlp=4096)}
 
 def middle(arch):
     """A config of more than 300 MB of weights, whose step takes a second."""

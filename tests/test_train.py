@@ -312,10 +312,10 @@ def test_several_questions_about_a_picture_share_its_row(arch):
     assert rows and all(len(r["turns"]) == 3 for r in rows)
     generators = [torch.Generator() for _ in rows]
     tensors = model.collate("i2t", rows, generators, torch.Generator(), 0)
-    encode, showo = model.tokenizer.encode_ordinary, arch == "ar"
+    encode, showo, space = model.tokenizer.encode_ordinary, arch == "ar", " " * (arch in ("ar", "janus"))
     end = model.config.eos if showo else model.tokenizer.special["<|im_end|>"]
     for ids, labels, row in zip(tensors["ids"], tensors["labels"], rows):
-        want = [i for _, answer in row["turns"] for i in [*encode(" " * showo + answer), end]]
+        want = [i for _, answer in row["turns"] for i in [*encode(space + answer), end]]
         at = (labels != -100).nonzero().flatten()
         assert labels[at].tolist() == want
         where = at + len(ids) - len(labels) + (not showo)  # Show-o's labels are shifted in the loss
