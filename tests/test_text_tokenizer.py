@@ -199,6 +199,7 @@ def test_stages(staged, tmp_path):
     plain = tok.encode_ordinary("<|User|>: 12 ø")
     assert tok.special["<|User|>"] not in plain and tok.decode(plain) == "<|User|>: 12 ø"
     assert plain[-5:] == [*tok.encode(" "), *tok.encode("1"), *tok.encode("2"), *tok.encode(" "), tok.added["ø"]]
+    assert text_tokenizer._isolate(r"\s+$", "a  \nb ") == ["a", "  ", "\nb", " "]  # as that library has it
     long = "a b1, " * 40000  # more than is split at once
     assert tok.decode(tok.encode(long)) == long
     (tmp_path / "text_tokenizer.json").write_text(tok.as_file())
