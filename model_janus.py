@@ -90,8 +90,10 @@ CONFIGS = {
 
 # Keys are train.py's flags; a missing key has the flag's default. Nobody has published RecA for Janus, so these recipes
 # are ours, by analogy with Show-o: the backbone is shared, so image-to-text stands beside RecA, as often and with
-# weight 1. Sizes as in the releases of models that share it; 8 GPUs hold 4 pictures and 4 questions each at a time.
-OURS = dict(lr=1e-5, steps=5000, warmup=50, batch=128, accum=4)
+# weight 1. Sizes as in the releases of models that share it. On 8 GPUs of 80 GB, for 7b with --shard, a micro-batch is
+# 4 (1b) or 2 (7b) pictures to reconstruct, and as many with questions, on each.
+OURS = dict(lr=1e-5, steps=5000, warmup=50, batch=128)
+SIZES = {"janus-pro-1b": dict(OURS, accum=4), "janus-pro-7b": dict(OURS, accum=8)}
 RECIPES = {
     "tiny": {
         "base": dict(lr=1e-3, muon_lr=0.02, warmup=100, steps=5500, batch=48, pool=40000,
@@ -102,8 +104,8 @@ RECIPES = {
         "plain": dict(lr=2e-4, steps=300, batch=96, t2i_weight=0.0,  # a user's pictures, without captions
                       mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}),
     },
-    **{size: {"reca": dict(OURS, t2i_weight=0.0, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}),
-              "sft": dict(OURS, mix={"t2i": 1.0, "i2t": 1.0})} for size in ("janus-pro-1b", "janus-pro-7b")},
+    **{size: {"reca": dict(flags, t2i_weight=0.0, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}),
+              "sft": dict(flags, mix={"t2i": 1.0, "i2t": 1.0})} for size, flags in SIZES.items()},
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,7 +296,7 @@ class Janus(nn.Module):
 
     def embed_codes(self, codes):
         """codes (B, k) -> embeddings (B, k, D)."""
-        return self.gen_aligner(self.gen_embed(codes))
+        return self.gen_aligner(self.gen_embed(codes)).to(self.gen_embed.weight.dtype)  # that of text, too
 
     def before_head(self, hidden):
         """Hidden states (..., D) -> what the last layer of gen_head makes logits of, (..., head_width)."""

@@ -304,6 +304,27 @@ def test_rows():
     with pytest.raises(ValueError, match="text tokenizer without <｜begin.*--text-tokenizer"):
         Janus(dataclasses.replace(model.config, tokens=CONFIGS["janus-pro-1b"].tokens), model.tokenizer)
 
+def test_rows_are_what_the_whole_text_gives(tmp_path):
+    """The published template, encoded at once by a tokenizer of DeepSeek's kind, against our pieces."""
+    with open(os.path.join(HERE, "golden", "staged_tokenizer.json")) as f:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(json.load(f)["tokenizer"]))
+    tokenizer, published = load_tokenizer(tmp_path), CONFIGS["janus-pro-1b"]
+    c = dataclasses.replace(CONFIGS["tiny"], tokens=published.tokens, system=published.system)
+    with torch.device("meta"):
+        model = Janus(c, tokenizer)
+    picture = "<begin_of_image>" + "<image_placeholder>" * 9 + "<end_of_image>"
+
+    def same(ids, text):
+        assert ids == tokenizer.encode("<｜begin▁of▁sentence｜>" + text)
+    ask, end = "\n\n<|Assistant|>:", "<｜end▁of▁sentence｜>"
+    same(model.draw_ids("t2i", {"caption": "Two cats, (1 red)."}), f"<|User|>: Two cats, (1 red).{ask}<begin_of_image>")
+    same(model.draw_ids("recon", {"prompt": "Describe it."}), f"<|User|>: {picture}\nDescribe it.{ask}<begin_of_image>")
+    same(model.opening() + model.ask("What?", True), f"{c.system}\n\n<|User|>: {picture}\nWhat?{ask}")
+    turns = {"turns": [("What is it?", "A cat."), ("\nWhere? ", "It's\nhere.")]}
+    for part, shown in (("i2t", picture + "\n"), ("text", "")):
+        first, second = f"<|User|>: {shown}What is it?{ask} A cat.{end}", f"<|User|>: Where?{ask} It's\nhere.{end}"
+        same(model.dialogue_ids(part, turns)[0], f"{c.system}\n\n{first}{second}")
+
 SAMPLES = {"recon": [{"prompt": "Describe it."}, {"prompt": "What is there in this picture, in every detail?"}],
            "t2i": [{"caption": "a star"}, {"caption": "two blue circles above a red square", "drop": True}],
            "edit": [{"instruction": "Make it red."}, {"instruction": "Remove it."}],

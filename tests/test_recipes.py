@@ -26,7 +26,7 @@ SIZES = {
     ("openuni", "openuni-l-512"): ((42, 0, 0), 16, 8, 312, 312, 3),
     ("openuni", "openuni-l-1024"): ((42, 0, 0), 16, 8, 312, 312, 3),  # ours: there is no published one,
     ("janus", "janus-pro-1b"): ((4, 4, 4), 4, 8, 5000, 5000, 50),  # ... nor any for Janus
-    ("janus", "janus-pro-7b"): ((4, 4, 4), 4, 8, 5000, 5000, 50)}
+    ("janus", "janus-pro-7b"): ((2, 2, 2), 8, 8, 5000, 5000, 50)}
 COMMON = {  # AdamW, clipping (0: none), the share of dropped prompts, weights of the losses, averaging (0: none)
     "mar": dict(lr=1e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.02, clip=1.0, drop=0.1, i2t_weight=1.0,
                 t2i_weight=0.0, ema=0.0),
