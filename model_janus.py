@@ -478,7 +478,7 @@ class Janus(nn.Module):
         all but a picture's slots are at most `limit`. drop: nothing but pad ids between the first and the last."""
         m, image = self.marks, part in ("recon", "edit")
         text = sample[{"recon": "prompt", "edit": "instruction"}.get(part, "caption")]
-        if limit is not None:
+        if limit is not None:  # less what stands around the text, but for the picture's slots
             limit -= len(self.ask("-", image, 0)) - image * (self.seen + 2) + 2
         ids = [m.bos, *self.ask(text, image, limit), m.begin]
         return [m.bos, *[m.pad] * (len(ids) - 2), m.begin] if sample.get("drop") else ids
