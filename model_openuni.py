@@ -139,7 +139,7 @@ def rotate(x, cos, sin):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x.to(self.weight.dtype), self.weight, self.eps).to(x.dtype)  # SANA's trains in float32
 
 class DecoderLayer(nn.Module):
     def __init__(self, c):
@@ -558,7 +558,7 @@ class OpenUni(nn.Module):
     def precompute(self, images):
         """images (n, 3, height, width) in [-1, 1] -> latents (n, C, h, w), and features (n, N, H) or in base, where
         InternViT trains, pixels (uint8) in its size."""
-        latents = self.vae.encode(images.to(self.vae.encoder.conv_in.weight.dtype))
+        latents = self.vae.encode(images.to(self.vae.encoder.conv_in.weight.dtype)).contiguous()
         if self.stage != "base":
             return {"latents": latents, "features": self.see(images)}
         pixels = F.interpolate(images, (self.config.vit.image_size,) * 2, mode="bilinear")
