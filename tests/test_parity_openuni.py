@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -19,6 +20,7 @@ import model_openuni
 import vision_encoder
 from image_tokenizer import DCAutoencoderConfig
 from model_openuni import CONFIGS, OpenUni, OpenUniConfig, Sana, SanaConfig, sampling_sigmas
+from text_tokenizer import load_tokenizer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.path.join(os.environ.get("PARITY_DIR", os.path.join(HERE, "golden")), "openuni")
@@ -318,6 +320,70 @@ def test_solver_is_exact_where_the_image_is_a_line_in_log_snr():
         got = model_openuni.solver_step(z, image(now), image(last), (last, now, after))
         first = model_openuni.solver_step(z, image(now), None, (last, now, after))
         assert abs(got - want) < 0.3 * abs(first - want)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the text interface, on a tiny model from scratch
+
+@lru_cache(maxsize=None)
+def small():
+    torch.manual_seed(0)
+    return OpenUni(CONFIGS["tiny"], load_tokenizer("tiny")).eval()
+
+def row(part, **sample):
+    """Ids of the row of one sample, without padding."""
+    out = small().collate(part, [sample], [torch.Generator()], torch.Generator(), 0)
+    return out["ids"][0, out["pads"][0]:].tolist()
+
+TURN, ANSWER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+IMAGE = "<|vision_start|>" + 9 * "<|image_pad|>" + "<|vision_end|>\n"
+
+def test_prompts():
+    """<img> (here <|vision_start|>) ends every request for a picture; a request that is too long loses its own end, a
+    caption, as published, that of the row."""
+    encode, c = small().tokenizer.encode, CONFIGS["tiny"]
+    empty = TURN + "{}Generate an image." + ANSWER + "<|vision_start|>"
+    assert row("t2i", caption=" a red star ") == encode(f"{TURN}Generate an image: a red star{ANSWER}<|vision_start|>")
+    assert row("uncond", drop=True) == row("t2i", caption="x", drop=True) == encode(empty.format(""))
+    for part, name in (("recon", "prompt"), ("edit", "instruction")):
+        assert row(part, **{name: "Make it red."}) == encode(f"{TURN}{IMAGE}Make it red.{ANSWER}<|vision_start|>")
+        assert row(part, **{name: "x"}, drop=True) == encode(empty.format(IMAGE))
+        long = row(part, **{name: "red " * 200})
+        end = encode(ANSWER + "<|vision_start|>")
+        assert len(long) == c.max_prompt + 11 and long[-len(end):] == end and long[:14] == encode(TURN + IMAGE)[:14]
+    assert row("t2i", caption="red " * 200) == encode(f"{TURN}Generate an image: {'red ' * 200}")[:c.max_prompt]
+
+def test_dialogues(monkeypatch):
+    encode, turns = small().tokenizer.encode, [("Why?", "red"), ("What?", "two")]
+    said = f"Why?{ANSWER}red<|im_end|>\n{TURN}What?{ANSWER}two<|im_end|>\n"
+    assert row("i2t", turns=turns) == encode(TURN + IMAGE + said) and row("text", turns=turns) == encode(TURN + said)
+    monkeypatch.setattr(small().config, "system", "be red")
+    assert row("text", turns=turns) == encode(f"<|im_start|>system\nbe red<|im_end|>\n{TURN}{said}")
+    assert row("recon", prompt="Why?")[:3] == encode(TURN)[:3]  # requests for pictures have none
+
+def test_edits_see_the_source_and_draw_the_target(monkeypatch):
+    model, got = small(), {}
+    images = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    monkeypatch.setattr(model, "reca_loss", lambda **tensors: got.update(tensors) or torch.zeros(()))
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    batch = model.collate("edit", [{"instruction": "More."}] * 2, generators, torch.Generator())
+    for stage in ("reca", "base"):
+        model.trainable_parameters(stage)
+        source, target = model.precompute(images), model.precompute(-images)
+        model({"edit": batch | target | {f"source_{k}": v for k, v in source.items()}})
+        model.trainable_parameters("reca")
+        assert torch.equal(got["latents"], target["latents"]) and torch.equal(got["noise"], batch["noise"])
+        error = (got["features"] - model.precompute(images)["features"]).abs().max()
+        assert error <= 1e-2 * (stage == "base")  # where pixels are rounded to bytes
+    drawn = [torch.Generator().manual_seed(i) for i in range(2)]  # a sample draws its time, then its noise
+    assert batch["u"].tolist() == [torch.rand((), generator=g).item() for g in drawn]
+    assert torch.equal(batch["noise"], torch.stack([torch.randn(16, 3, 3, generator=g) for g in drawn]))
+
+def test_preprocessing():
+    """Drawings are of a square from the middle, questions about all of the picture."""
+    image = Image.new("RGB", (96, 48), "white")
+    image.paste("black", (0, 0, 24, 48))
+    assert small().preprocess(image, "recon").min() == 1 and small().preprocess(image, "answer")[:, :, :10].max() == -1
+    assert small().preprocess(image, "t2i").shape == (3, 48, 48)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # published files
