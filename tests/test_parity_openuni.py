@@ -453,6 +453,21 @@ def test_published_files_lie_over_each_other(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"^[^;]*sana.safetensors: .* 1 missing\), first missing transformer.proj_out"):
         load("first", "sana")
 
+def test_files_reach_the_model_from_the_command_line(tmp_path, monkeypatch):
+    """Those of --rest-ckpt as well, but for models whose --ckpt leaves nothing out."""
+    _, _, model = golden()
+    weights = load_file(os.path.join(GOLDEN, "weights.safetensors"))
+    path = files(tmp_path, weights, first=["meta_queries", "connector.", "projector."], sana=["transformer."],
+                 internvl=["lmm."], dcae=["vae."])
+    monkeypatch.setitem(CONFIGS, "golden", model.config)
+    monkeypatch.setattr(checkpoint, "check_vocabulary", lambda *_: None)
+    monkeypatch.setattr(model.config, "tokens", CONFIGS["tiny"].tokens)
+    got = checkpoint.load_model("openuni", path["first"], "golden", path["dcae"], "tiny", vision_ckpt=path["internvl"],
+                                rest=[path["sana"]])
+    assert all(torch.equal(t, weights[k]) for k, t in got.state_dict().items())
+    with pytest.raises(ValueError, match="^--rest-ckpt x: the --ckpt of --arch mar leaves nothing out"):
+        checkpoint.load_model("mar", path["first"], "harmon-0.5b", None, "tiny", rest=["x"])
+
 def test_a_run_folder_of_a_published_size_says_which_autoencoder():
     """Two kinds fit into the field: the one whose fields these are."""
     for name in ("tiny", "openuni-b-512"):
