@@ -139,7 +139,7 @@ def rotate(x, cos, sin):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x.to(self.weight.dtype), self.weight, self.eps).to(x.dtype)  # SANA's trains in float32
 
 class DecoderLayer(nn.Module):
     def __init__(self, c):
@@ -364,8 +364,8 @@ class OpenUni(nn.Module):
         loss = flow_loss_rows(*rows)  # (B*h*w,): mean over channels of (v - (noise - latents))^2
         return loss.sum() / latents[0, 0].numel() / (len(latents) if count is None else count)
 
-    def t2i_loss(self, latents, ids, pads, noise, u, count=None, **_):
-        """Text-to-image: the same loss, but the prompt is a caption alone."""
+    def t2i_loss(self, latents, ids, pads, noise, u, features=None, count=None):
+        """Text-to-image: the same loss, but the prompt is a caption alone, whatever was seen."""
         return self.reca_loss(latents, ids, pads, noise, u, None, count)
 
     def i2t_loss(self, ids, pads, labels, features=None, count=None, **_):
@@ -424,14 +424,12 @@ class OpenUni(nn.Module):
         own, losses = {"recon": self.reca_loss, "edit": self.reca_loss, "i2t": self.i2t_loss, "text": self.i2t_loss,
                        "align": self.align_loss, "words": partial(self.align_loss, kind="presence")}, {}
         for part, row in batch.items():
-            source = "source_" * (part == "edit")
-            kept = {name: x for name, x in row.items() if "pixels" not in name and "features" not in name}
-            kept.pop("source_latents", None)
-            if source + "pixels" in row and part not in ("t2i", "uncond"):  # InternViT trains along
-                kept["features"] = self.see(row[source + "pixels"] / 127.5 - 1)
-            elif source + "features" in row:
-                kept["features"] = row[source + "features"]
-            losses[part] = own.get(part, self.t2i_loss)(**kept)
+            seen, pixels = ("source_" * (part == "edit") + name for name in ("features", "pixels"))
+            features = row.get(seen)
+            if pixels in row and part not in ("t2i", "uncond"):  # InternViT trains along
+                features = self.see(row[pixels] / 127.5 - 1)
+            rest = {k: x for k, x in row.items() if not k.endswith(("features", "pixels")) and k != "source_latents"}
+            losses[part] = own.get(part, self.t2i_loss)(features=features, **rest)
         return losses
 
     # ---- samplers
@@ -558,7 +556,7 @@ class OpenUni(nn.Module):
     def precompute(self, images):
         """images (n, 3, height, width) in [-1, 1] -> latents (n, C, h, w), and features (n, N, H) or in base, where
         InternViT trains, pixels (uint8) in its size."""
-        latents = self.vae.encode(images.to(self.vae.encoder.conv_in.weight.dtype))
+        latents = self.vae.encode(images.to(self.vae.encoder.conv_in.weight.dtype)).contiguous()
         if self.stage != "base":
             return {"latents": latents, "features": self.see(images)}
         pixels = F.interpolate(images, (self.config.vit.image_size,) * 2, mode="bilinear")

@@ -203,8 +203,12 @@ def _read_vocab(path):
         with reading(merges_path, "not a list of merges"), open(merges_path, encoding="utf-8") as f:
             lines = f.read().split("\n")
         merges = [line.split(" ") for line in lines[lines[0].startswith("#version"):] if line.strip()]
-        added = {s: i for s, i in file.items() if s == "<|endoftext|>"}  # Qwen2 keeps its special strings elsewhere
-        return _vocab_to_ranks(path, file, merges, skip=added), added, GPT2_SPLIT if added else QWEN_SPLIT
+        added = {s: i for s, i in file.items() if s == "<|endoftext|>"}  # Qwen2 keeps its special strings elsewhere,
+        beside = os.path.join(folder, "added_tokens.json")  # as InternVL3 does, which has more of them
+        elsewhere = read_json(beside) if not added and os.path.isfile(beside) else {}
+        if not isinstance(elsewhere, dict):
+            raise _wrong(beside, "no object of strings and their ids")
+        return _vocab_to_ranks(path, file, merges, skip=added), added or elsewhere, GPT2_SPLIT if added else QWEN_SPLIT
     if isinstance(file, dict) and "tokens" in file:
         tokens = [base64.b64decode(token, validate=True) for token in file["tokens"]]
         split = tuple(file.get("stages", ())) or (GPT2_SPLIT if file["gpt2"] else QWEN_SPLIT)

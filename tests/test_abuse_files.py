@@ -633,7 +633,7 @@ def test_every_flag_that_is_a_number_has_a_range(monkeypatch):
 UNUSED = {  # what is typed, and the flag that would change nothing
     "train": [
         ("--resume RUN --ckpt x", "ckpt"), ("--resume RUN --overwrite", "overwrite"),
-        ("--vision-ckpt x", "vision-ckpt"),
+        ("--vision-ckpt x", "vision-ckpt"), ("--rest-ckpt x y", "rest-ckpt"),
         ("--stage tokenizer --config CONFIG", "config"), ("--stage tokenizer --text-tokenizer x", "text-tokenizer"),
         ("--stage tokenizer --recompute blocks", "recompute"), ("--stage tokenizer --drop 0.5", "drop"),
         ("--stage tokenizer --captioned 9", "captioned"), ("--stage tokenizer --i2t-data x.json", "i2t-data"),
@@ -659,17 +659,19 @@ UNUSED = {  # what is typed, and the flag that would change nothing
         ("--eval-n 0 --eval-every 9", "eval-every"), ("--eval-n 0 --eval-split dev", "eval-split")],
     "sample": [
         *((f"--image x --question q --{flag}", flag.split()[0]) for flag in (
-            "n 3", "batch 8", "steps 5", "cfg 2", "out x.png", "seed 1", "tokenizer-ckpt y", "vision-ckpt y")),
+            "n 3", "batch 8", "steps 5", "cfg 2", "out x.png", "seed 1", "tokenizer-ckpt y", "vision-ckpt y",
+            "rest-ckpt y")),
         ("--max-new-tokens 5", "max-new-tokens"), ("--image x --edit y --max-new-tokens 5", "max-new-tokens"),
         ("--no-exif --prompt x", "no-exif"), ("--ckpt x --tokenizer-ckpt y", "tokenizer-ckpt")],
     "evaluate": [("--geneval x --split dev", "split"), ("--geneval x --editing", "editing"),
                  ("--geneval x --json y", "json"), ("--out x", "out"), ("--tokenizer-ckpt x", "tokenizer-ckpt"),
-                 ("--vision-ckpt x", "vision-ckpt")]}
+                 ("--vision-ckpt x", "vision-ckpt"), ("--rest-ckpt x", "rest-ckpt")]}
 USED = {
     "train": [
         "", "--i2t-weight 0 --t2i-weight 0 --mix recon=1", "--eval-n 0 --eval-every 0", "--stage tokenizer --data x",
         "--config tiny --stage tokenizer", "--stage base --tokenizer-ckpt x --text-tokenizer y", "--text-tokenizer y",
-        "--config CONFIG --ckpt a --tokenizer-ckpt b --vision-ckpt c --text-tokenizer d --data e --eval-n 0",
+        "--config CONFIG --ckpt a --tokenizer-ckpt b --vision-ckpt c --text-tokenizer d --data e --eval-n 0 "
+        "--rest-ckpt f g",
         "--data x --pool 9 --questions 2 --drop 0.2 --no-exif", "--data x --i2t-data y.JSONL --image-root z --no-exif",
         "--stage sft --data x --i2t-data y --i2t-weight 1 --mix t2i=1 i2t=1", "--stage tokenizer --pool 9 --eval-n 9",
         "--mix recon=1 --understanding shuffled --altered-share 0.5", "--stage base --muon-decay 0.1 --arch ar",

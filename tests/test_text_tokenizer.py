@@ -167,6 +167,22 @@ def test_formats_agree(vocabulary):
             assert phi.encode_ordinary(text) == slow_bpe(text, text_tokenizer.GPT2_SPLIT, ranks)
         assert phi.decode(phi.encode(text)) == text  # no normalization in GPT-2's kind
 
+def test_special_strings_in_a_file_of_their_own(vocabulary, tmp_path):
+    """As InternVL3 has them, 151,665 and on; a file there that is no table is told."""
+    root, ranks = vocabulary
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_text((root / "qwen" / name).read_text(encoding="utf-8"), encoding="utf-8")
+    names = [*text_tokenizer.QWEN_SPECIAL, "<img>", "</img>", "<IMG_CONTEXT>"]
+    (tmp_path / "added_tokens.json").write_text(json.dumps({s: len(ranks) + i for i, s in enumerate(names)}))
+    tok = load_tokenizer(tmp_path)
+    assert tok.special["<IMG_CONTEXT>"] == len(ranks) + 24 and tok.vocab_size == len(ranks) + 25
+    assert tok.encode("<img>")[0] == len(ranks) + 22 and len(tok.encode_ordinary("<img>")) > 1
+    for text, said in (("[3]", "no object of strings"), ('{"<img>": 3}', "are missing"), ("{", "not valid JSON")):
+        (tmp_path / "added_tokens.json").write_text(text)
+        load_tokenizer.cache_clear()
+        with pytest.raises(ValueError, match=f"{tmp_path}.*{said}"):
+            load_tokenizer(tmp_path)
+
 def test_whitespace_of_phi(vocabulary):
     phi = load_tokenizer(vocabulary[0] / "gpt2")
 
