@@ -89,7 +89,7 @@ CONFIGS = {
 PUBLISHED = dict(lr=4e-5, eps=1e-15, weight_decay=0.0, warmup=1000, warmup_from=0, schedule="constant", steps=1000,
                  batch=64, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=0.0, t2i_weight=0.0)
 # After the base stage of the tiny model. The captions are poor, as the web's are: RecA has most to give there.
-TINY = dict(lr=2e-4, muon_lr=0.005, steps=400, batch=96, i2t_weight=0.0, sparse_captions=0.6, wrong_captions=0.4)
+TINY = dict(lr=2e-4, muon_lr=0.005, steps=400, batch=96, i2t_weight=0.0)
 RECIPES = {
     "tiny": {
         # With little muon_decay (no singular value grows beyond 1 / muon_decay) picture tokens become so much larger

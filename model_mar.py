@@ -108,18 +108,17 @@ SIZES = {"harmon-0.5b": dict(PUBLISHED, steps=750, batch=1536),
 TINY = dict(lr=2e-4, steps=300, batch=96)
 RECIPES = {
     # A drawing loss is about 0.05 where a cross entropy is about 0.5: weights of 8 to 1 share the backbone's gradient.
-    # Captions are poor, since there RecA has most to give.
     "tiny": {
         # Muon needs fewer samples; its decay keeps picture tokens from growing so large that blocks cannot add to
         # them. Four questions a row, and `words`, teach the encoder what is where.
         "base": dict(lr=2e-3, muon_lr=0.005, muon_decay=0.1, warmup=100, steps=6000, batch=48, t2i_weight=8.0,
                      mix={"t2i": 1.0, "i2t": 0.75, "edit": 0.5, "text": 0.25, "words": 0.5}, questions=4,
-                     wrong_captions=0.4, sparse_captions=0.6, pool=40000),
+                     pool=40000),
         # Half of the pictures are understood with their cells in random order: copying place by place teaches drawing
         # little. Captions stand beside RecA, because prompts name no places.
         "reca": dict(TINY, mix={"recon": 0.5, "t2i": 0.5, "i2t": 1.0}, i2t_weight=0.125, understanding="scrambled",
-                     altered_share=0.5, wrong_captions=0.4, sparse_captions=0.6),
-        "sft": dict(TINY, mix={"t2i": 1.0, "i2t": 1.0}, t2i_weight=8.0, wrong_captions=0.4, sparse_captions=0.6),
+                     altered_share=0.5),
+        "sft": dict(TINY, mix={"t2i": 1.0, "i2t": 1.0}, t2i_weight=8.0),
         # RecA on a user's own pictures, which have no captions
         "plain": dict(TINY, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=0.125, t2i_weight=0.0),
     },
