@@ -5,9 +5,11 @@
     python evaluate.py --arch mar --ckpt runs/x --n 1000 --json scores.json
     python evaluate.py --arch mar --ckpt C --geneval evaluation_metadata.jsonl --out DIR    # GenEval's pictures
 
-Drawing is scored in the six tasks of GenEval (arXiv 2310.11513): single object, two objects, counting, colors,
-position, color attribution. A third of the prompts with two objects, colors, positions or attributes ask for a
-combination that no training caption ever named ("held out"), and these are scored apart. Held-out attributes are
+Drawing is scored as the paper does it. Short prompts are the six tasks of GenEval (arXiv 2310.11513): single object, two
+objects, counting, colors, position, color attribution. Long prompts say everything, as DPG-Bench's (arXiv 2403.05135)
+do: the score is the share of the objects in them that are drawn right in shape, color, size and place. A third of the prompts with two objects, colors, positions or attributes ask for a
+combination that no training caption ever named ("held out"), and these are scored apart, as are such objects in long
+prompts. Held-out attributes are
 combinations of shape and color; which shapes stand together is free there, so one in five "seen" prompts of that task
 names a held-out pair of shapes. Intervals are 95 % Wilson intervals. Questions are answered greedily; every picture
 draws its noise from a generator of its own, so that no score depends on how many are drawn at once.
@@ -29,7 +31,7 @@ from tqdm import tqdm
 import checkpoint
 import shape_world
 from data import sample_generator, to_float, to_uint8
-from shape_world import QUESTION_KINDS, TASKS, Scenes, fulfils, judge, same_objects
+from shape_world import COMBO_HELD_OUT, QUESTION_KINDS, TASKS, Scenes, fulfils, judge, same_objects
 
 BATCH = 256  # rows in one call of a sampler: how much memory it takes, and nothing else
 
@@ -45,8 +47,8 @@ def wilson(hits, n, z=1.96):
     return max(0.0, center - half), min(1.0, center + half)
 
 def share(right, name="score"):
-    """Booleans (n,) -> {name: their mean, "n", "interval"}."""
-    return {name: float(np.mean(right)), "n": len(right), "interval": wilson(int(np.sum(right)), len(right))}
+    """Booleans (n,) -> {name: their mean (0 of none), "n", "interval"}."""
+    return {name: float(np.sum(right)) / max(1, len(right)), "n": len(right), "interval": wilson(int(np.sum(right)), len(right))}
 
 def in_batches(model, method, *inputs, **options):
     """Results of method(*inputs, **options), BATCH rows of every input, and of an option `generator`, at a time. uint8
@@ -67,7 +69,7 @@ def generators(seed, n):
     return [sample_generator(seed, number, 0, "picture") for number in range(n)]
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The four scores
+# The scores
 
 @torch.no_grad()
 def score_generation(model, per_task=50, seed=0, split="test", **sampler):
@@ -94,6 +96,23 @@ def score_generation(model, per_task=50, seed=0, split="test", **sampler):
     for part in ("seen", "held_out"):
         scores[part] = float(np.mean([t[part]["score"] for t in both])) if both else float("nan")
     return scores, pictures, rows
+
+@torch.no_grad()
+def score_long(model, n=100, seed=0, split="test", **sampler):
+    """Draws n complete descriptions: a dict with score (share of the objects in them that are right in shape, color, size
+    and place), captioned and held_out (the same of objects whose combination of shape and color captions hold, and of
+    the others), each a `share`, and objects per picture; the pictures, uint8 (n, h, w, 3), and the prompts."""
+    prompts, scenes = shape_world.long_prompts(n, seed, split)
+    pictures = draw(model, model.generate, prompts, generator=generators(4000 + seed, n), **sampler)
+    right, held, found = [], [], judge(pictures)
+    for i, drawn in enumerate(found):
+        for o in scenes.scene(i)[1]:
+            right.append((o.shape, o.color, o.size, o.cell) in drawn)
+            held.append(COMBO_HELD_OUT[o.shape, o.color])
+    right, held = np.array(right), np.array(held)
+    objects = float(np.mean([len(drawn) for drawn in found]))
+    return dict(share(right), captioned=share(right[~held]), held_out=share(right[held]), objects=objects,
+                prompts=n), pictures, prompts
 
 @torch.no_grad()
 def score_questions(model, n=400, seed=0):
@@ -148,15 +167,16 @@ def score_editing(model, n=192, seed=0, **sampler):
     return dict(means, n=n, kinds=each), pictures, source
 
 def score_all(model, n=300, seed=0, split="test", questions=400, reconstructions=128, editing=False, **sampler):
-    """All scores in one dict (what train.py prints before and after); questions, reconstructions: how many, 0 for
-    none; editing: for models that were trained to edit. An image tokenizer, which draws nothing, is scored by what it
-    keeps."""
+    """All scores in one dict (what train.py prints before and after). n: short prompts, a third as many long ones;
+    questions, reconstructions: how many, 0 for none; editing: for models that were trained to edit. An image tokenizer,
+    which draws nothing, is scored by what it keeps."""
     start, was_training = time.time(), model.training
     model.eval()
     if not hasattr(model, "generate"):
         questions, reconstructions, scores = 0, n, {}
     else:
-        scores = dict(generation=score_generation(model, max(1, n // len(TASKS)), seed, split, **sampler)[0])
+        scores = dict(generation=score_generation(model, max(1, n // len(TASKS)), seed, split, **sampler)[0],
+                      long=score_long(model, max(1, n // 3), seed, split, **sampler)[0])
     if questions:
         scores["questions"] = score_questions(model, questions, seed)
     if reconstructions:
@@ -172,10 +192,17 @@ def report(scores, title=""):
     if "generation" not in scores:
         line = "reconstruction: objects {objects:.3f}, exact {exact:.3f}, pixel error {pixel_error:.2f} gray levels"
         return title + line.format(**scores["reconstruction"])
-    g, low_high = scores["generation"], "{:.3f}-{:.3f}".format(*scores["generation"]["interval"])
-    lines = [f"{title}score {g['score']:.3f}  (95 % {low_high}, {g['n']} pictures)  "
-             f"seen {g['seen']:.3f}  held-out {g['held_out']:.3f}  objects/picture {g['objects']:.2f}",
+    def about(score):
+        return "{:.3f}  (95 % {:.3f}-{:.3f}, ".format(score["score"], *score["interval"])
+
+    g = scores["generation"]
+    lines = [f"{title}short prompts {about(g)}{g['n']} pictures)  seen {g['seen']:.3f}  held-out {g['held_out']:.3f}  "
+             f"objects/picture {g['objects']:.2f}",
              "  " + "  ".join(f"{task} {g['tasks'][task]['score']:.2f}" for task in TASKS)]
+    if "long" in scores:
+        d = scores["long"]
+        lines.append(f"  long prompts {about(d)}{d['n']} objects)  captioned {d['captioned']['score']:.3f}  "
+                     f"held-out {d['held_out']['score']:.3f}")
     tail = []
     if "questions" in scores:
         q = scores["questions"]
@@ -188,12 +215,11 @@ def report(scores, title=""):
 
 def report_change(before, after):
     """The line that compares two score_all's."""
-    keys = dict(generation=("score", "seen", "held_out"), questions=("accuracy",))
-    if "generation" not in after:
-        keys = dict(reconstruction=("objects",))
-    changes = {key: after[of][key] - before[of][key] for of in keys if of in after for key in keys[of]}
-    names = dict(held_out="held-out", accuracy="questions")
-    return "change: " + "  ".join(f"{names.get(key, key)} {change:+.3f}" for key, change in changes.items())
+    names = {"short": ("generation", "score"), "held-out": ("generation", "held_out"), "long": ("long", "score"),
+             "reconstruction": ("reconstruction", "objects"), "questions": ("questions", "accuracy")}
+    changes = {name: after[of][key] - before[of][key] for name, (of, key) in names.items()
+               if of in after and of in before}
+    return "change: " + "  ".join(f"{name} {change:+.3f}" for name, change in changes.items())
 
 # ---------------------------------------------------------------------------------------------------------------------
 # GenEval, and the command line

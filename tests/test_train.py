@@ -338,20 +338,6 @@ def test_interrupted_write_keeps_the_old_file(tmp_path):
         checkpoint.atomic(path, fail)
     assert open(path).read() == "old" and os.listdir(tmp_path) == ["f"]
 
-def test_caption_flags_change_the_captions():
-    def captions(*flags):
-        return made("--arch", "ar", "--stage", "sft", *SMALL, "--captioned", "300", *flags)[2].texts["captioned"]
-
-    usual = captions()
-    assert usual == captions("--sparse-captions", "0.25", "--wrong-captions", "0.15")  # the world's own faults
-    others = shape_world.NUMBERS + ("of", "above", "below")
-    bare = captions("--sparse-captions", "1")
-    assert all(" and " not in c for c in bare if not any(n in c.split() for n in others))
-    assert not any(color in c.split() for c in bare for color in shape_world.COLORS)
-    assert sum(map(len, captions("--sparse-captions", "0.6"))) < 0.85 * sum(map(len, usual))
-    with pytest.raises(ValueError, match="--sparse-captions 1.5: must be from 0 to 1"):
-        train.check_args(train.parse_args(["--sparse-captions", "1.5"])[0], 1)
-
 def test_captions_stay_with_their_own_pictures(tmp_path):
     # a is no picture to train on: the order runs over the others
     for name, size, gray in (("a", (200, 10), 0), ("b", (48, 48), 60), ("c", (48, 48), 180)):
