@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import signal
@@ -620,6 +621,11 @@ def read_mix(mix):
                          f"1000, of {', '.join(PARTS)}, each at most once") from origin(e)
     return out
 
+def random_part(places, most, generators, shared):
+    """Indices (B, K) of the places of a picture that are shown: one K for the step, at most most * places."""
+    k = max(1, math.ceil(torch.rand((), generator=shared).item() * most * places))
+    return torch.stack([torch.randperm(places, generator=generator)[:k].sort().values for generator in generators])
+
 class Batches:
     """`batch(step)` -> {part: {name: tensor}}, what this process trains on in one micro-batch: frozen encodings, token
     rows, randomness. A part takes its images from a pool (`pool_of`), whose encodings are computed once and kept in
@@ -882,6 +888,10 @@ class Batches:
             generators = [sample_generator(seed, step, place, part) for place in places]
             shared = sample_generator(seed, step, 0, "shared")  # by all parts, processes and micro-batches
             tensors = self.model.collate(part, rows, generators, shared, pad_to)
+            if part == "recon" and self.args.shown < 1:
+                generators = [sample_generator(seed, step, place, "shown") for place in places]
+                tensors["shown"] = random_part(self.model.places, self.args.shown, generators,
+                                               sample_generator(seed, step, 0, "share"))
             if part == "i2t" and name in self.listed:
                 self.count_cut(self.listed[name], index, tensors["labels"])
             out[part] = tensors | encodings

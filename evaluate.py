@@ -5,11 +5,11 @@
     python evaluate.py --arch mar --ckpt runs/x --n 1000 --json scores.json
     python evaluate.py --arch mar --ckpt C --geneval evaluation_metadata.jsonl --out DIR    # GenEval's pictures
 
-Drawing is scored as the paper does it. Short prompts are the six tasks of GenEval (arXiv 2310.11513): single object, two
-objects, counting, colors, position, color attribution. Long prompts say everything, as DPG-Bench's (arXiv 2403.05135)
-do: the score is the share of the objects in them that are drawn right in shape, color, size and place. A third of the prompts with two objects, colors, positions or attributes ask for a
-combination that no training caption ever named ("held out"), and these are scored apart, as are such objects in long
-prompts. Held-out attributes are
+Drawing is scored as in the paper. Short prompts are the six tasks of GenEval (arXiv 2310.11513): single object, two
+objects, counting, colors, position, color attribution. Long prompts say everything, as DPG-Bench's do (arXiv
+2403.05135): the score is the share of their objects that are drawn right in shape, color, size and place. A third of
+the short prompts with two objects, colors, positions or attributes ask for a combination that no training caption ever
+named ("held out"), and these are scored apart, as are such objects of long prompts. Held-out attributes are
 combinations of shape and color; which shapes stand together is free there, so one in five "seen" prompts of that task
 names a held-out pair of shapes. Intervals are 95 % Wilson intervals. Questions are answered greedily; every picture
 draws its noise from a generator of its own, so that no score depends on how many are drawn at once.
@@ -47,8 +47,9 @@ def wilson(hits, n, z=1.96):
     return max(0.0, center - half), min(1.0, center + half)
 
 def share(right, name="score"):
-    """Booleans (n,) -> {name: their mean (0 of none), "n", "interval"}."""
-    return {name: float(np.sum(right)) / max(1, len(right)), "n": len(right), "interval": wilson(int(np.sum(right)), len(right))}
+    """Booleans (n,) -> {name: their mean, "n", "interval"}; not a number for n = 0."""
+    n, hits = len(right), int(np.sum(right))
+    return {name: hits / n if n else float("nan"), "n": n, "interval": wilson(hits, n)}
 
 def in_batches(model, method, *inputs, **options):
     """Results of method(*inputs, **options), BATCH rows of every input, and of an option `generator`, at a time. uint8
@@ -99,9 +100,9 @@ def score_generation(model, per_task=50, seed=0, split="test", **sampler):
 
 @torch.no_grad()
 def score_long(model, n=100, seed=0, split="test", **sampler):
-    """Draws n complete descriptions: a dict with score (share of the objects in them that are right in shape, color, size
-    and place), captioned and held_out (the same of objects whose combination of shape and color captions hold, and of
-    the others), each a `share`, and objects per picture; the pictures, uint8 (n, h, w, 3), and the prompts."""
+    """Draws n complete descriptions: a dict with score (share of their objects that are right in shape, color, size and
+    place), captioned and held_out (the same of objects whose combination of shape and color captions hold, and of the
+    others), each a `share`, and objects per picture; the pictures, uint8 (n, h, w, 3), and the prompts."""
     prompts, scenes = shape_world.long_prompts(n, seed, split)
     pictures = draw(model, model.generate, prompts, generator=generators(4000 + seed, n), **sampler)
     right, held, found = [], [], judge(pictures)

@@ -403,7 +403,7 @@ class Harmon(nn.Module):
     # ---- losses
 
     def reca_loss(self, latents, ids, pads, masked, visible, t, noise, source_latents=None, context_grad=None,
-                  count=None):
+                  count=None, shown=None):
         """Reconstruction alignment: the clean features of an image, as the understanding branch sees it, are the prompt
         for its own generation. The LLM reads [pads | "user" | L + S clean | request | V visible + S].
 
@@ -412,7 +412,7 @@ class Harmon(nn.Module):
         editing). context_grad: factor on the gradient that reaches the clean features (None: the stage's). count: to
         divide the sum over the masked tokens by (None: their number)."""
         source = latents if source_latents is None else source_latents  # (B, m, n, C)
-        clean = self.clean_features(source, context_grad)  # (B, L + S, h): the image as understanding sees it
+        clean = self.clean_features(source, context_grad, shown)  # (B, L + S, h): the image as understanding sees it
         context = self.embed(ids, clean)  # (B, W - 1 + L + S, h): the request with the image in its slot
         x = self.fuse(latents, visible, pads, context)  # (B, S + V, D): the visible latents, read after that context
         z = self.mar.decode(x, visible, masked, latents.shape[1:3])  # (B, V + k, E): a condition for every token
@@ -436,11 +436,11 @@ class Harmon(nn.Module):
         mse, vb = self.mar.diffloss.loss_rows(z[:, -masked.shape[1]:], targets, t, noise)  # (B*M*k,) each
         return (mse + vb).sum() / t.shape[1] / (masked.numel() if count is None else count)
 
-    def clean_features(self, latents, context_grad=None):
+    def clean_features(self, latents, context_grad=None, shown=None):
         """latents (B, m, n, C) -> what the LLM reads of an image (B, L + S, h), its gradient times context_grad."""
         if context_grad is None:
             context_grad = 1.0 if self.stage == "base" else self.config.context_grad
-        clean = self.visual_features(latents)[1]
+        clean = self.visual_features(latents, shown)[1]
         return clean if context_grad == 1 else clean.detach() + context_grad * (clean - clean.detach())
 
     def visual_features(self, latents, visible=None):
@@ -667,6 +667,10 @@ class Harmon(nn.Module):
         labels = left_pad([row[1:width] + [IGNORE] for row in labels], width, IGNORE)[0]
         labels = labels[:, int((labels != IGNORE).any(0).int().argmax()) // step * step:]
         return {"ids": ids, "pads": pads, "labels": labels, "count": (labels != IGNORE).sum().float()}
+
+    @property
+    def places(self):
+        return (self.config.image_size // self.stride) ** 2
 
     def randomness(self, generators, shared):
         """Row b from generators[b], the mask rate of all from `shared`: N(1, 0.25^2), cut to [mask_ratio_min, 1]."""

@@ -38,8 +38,8 @@ HELD_OUT_COMBOS = {("circle", "purple"), ("circle", "yellow"), ("square", "orang
 HELD_OUT_PAIRS = {frozenset(("circle", "cross")), frozenset(("square", "star"))}
 COMBO_HELD_OUT = np.array([[(s, c) in HELD_OUT_COMBOS for c in COLORS] for s in SHAPES])  # (shape, color)
 PAIR_HELD_OUT = np.array([[frozenset((s, t)) in HELD_OUT_PAIRS for t in SHAPES] for s in SHAPES])  # (shape, shape)
-# Captions of the web: a third tells everything, as recaptioned sets do, and with few slips; without these, a model cannot
-# follow a long prompt. The rest names little, some things hardly ever, and is often false: there RecA has most to give.
+# Captions of the web: a third tells everything with few slips, as recaptioned sets do, for without it no model follows
+# a long prompt. The rest names little, some things hardly ever, and is often false: there RecA has most to give.
 LONG_CAPTIONS, SLIP = 0.35, 0.05  # the share of the long ones; the chance that one of their facts is wrong
 SHORT_CAPTIONS = dict(drop_object=0.6, drop_color=0.6, rare_colors=("purple", "orange"), drop_rare_color=0.87,
                       say_size=0.1, say_ground=0.05, say_relation=0.25, say_count=0.5, wrong=0.4)
@@ -178,7 +178,7 @@ def caption(scene, rng, other):
     return short_caption(scene, rng, other)
 
 def with_slips(scene, rng):
-    """The scene as somebody remembers it who gets each fact wrong with the chance SLIP, but never as what is held out."""
+    """The scene of somebody who gets each fact wrong with the chance SLIP, but never names what is held out."""
     ground, objects = scene
     objects, values = list(objects), dict(shape=len(SHAPES), color=len(COLORS), size=len(SIZES), cell=SIDE * SIDE)
     for i in range(len(objects)):
@@ -454,6 +454,8 @@ def add_flags(parser):
         help="what reaches RecA's context: all (default), the cells in random order, the features in random order")
     add("--altered-share", type=float, default=1.0, metavar="SHARE",
         help="share of RecA's pictures for which --understanding holds; the rest are seen in full (default 1)")
+    add("--shown", type=float, default=1.0, metavar="SHARE", help="RecA's context holds a random part of a picture: "
+        "at most this share, drawn anew for each step (default 1: all, always)")
     add("--eval-n", type=int, default=300, metavar="N", help="pictures judged before and after (default 300; 0: none)")
     add("--eval-every", type=int, default=0, metavar="N", help="also judge every N steps (default 0: never)")
     add("--eval-split", choices=("dev", "test"), default="test", help="dev: prompts to choose settings (default test)")
