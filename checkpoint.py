@@ -4,12 +4,14 @@ the format in which they were published, strictly, and without executing anythin
 """
 import contextlib
 import dataclasses
+import enum
 import hashlib
 import importlib
 import itertools
 import json
 import os
 import pathlib
+import pickle
 import re
 import shlex
 import shutil
@@ -21,6 +23,7 @@ import tempfile
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -101,14 +104,14 @@ def check_ranges(args):
 def refuse_unused(parser, argv, *uses):
     """Raises ValueError for a flag that was typed, but not as 0, which asks for nothing, and would change nothing.
     uses: ("flag flag ...", are these used with the others that were given?, what they are for)."""
-    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))  # to None, which nobody can type
+    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args(argv))))  # to None, which nobody can type
     typed = vars(parser.parse_args(argv))
     for flag, used, purpose in ((flag, *use) for flags, *use in uses for flag in flags.split()):
         if not used and typed.get(flag.replace("-", "_")):
             raise ValueError(f"--{flag} is for {purpose}: here it would change nothing, leave it out")
 
-def check_device(name):
-    """Raises ValueError for a --device that this machine or this torch does not have."""
+def check_device(name, dtype=None, compiled="off", world=1):
+    """ValueError for a --device that is not there, and on mps (Apple's GPUs) for more than fp32 and one process."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -119,6 +122,8 @@ def check_device(name):
     if found <= (device.index or 0):
         raise ValueError(f"--device {name}: this torch ({torch.__version__}) sees {found} of that kind; give --device "
                          "cpu, or install a build of torch for it")
+    if device.type == "mps" and (dtype in ("bf16", torch.bfloat16) or compiled == "on" or world > 1):
+        raise ValueError(f"--device {name}: fp32, not compiled, one process: leave out --dtype, --compile and torchrun")
 
 def free_memory(device):
     """Bytes that are free on a torch.device; infinite where nothing says."""
@@ -334,7 +339,8 @@ def check_keys(own, state, what):
                  for side, t in (("found", state), ("expected", own)) if k in t]
         return f"{word} {k} {', '.join(sides)}"
     counts = ", ".join(f"{len(keys)} {word}" for word, keys in found.items())
-    first = "; ".join(line(word, k) for word, keys in found.items() for k in keys[:3 // len(found) or 1])
+    rounds = itertools.zip_longest(*([line(word, k) for k in keys[:3]] for word, keys in found.items()))
+    first = "; ".join([text for some in rounds for text in some if text][:3])
     e = BadFile(f"{what}: the weights do not fit ({len(own)} keys expected, {len(state)} found; {counts}), first "
                 f"{first}: is it the right file and size? --verbose shows more")
     e.table = "".join(f"\n  {line(word, k)}" for word, keys in found.items() for k in keys[:200])
@@ -404,6 +410,14 @@ def write_safetensors(path, state, metadata=None):
         tensors[name] = t
     atomic(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})}))
 
+def sha256(*paths):
+    """Of files in a row, as `cat FILES | sha256sum` says it."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as f:
+            hashlib.file_digest(f, lambda: digest)
+    return digest.hexdigest()
+
 def write_checksum(file, path):
     """Adds the SHA-256 of `file` to path.sha256, where `file` is about to be renamed to `path`. A run may be killed
     between the two, and then the line before is the valid one: the last 8 are kept."""
@@ -411,17 +425,15 @@ def write_checksum(file, path):
     if os.path.isfile(sums):
         with open(sums, encoding="utf-8", errors="replace") as f:
             last = f.read().splitlines()[-7:]
-    with open(file, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-    write_text(sums, "\n".join([*last, f"{digest}  {os.path.basename(path)}"]) + "\n")
+    write_text(sums, "\n".join([*last, f"{sha256(file)}  {os.path.basename(path)}"]) + "\n")
 
 def verify_checksum(path):
     """-> "", or one line to say where there is no checksum. Raises ValueError where none of the noted ones fits."""
     path, sums = os.fspath(path), f"{os.fspath(path)}.sha256"
     if not os.path.isfile(sums):
         return f"{path}: no {os.path.basename(sums)} beside it, so damage to it would not be noticed"
-    with open(sums, encoding="utf-8", errors="replace") as noted, open(path, "rb") as f:
-        if hashlib.file_digest(f, "sha256").hexdigest() not in noted.read().split():
+    with open(sums, encoding="utf-8", errors="replace") as noted:
+        if sha256(path) not in noted.read().split():
             raise BadFile(f"{path}: its SHA-256 is not in {os.path.basename(sums)}: the file was damaged or replaced; "
                           "take a copy of it, or delete the .sha256 to read it all the same")
     return ""
@@ -556,6 +568,8 @@ def save_model(model, folder, arch, **extra):
         save_adapters(model, folder)
     else:
         write_safetensors(os.path.join(folder, "model.safetensors"), model.state_dict())
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
     name = save_tokenizer(model, folder)
     meta = dict(arch=arch, config=dataclasses.asdict(model.config), text_tokenizer=name, **extra)
     write_text(os.path.join(folder, "config.json"), json.dumps(meta, indent=1))
@@ -570,8 +584,12 @@ def save_tokenizer(model, folder):
     return name
 
 def save_adapters(model, folder):
-    """Writes folder/adapter_model.safetensors and folder/adapter_config.json, as PEFT does."""
-    write_safetensors(os.path.join(folder, "adapter_model.safetensors"), lora_state(model))
+    """Writes folder/adapter_model.safetensors and folder/adapter_config.json, as PEFT does. Of a sharded model all
+    processes call it, and the first one writes."""
+    state = lora_state(model)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    write_safetensors(os.path.join(folder, "adapter_model.safetensors"), state)
     write_text(os.path.join(folder, "adapter_config.json"), json.dumps(lora_config(model), indent=1))
 
 def load_adapters(model, folder):
@@ -616,6 +634,13 @@ def tokenizer_of(folder, meta):
     name = meta.get("text_tokenizer", "tiny")
     return name if name == "tiny" else os.path.join(folder, name)
 
+def weights_hash(ckpt):
+    """SHA-256 of a weight file, or of a folder's model.safetensors, or of all the weight files there in a row."""
+    names = sorted(os.listdir(ckpt)) if os.path.isdir(ckpt) else []
+    names = [name for name in names if name.endswith(WEIGHT_FILES)]
+    names = ["model.safetensors"] if "model.safetensors" in names else names
+    return sha256(*[os.path.join(ckpt, name) for name in names] or [ckpt])
+
 def is_ours(path):
     """Is it a folder that save_model wrote?"""
     file = os.path.join(path, "config.json")
@@ -627,7 +652,7 @@ def load_model(arch, ckpt=None, config=None, tokenizer_ckpt=None, text_tokenizer
     original files. prepare: called with the model while it has no memory, see train.place. adapters: the folder of a
     run with --lora, merged into the weights; without ckpt into the shipped base. Raises FileNotFoundError and
     ValueError with a message for the user."""
-    check_device(device)
+    check_device(device, dtype)
     if adapters:
         base = ckpt or default_weights(arch, "base")
         model = load_model(arch, base, config, tokenizer_ckpt, text_tokenizer, device, dtype, vision_ckpt)
@@ -732,10 +757,10 @@ class Log:
 
 RUN_FILES = ("checkpoint.pt", "checkpoint.pt.sha256", "model.safetensors", "adapter_model.safetensors", "log.jsonl")
 
-def claim(args, rank, world):
+def claim(args, rank, world, start):
     """Makes the run folder this run's own until it ends -> the open lock, on the first process. Sets args.out, on all
-    processes, or raises on all of them what `lock_folder` raises."""
-    said, lock = [None], None
+    processes, or raises on all of them what `lock_folder` raises; ValueError where not all start at the same step."""
+    said, lock = [None, start], None
     if rank == 0:
         try:
             said[0], lock = lock_folder(args)
@@ -745,6 +770,8 @@ def claim(args, rank, world):
         dist.broadcast_object_list(said)
     if isinstance(said[0], Exception):
         raise said[0]
+    if start != said[1]:
+        raise ValueError(f"--resume {args.resume}: step {start}, on the first process {said[1]}: give all one folder")
     args.out = said[0]
     return lock
 
@@ -823,8 +850,15 @@ def save_state(run, step):
         return
     settle(run)
     shards = f"shards-{step}"
-    saving = dcp.async_save(all_tensors(run), checkpoint_id=os.path.join(folder, shards), process_group=run.side_group)
-    run.saving = saving, dict(state, shards=shards, optimizers=[], ema=None)
+    path = os.path.join(folder, shards)
+    saving = dcp.async_save(all_tensors(run), checkpoint_id=path, process_group=run.side_group)
+    summed = ThreadPoolExecutor(1).submit(shard_sums, saving, path, run.rank, run.world)
+    run.saving = summed, dict(state, shards=shards, optimizers=[], ema=None)
+
+def shard_sums(saving, path, rank, world):
+    """-> {file: SHA-256} of this process's share of a sharded checkpoint, once all of it is written."""
+    saving.result()
+    return {name: sha256(os.path.join(path, name)) for name in sorted(os.listdir(path))[rank::world]}
 
 def write_state(folder, state):
     path = os.path.join(folder, "checkpoint.pt")
@@ -835,14 +869,14 @@ def write_state(folder, state):
     atomic(path, write)
 
 def settle(run):
-    """Waits until the shards that are being written are on all disks; then checkpoint.pt points to them."""
+    """Waits until the shards that are being written are on all disks; then checkpoint.pt points to them and holds their
+    checksums."""
     if run.saving is None:
         return
-    (saving, state), run.saving, folder = run.saving, None, run.args.out
-    saving.result()
-    dist.barrier()
+    (summed, state), run.saving, folder, sums = run.saving, None, run.args.out, [None] * run.world
+    dist.all_gather_object(sums, summed.result(), group=run.side_group)
     if run.rank == 0:
-        write_state(folder, state)
+        write_state(folder, dict(state, sums={name: digest for some in sums for name, digest in some.items()}))
         remove_shards(folder, state["shards"])
 
 def remove_shards(folder, but=None):
@@ -862,15 +896,24 @@ def read_checkpoint(folder):
     path = os.path.join(folder, "checkpoint.pt")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--resume {folder}: no checkpoint.pt there; give the folder of a run that saved one")
-    note = verify_checksum(path)
-    if note:
-        print(note, flush=True)
+    remark(verify_checksum(path))
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:
         raise ValueError(f"{path}: cannot be read ({reason_of(e)}): not a checkpoint of train.py") from origin(e)
     check_state(state, path)
+    if "shards" in state:
+        verify_shards(os.path.join(folder, state["shards"]), state.get("sums", {}))
     return state
+
+def verify_shards(path, sums):
+    """ValueError where files of a sharded checkpoint are not as they were written; each process looks at its share."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    files = {os.path.join(path, name): digest for name, digest in sorted(sums.items())[rank::world]}
+    wrong = [file for file, digest in files.items() if not os.path.isfile(file) or sha256(file) != digest]
+    if wrong:
+        raise BadFile(f"{wrong[0]}: missing or damaged, its SHA-256 is not the one in checkpoint.pt (so are "
+                      f"{len(wrong) - 1} others of {len(sums)}): take a copy of them")
 
 def load_state(run, state):
     """Optimizers, averages and history of a stored run; settings that are typed now win over the stored ones."""
@@ -899,9 +942,28 @@ def load_rows(optimizer, saved):
             mine, rows = own_rows(t)
             mine.copy_(value[rows] if value.ndim else value)
 
+TABLE_TYPES = {  # what a table of shards is made of, beside the types of numbers
+    "Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "TensorStorageMetadata", "TensorProperties",
+    "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING", "_StorageInfo", "Size", "PosixPath", "_get_layout"}
+
+class Table(pickle.Unpickler):
+    def find_class(self, module, name):
+        if (module, name) == ("builtins", "getattr"):  # so the first versions of Python 3.11 write members of an Enum
+            return enum.EnumMeta.__getitem__
+        number = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if number or (module.split(".")[0] in ("torch", "pathlib") and name in TABLE_TYPES):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place there")
+
+class ShardReader(dcp.FileSystemReader):
+    def read_metadata(self, *args, **kwargs):
+        with open(os.path.join(self.path, ".metadata"), "rb") as file:
+            Table(file).load()  # because torch's own reader would run whatever a stranger has put into this file
+        return super().read_metadata(*args, **kwargs)
+
 def shard_names(path):
     with reading(path, "not a whole sharded checkpoint"):
-        return set(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
+        return set(ShardReader(path).read_metadata().state_dict_metadata)
 
 def load_shards(path, wanted):
     """Fills tensors {name: tensor}, whole or sharded over any number of processes, with what `all_tensors` wrote."""
@@ -909,7 +971,7 @@ def load_shards(path, wanted):
     if lacks := [name for name in wanted if name not in stored]:
         raise BadFile(f"{path}: lacks {len(lacks)} of {len(wanted)} tensors, first {lacks[0]}: of another model")
     with reading(path, "not a whole sharded checkpoint"):
-        dcp.load(wanted, checkpoint_id=path, no_dist=not dist.is_initialized())
+        dcp.load(wanted, storage_reader=ShardReader(path), no_dist=not dist.is_initialized())
 
 def load_trained(model, state, folder):
     """What a resumed run's checkpoint keeps of the model."""

@@ -11,7 +11,6 @@ import os
 import random
 import signal
 import stat
-import sys
 import tarfile
 import time
 import warnings
@@ -31,7 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import shape_world
-from checkpoint import HERE, check_disk, one_line_errors, origin, reading, reason_of, write_safetensors
+from checkpoint import HERE, check_disk, one_line_errors, origin, reading, reason_of, refuse_unused, write_safetensors
 from vision_encoder import VIEWS, altered, as_rgb, to_float, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -950,7 +949,9 @@ def main():
     parser.add_argument("--captions", action="store_true", help="every picture must have a caption")
     parser.add_argument("--image-root", help="folder of the image paths inside LLaVA JSON")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # captions and names on terminals that are not UTF-8
+    llava = [path for path in args.check if path.lower().endswith((".json", ".jsonl"))]
+    refuse_unused(parser, None, ("image-root", llava, "LLaVA JSON"),
+                  ("captions", len(llava) < len(args.check), "folders, tars and parquet files"))
     return 0 if check(args.check, args.captions, args.image_root) else 2
 
 if __name__ == "__main__":

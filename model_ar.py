@@ -411,6 +411,10 @@ class ShowO(nn.Module):
 
     # ---- samplers
 
+    def sampling_steps(self, job):
+        """How many steps the sampler of this name takes unless it is told."""
+        return self.config.reca_steps if job in ("reconstruct", "edit") else self.config.mask_steps
+
     @torch.no_grad()
     def sample(self, context, layout, image, guidance, steps, temperature=1.0, generator=None, exponential=None,
                gumbel_u=None, trace=None):
@@ -504,7 +508,8 @@ class ShowO(nn.Module):
         request = {k: v.to(self.device) for k, v in request.items()}
         context = self.reca_context(**request, N=self.side ** 2, **self.understand(images.to(self.device)))
         image = torch.full((len(images), self.side, self.side), c.mask_id, device=self.device)
-        return self.decode_codes(self.paint(context, image, cfg, steps or c.reca_steps, temperature, generator))
+        return self.decode_codes(self.paint(context, image, cfg, steps or self.sampling_steps("edit"),
+                                             temperature, generator))
 
     @torch.no_grad()
     def answer(self, images, questions, max_new_tokens=32, temperature=0.0, generator=None):

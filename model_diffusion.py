@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import vision_encoder as vision
-from checkpoint import cast, load_strict, read_weights, write_safetensors
+from checkpoint import cast, check_keys, load_strict, read_weights, remark, write_safetensors
 from custom_kernels import attention, attention_plan, flow_loss_rows, linear_cross_entropy, rms_norm
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig
 
@@ -451,6 +451,10 @@ class Bagel(nn.Module):
 
     # ---- samplers
 
+    def sampling_steps(self, job):
+        """How many steps the sampler of this name takes unless it is told."""
+        return self.config.flow_steps
+
     @torch.no_grad()
     def sample(self, cache, noise, grid, cfg=1.0, cfg_image=1.0, steps=None, shift=None, interval=None, **how):
         """Integrates the flow from noise (B, h*w, P) to latents of a grid (h, w). cache: B full contexts; for guidance
@@ -706,12 +710,16 @@ class Bagel(nn.Module):
         with torch.device("meta"):
             model = cls(CONFIGS[config] if isinstance(config, str) else config, tokenizer)
         cast(model.parameters(), dtype or torch.float32)
+        state, kind = read_weights(path), os.path.splitext(path)[1]
+        what = path + f" (a {kind}; BAGEL's are ema.safetensors and ae.safetensors)" * (kind != ".safetensors")
+        check_keys({k: t for k, t in model.state_dict().items() if not k.startswith("vae.")}, state, what)
+        remark(what * (what != path))
         tables = [table.clone() for table in model.buffers()]  # of places; the file has them rounded
         model.vae.float()
         if prepare:
             prepare(model)
         tokenizer_path = tokenizer_path or os.path.join(os.path.dirname(path), "ae.safetensors")
-        state = read_weights(path) | {f"vae.{name}": t for name, t in read_weights(tokenizer_path).items()}
+        state |= {f"vae.{name}": t for name, t in read_weights(tokenizer_path).items()}
         load_strict(model, state, {"vae.": tokenizer_path, "": path}, device)
         for buffer, table in zip(model.buffers(), tables):
             buffer.copy_(table)

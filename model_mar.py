@@ -476,6 +476,10 @@ class Harmon(nn.Module):
 
     # ---- samplers
 
+    def sampling_steps(self, job):
+        """How many steps the sampler of this name takes unless it is told."""
+        return self.config.mask_steps
+
     @torch.no_grad()
     def sample(self, context, pads, grid, cfg, steps=None, temperature=1.0, schedule="constant", orders=None,
                noise=None, generator=None):

@@ -17,7 +17,6 @@ checkpoints load by --config and their original files, run folders of any size b
 and --think are not for every --arch.
 """
 import argparse
-import hashlib
 import inspect
 import json
 import math
@@ -250,16 +249,6 @@ def out_path(out, place=None):
         return os.path.join(out, "sheet.png" if place is None else f"{place:05d}.png")
     return out if place is None else f"{os.path.splitext(out)[0]}_{place}.png"
 
-def weights_hash(ckpt):
-    """SHA-256 of a weight file, as sha256sum gives it; of a folder its model.safetensors, or all it has in a row."""
-    names, digest = sorted(os.listdir(ckpt)) if os.path.isdir(ckpt) else [], hashlib.sha256()
-    names = [name for name in names if name.endswith(checkpoint.WEIGHT_FILES)]
-    names = ["model.safetensors"] if "model.safetensors" in names else names
-    for path in [os.path.join(ckpt, name) for name in names] or [ckpt]:
-        with open(path, "rb") as f:
-            hashlib.file_digest(f, lambda: digest)
-    return digest.hexdigest()
-
 @torch.inference_mode()
 def main(argv=None):
     args = parse_args(argv)
@@ -273,9 +262,9 @@ def main(argv=None):
         return print(answers[0])
     source, captions, draw = drawing(model, args)
     about = dict(arch=args.arch, config=args.config, seed=args.seed, commit=checkpoint.git_commit())
-    about |= dict(cfg=getattr(getattr(model, "config", None), "cfg", None), steps="default", temperature="default")
-    about |= options
-    hashed = ThreadPoolExecutor(1).submit(weights_hash, args.ckpt or checkpoint.default_weights(args.arch))
+    job = next((job for job in ("edit", "reconstruct", "inpaint", "extrapolate") if getattr(args, job)), "generate")
+    about |= dict(cfg=model.config.cfg, steps=model.sampling_steps(job), temperature=1.0) | options
+    hashed = ThreadPoolExecutor(1).submit(checkpoint.weights_hash, args.ckpt or checkpoint.default_weights(args.arch))
     shown, titles, paths, rows = [], [], [], []  # of the sheet that is being filled; all sheets; all pictures
     if source is not None:
         shown, titles = [source], ["source"]

@@ -164,6 +164,16 @@ def check_lora(args, muon_lr, state):
         print(f"--lora {args.lora}: AdamW trains adapters, in place of the recipe's Muon", flush=True)
     args.muon_lr = 0.0
 
+def check_base(args, state):
+    """Notes which weights adapters are trained on. ValueError where a resumed run had others."""
+    base = args.ckpt or checkpoint.default_weights(args.arch, "base")
+    found = checkpoint.weights_hash(base) if args.lora and os.path.exists(base) else None
+    noted = state["args"].get("base_sha256") if state else None
+    if found and noted not in (None, found):
+        raise ValueError(f"--resume {args.resume}: its adapters were trained on weights with the SHA-256 {noted[:16]}, "
+                         f"{base} has {found[:16]}: give --ckpt the file that they belong to")
+    args.base_sha256 = found
+
 def recipe(args):
     """The recipe of this run, a flat dictionary of flags: RECIPES[config][stage] of the model file."""
     if args.stage == "tokenizer":
@@ -197,7 +207,7 @@ def check_args(args, world):
             whole = math.lcm(*[fractions.Fraction(s).limit_denominator(100).denominator for s in args.mix.values()])
             raise ValueError(f"--batch {args.batch} gives {n} {part} samples, which {world} processes x --accum "
                              f"{args.accum} cannot share: take a multiple of {whole * world * args.accum}")
-    checkpoint.check_device(args.device)
+    checkpoint.check_device(args.device, args.dtype, args.compile, world)
 
 def check_typed(args, argv=None):
     """ValueError for a flag that is typed and would change nothing: it was meant to change something."""
@@ -317,7 +327,7 @@ def make_optimizers(args, model, named):
     decayed = [p for n, p in matrices if n not in inside]
     groups = [dict(params=decayed, weight_decay=args.weight_decay), dict(params=plain, weight_decay=0.0)]
     optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr, betas=args.betas, eps=args.eps,
-                                    fused=args.device != "cpu" or None)]
+                                    fused=args.device.startswith("cuda") or None)]
     if inside:
         optimizers.append(Muon(inside.values(), lr=args.muon_lr, weight_decay=args.muon_decay))
     return optimizers
@@ -349,9 +359,11 @@ class Run:
         cuda = self.device.type == "cuda"
         bf16 = args.dtype == "bf16" or (args.dtype == "auto" and cuda and torch.cuda.is_bf16_supported())
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        self.lock = checkpoint.claim(args, self.rank, self.world)
+        self.lock = checkpoint.claim(args, self.rank, self.world, state["step"] if state else 0)
         self.about = checkpoint.describe(args, state)  # now: the commit may be another one when the run ends
         self.checkpoint_size = None
+        if self.rank == 0:
+            check_base(args, state)
         self.model = build(args, state, self.prepare)
         self.checkpoint_size = self.checkpoint_size or check_room(args, machine_of(args), self.rank)
         self.named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -382,15 +394,16 @@ class Run:
 
     def wrapped(self):
         args, cuda, forward = self.args, self.device.type == "cuda", self.model
-        every = every_nth(args.recompute)
+        every, compiles = every_nth(args.recompute), args.compile == "on"
+        if args.compile == "auto" and cuda and args.config != "tiny":  # tiny runs are short
+            compiles = torch._dynamo.config.suppress_errors = True  # then a failing compiler costs speed alone
+        for block in self.model.blocks() if compiles and self.sharded else ():  # shares are gathered between blocks
+            block.forward = torch.compile(block.forward)
         for block in self.model.blocks()[::every] if every else ():
             block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
         if self.world > 1 and not self.sharded:
             forward = DDP(forward, device_ids=[self.device] if cuda else None, find_unused_parameters=True)
-        if args.compile == "on" or (args.compile == "auto" and cuda and args.config != "tiny"):  # tiny runs are short
-            torch._dynamo.config.suppress_errors = args.compile == "auto"  # then a failing compiler costs speed alone
-            forward = torch.compile(forward)
-        return forward
+        return torch.compile(forward) if compiles and not self.sharded else forward
 
 def train_step(run, step, micro_batches):
     """One optimizer step over this process's [{part: tensors}] -> ({part: its loss}, gradient norm), both still on the
@@ -401,7 +414,9 @@ def train_step(run, step, micro_batches):
     counts = global_counts(run, micro_batches)
     for micro, batch in enumerate(micro_batches):
         batch = run.batches.to_device(batch, counts)
-        alone = micro < M - 1 and isinstance(run.forward, DDP)  # gradients are exchanged in the last micro-batch only
+        # DDP exchanges gradients in the last micro-batch only. Sharded ones are summed in each: each process keeps its
+        # rows alone, as whole gradients of all that trains (set_requires_gradient_sync) are what --shard cannot hold
+        alone = micro < M - 1 and isinstance(run.forward, DDP)
         with (run.forward.no_sync() if alone else contextlib.nullcontext(),
               torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32,
                              cache_enabled=args.recompute == "none")):  # copies of weights take memory
@@ -510,7 +525,7 @@ def pictures(run):
         n = len(source)
     captions = [prompts[i % len(prompts)] if source is None else "" for i in range(n)]
     mine = [(run.rank + run.world * i) % n for i in range(-(-n // run.world))]
-    with checkpoint.averaged(run):
+    with checkpoint.averaged(run, may_end=run.world == 1):
         shares = [sample.show(run.model, captions, source, args.seed, mine, run.device, 4 if large else 16)]
     if run.world > 1:
         shares *= run.world
@@ -522,10 +537,12 @@ def save_preview(run, before, after, name, now="after"):
         sample.save_png(sample.before_after(before, after, now), os.path.join(run.args.out, name))
 
 def save_weights(run, **extra):
-    """model.safetensors and config.json, for sample.py, and loss.png."""
+    """model.safetensors, or adapters, and config.json, for sample.py, and loss.png. Of a sharded run all processes call
+    it: adapters are joined from their rows."""
     args, model = run.args, run.model.tokenizer if run.args.stage == "tokenizer" else run.model
-    sample.save_png(sample.curves(run.history, run.weights), os.path.join(args.out, "loss.png"))
-    if run.sharded:
+    if run.rank == 0:
+        sample.save_png(sample.curves(run.history, run.weights), os.path.join(args.out, "loss.png"))
+    if run.sharded and not args.lora:
         return run.log.say(f"the weights are in shares: python train.py --export {args.out} FOLDER joins them")
     with checkpoint.averaged(run):
         checkpoint.check_finite(model.named_parameters(), args.out)
@@ -546,8 +563,9 @@ def finish(run, before, sheet, started):
     if args.stage == "tokenizer":
         run.model.finish(data.to_float(shape_world.Scenes(4096, seed=args.seed).render(), run.device))
     after = scores(run, args.steps, "after:  ")
-    if run.rank == 0:
+    if run.rank == 0 or run.sharded:
         save_weights(run, step=args.steps, scores_before=before, scores_after=after)
+    if run.rank == 0:
         curve = [(r["step"], r["scores"]) for r in run.history if "scores" in r]
         result = dict(run.about, seconds=time.time() - started, curve=curve, scores=after)
         checkpoint.write_text(os.path.join(args.out, "result.json"), json.dumps(result, indent=1, default=str))
@@ -561,6 +579,7 @@ def export(args, state):
     """Writes the model of a run, with averaged weights where it has them, as one piece."""
     run, folder = args.export
     args.device = "cpu"
+    check_base(args, state)
     dtype = torch.bfloat16 if state["bf16"] else torch.float32  # of what is frozen, as it was trained with
     model = build(args, state, functools.partial(place, args=args, dtype=dtype, sharded=False))
     parameters = {f"ema.{name}": p.detach() for name, p in model.named_parameters()}
@@ -638,13 +657,14 @@ def train(run, signals):
                 scores(run, done, f"step {done}: ")
             clock, since = time.time(), done
         if args.preview_every and done % args.preview_every == 0 and done < args.steps:
-            save_preview(run, None, pictures(run), f"preview-{done}.png", f"step {done}")
+            with contextlib.suppress(checkpoint.Interrupted):
+                save_preview(run, None, pictures(run), f"preview-{done}.png", f"step {done}")
             clock, since = time.time(), done
         halt = stops(run, done, signals)
         saves = halt or done == args.steps or (args.save_every and done % args.save_every == 0)
         if saves and (run.rank == 0 or run.sharded):
             checkpoint.save_state(run, done)
-            if not halt and not run.sharded:
+            if args.lora or not (halt or run.sharded):  # adapters are small
                 save_weights(run, step=done)
         if halt:
             break
@@ -667,7 +687,7 @@ def machine_of(args):
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if not args.plan_on:
         room = checkpoint.free_memory(device) / (1 if device.type == "cuda" else here)
-        return Machine(world, here, device.type != "cpu", room, peak_flops(device), f"{world} x {device.type}")
+        return Machine(world, here, device.type == "cuda", room, peak_flops(device), f"{world} x {device.type}")
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.plan_on)
     if not found:
         raise ValueError(f"--plan-on {args.plan_on}: expected GPUs x GB of each, e.g. 8x80")
@@ -769,7 +789,8 @@ def verdict(args, machine, total, text):
     return said + "take a smaller --config, or a larger machine"
 
 def plan(args, machine):
-    """-> the lines of --plan. Texts are as long as rows may be, so memory and time are what a run needs at most."""
+    """-> the lines of --plan. Texts are as long as rows may be, so memory and time are what a run needs at most. Memory
+    is what tensors hold: on CPUs the C library may keep some of what was freed on top of that."""
     items, disk, sizes, trained, whole = needs(args, machine, LONGEST)
     model, samples, total = rehearsal(args)[0], samples_of(args), sum(items.values())
     flops = {part: count_flops(model, {part: rehearsal_batch(model, part, 1, LONGEST)}) for part in args.mix}

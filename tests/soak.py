@@ -13,8 +13,8 @@ import tempfile
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from tests.test_runs import SMALL, kill_rounds, launch, rows  # noqa: E402
+sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(__file__))]
+from test_runs import SMALL, kill_rounds, launch, rows  # noqa: E402
 
 def main(rounds=50, seed=0):
     with tempfile.TemporaryDirectory() as folder:

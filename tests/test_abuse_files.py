@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 
 import pytest
 import torch
@@ -710,6 +711,48 @@ def test_no_command_of_the_documents_has_a_flag_too_many(tmp_path):
                 typed(script, argv.partition("#")[0], tmp_path)
                 seen += 1
     assert seen >= 15
+
+SCRIPTS = {"train": train.main, "sample": sample.main, "evaluate": evaluate.main}
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_devices_that_are_not_here(script, tmp_path, refused, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for device, text in (("mps", "sees 0 of that kind; give --device cpu"), ("mps:3", "sees 0"), ("xpu", "no such"),
+                         ("cuda:99", "of that kind"), ("", "no such device; cpu, cuda, cuda:1, mps")):
+        refused(lambda: SCRIPTS[script](["--device", device]), f"--device {device}", text)
+
+EVALUATE = [  # what is typed, and the line
+    ("--n 5", "--n 5: at least 1 picture per prompt with --geneval, else 6"), ("--cfg nan", "--cfg nan: must be from"),
+    ("--ckpt no/such", "no/such: no config.json there"), ("--ckpt file", "file: no config.json there"),
+    ("--ckpt folder", "folder/config.json: not valid JSON"), ("--lora no/such", "--lora no/such: no adapter_config"),
+    ("--geneval no/such.jsonl", "--geneval no/such.jsonl: no such file"), ("--weights x", "--weights x chooses among"),
+    ("--geneval folder", "--geneval folder: no such file"), ("--geneval file", "file: not lines of JSON with a prompt"),
+    ("--config no-such", "--config no-such: the judge knows"), ("--text-tokenizer no/such", "no/such")]
+
+@pytest.mark.parametrize("text, message", EVALUATE)
+def test_bad_inputs_of_evaluate(text, message, tmp_path, refused, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text("{")
+    (tmp_path / "file").write_text("two cats")
+    monkeypatch.chdir(tmp_path)
+    refused(lambda: evaluate.main([*text.split(), "--arch", "ar", "--device", "cpu"]), message,
+            error=(ValueError, OSError))
+
+CHECK = [("--image-root . --check folder", "--image-root is for LLaVA JSON: here it would change nothing"),
+         ("--image-root . --check folder x.tar x.json.png", "--image-root is for LLaVA JSON: here it would"),
+         ("--captions --check x.json", "--captions is for folders, tars and parquet files: here it would"),
+         ("--captions --check x.jsonl X.JSON", "--captions is for folders, tars and parquet files: here it would"),
+         ("--image-root . --check x.json gone", "gone: no such folder"), ("--check folder", "no pictures found")]
+
+@pytest.mark.parametrize("text, message", CHECK)
+def test_bad_flags_of_check(text, message, tmp_path, refused, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    row = {"image": "a.png", "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}
+    (tmp_path / "x.json").write_text(json.dumps([row]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["data.py", *text.split()])
+    refused(data.main, message, error=(ValueError, OSError))
 
 BAD_PROMPTS = {"no prompt": '{"tag": "counting"}', "a number": '{"prompt": 5}', "empty": "", "blank": '{"prompt": " "}',
                "no JSON": "two cats", "a list": '["two cats"]', "cut": '{"prompt": "two cats"}\n{"prompt',

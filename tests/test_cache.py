@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from processes import alive
 from safetensors.torch import load_file
 
 import checkpoint
@@ -128,13 +129,6 @@ def test_an_error_in_a_worker_is_the_one_without_workers(models, tmp_path):
 def child(program):
     return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, start_new_session=True)
-
-def alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as f:
-            return f.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_workers_end_with_the_run_and_not_before_it():

@@ -33,6 +33,7 @@ import inspect
 
 import pytest
 import torch
+from helpers import untrained
 from PIL import Image
 
 import checkpoint
@@ -49,14 +50,7 @@ def arch(request):
 
 @pytest.fixture(scope="module")
 def model(arch):
-    """A tiny one with untrained weights, but none of them exactly 0, so that every path carries numbers."""
-    file = checkpoint.model_file(arch)
-    torch.manual_seed(0)
-    model = file.Model(file.CONFIGS["tiny"], checkpoint.load_tokenizer("tiny")).eval()
-    for name, p in model.named_parameters():
-        if not name.startswith(file.Model.image_tokenizer + "."):
-            p.data += 0.02 * torch.randn(p.shape)
-    return model
+    return untrained(arch)
 
 def batches(arch, model, stage, parts=PARTS):
     mix = [f"{part}=1" for part in parts]
@@ -79,7 +73,7 @@ def test_names_recipes_and_signatures(arch):
     wanted = {
         "collate": ["part", "samples", "generators", "shared", "pad_to"], "preprocess": ["image", "purpose"],
         "precompute": ["images"], "forward": ["batch"], "trainable_parameters": ["stage"], "no_decay": ["name", "p"],
-        "blocks": [], "published_state": [], "save_published": ["folder"],
+        "blocks": [], "sampling_steps": ["job"], "published_state": [], "save_published": ["folder"],
         "load_published": ["path", "config", "tokenizer_path", "vision_path", "tokenizer", "device", "dtype"],
         "generate": ["prompts", "cfg", "steps", "temperature", "generator", "size"],
         "reconstruct": ["images", "prompt", "cfg", "steps", "temperature", "generator"],
@@ -88,6 +82,8 @@ def test_names_recipes_and_signatures(arch):
     for name, parameters in wanted.items():
         found = [p for p in inspect.signature(getattr(file.Model, name)).parameters if p not in ("self", "cls")]
         assert found[:len(parameters)] == parameters, (name, found)
+    for name in ("generate", "reconstruct", "edit"):  # what sample.py writes into pictures
+        assert inspect.signature(getattr(file.Model, name)).parameters["temperature"].default == 1.0
     assert file.Model.__module__ == f"model_{arch}" and file.Model.__name__ != "Model"
 
 def test_pictures_of_a_training_purpose_share_a_size(arch, model):
@@ -147,6 +143,11 @@ def test_samplers(arch, model):
         out = call()
         assert out.shape == ((1, 3, size, 2 * size) if name == "wide" else (2, 3, size, size)), name
         assert out.abs().max() <= 1 and torch.equal(out, call()), name
+    texts = ["Make it red.", "Remove it."]  # what sample.py says was taken unless somebody typed it is taken
+    for name, *inputs in (("generate", texts), ("reconstruct", pictures), ("edit", pictures, texts)):
+        own = dict(cfg=model.config.cfg, steps=model.sampling_steps(name), temperature=1.0)
+        draw = getattr(model, name)
+        assert torch.equal(draw(*inputs, generator=generator()), draw(*inputs, generator=generator(), **own)), name
     for images in (pictures, None):
         answers = model.answer(images, ["What?", "Is there a star?"], max_new_tokens=3)
         assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)

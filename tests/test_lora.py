@@ -174,6 +174,9 @@ def test_a_run_saves_adapters_alone_and_resumes_exactly(tmp_path, capsys):
     os.rename(base, tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match=r"adapters were trained on --ckpt .*base, which is no longer there"):
         run("--resume", str(cut), out=cut)
+    other = checkpoint.default_weights("mar", "base")  # of the same names and shapes
+    with pytest.raises(ValueError, match=rf"trained on weights with the SHA-256 \w{{16}}, {other} has \w{{16}}: give"):
+        run("--resume", str(cut), "--stop-after", "0", "--ckpt", other, out=cut)
     assert run("--resume", str(cut), "--stop-after", "0", "--ckpt", str(tmp_path / "moved"), out=cut) == 0
     assert steps(cut) == steps(whole) and len(steps(cut)) == 4
     a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (cut, whole))

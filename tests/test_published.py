@@ -3,9 +3,11 @@ import dataclasses
 import gzip
 import json
 import os
+import re
 
 import pytest
 import torch
+from helpers import untrained
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -41,19 +43,51 @@ def arch(request):
 
 @pytest.fixture(scope="module")
 def model(arch):
-    """A tiny one of random numbers that fit into the published file's dtype."""
-    file = checkpoint.model_file(arch)
-    torch.manual_seed(0)
-    model = file.Model(file.CONFIGS["tiny"], checkpoint.load_tokenizer("tiny")).eval()
+    """Its numbers fit into the published file's dtype."""
+    model = untrained(arch)
     for name, p in model.named_parameters():
         if not name.startswith(model.image_tokenizer + "."):
-            p.data = (p.data + 0.02 * torch.randn(p.shape)).bfloat16().float()
+            p.data = p.data.bfloat16().float()
     return model
 
 def frozen_file(model, prefix, path):
     state = {k.removeprefix(prefix): t.contiguous() for k, t in model.state_dict().items() if k.startswith(prefix)}
     save_file(state, str(path))
     return path
+
+def frozen_files(model, folder):
+    out = {"tokenizer_path": frozen_file(model, model.image_tokenizer + ".", folder / "ae.safetensors")}
+    if hasattr(model, "clip"):
+        out["vision_path"] = frozen_file(model, "clip.", folder / "clip.safetensors")
+    return out
+
+def test_a_wrong_file_of_several_is_named_in_one_line(arch, model, tmp_path, capsys):
+    main, frozen = model.save_published(str(tmp_path))[0], frozen_files(model, tmp_path)
+    files = [main, *map(str, frozen.values())]
+    pickled = str(tmp_path / "harmon.pth")
+    torch.save(checkpoint.read_weights(main), pickled)
+
+    def load(path=main):
+        return type(model).load_published(path, config=model.config, tokenizer=model.tokenizer, **frozen)
+    for file in [*files, pickled]:
+        whole = {k: t.clone() for k, t in checkpoint.read_weights(file).items()}
+        wrong = {f"wrong.{i}" if i >= len(whole) - 5 else k: t for i, (k, t) in enumerate(whole.items())}
+        write = save_file if file.endswith(".safetensors") else torch.save
+        os.remove(file)
+        write(wrong, file)
+        with pytest.raises(ValueError) as e:
+            load(pickled if file == pickled else main)
+        text = str(e.value)
+        assert "\n" not in text and text.startswith(file) and not [other for other in files if other + " " in text[1:]]
+        # CLIP's published file has a second tower, which is left out without a word
+        assert re.search(r"\(\d+ keys expected, \d+ found; 5 missing(, 5 unexpected)?\), first missing [^;]*; "
+                         r"(unexpected|missing) [^;]*; missing [^;]*: is it .* --verbose shows more$", text), text
+        assert len(e.value.table.splitlines()) in (6, 11)
+        write(whole, file)
+    assert ("(a .pth; BAGEL's are ema.safetensors and ae.safetensors)" in text) == (arch == "diffusion")
+    capsys.readouterr()
+    load(pickled)  # the right tensors are read, whatever they are kept in
+    assert ("BAGEL's are ema" in capsys.readouterr().err) == (arch == "diffusion")
 
 def test_what_is_written_is_read_again_bit_for_bit(arch, model, tmp_path):
     paths = model.save_published(str(tmp_path))
@@ -63,10 +97,8 @@ def test_what_is_written_is_read_again_bit_for_bit(arch, model, tmp_path):
         first = f.read()
     weights = load_file(paths[0]) if paths[0].endswith("safetensors") else torch.load(paths[0], weights_only=True)
     assert weights.keys() == model.published_state().keys() and {t.dtype for t in weights.values()} == {DTYPES[arch]}
-    frozen = {"tokenizer_path": frozen_file(model, model.image_tokenizer + ".", tmp_path / "ae.safetensors")}
-    if hasattr(model, "clip"):
-        frozen["vision_path"] = frozen_file(model, "clip.", tmp_path / "clip.safetensors")
-    again = type(model).load_published(paths[0], config=model.config, tokenizer=model.tokenizer, **frozen)
+    again = type(model).load_published(paths[0], config=model.config, tokenizer=model.tokenizer,
+                                       **frozen_files(model, tmp_path))
     own, read = model.state_dict(), again.state_dict()
     assert own.keys() == read.keys() and [k for k in own if not torch.equal(own[k], read[k])] == []
     again.bfloat16().save_published(str(tmp_path))  # of a model that was read and is of another dtype: the same file,

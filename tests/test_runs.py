@@ -1,15 +1,21 @@
 """Run folders: one run each, nothing that was saved is lost, nothing broken is saved, whatever ends a run."""
+import functools
 import json
 import os
 import random
+import re
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
+from helpers import SIGNALS, run
 from PIL import Image
+from processes import Launch, alive
 from safetensors.torch import load_file
 
 import checkpoint
@@ -19,17 +25,6 @@ import train
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = ["--arch", "ar", "--stage", "base", "--batch", "8", "--pool", "32", "--eval-n", "0", "--log-every", "1",
          "--steps", "4", "--warmup", "2", "--device", "cpu", "--threads", "1"]
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-def run(*argv):
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    threads = torch.get_num_threads()
-    try:
-        return train.main([*argv])
-    finally:
-        torch.set_num_threads(threads)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 def launch(n, *argv, script="train.py"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", script, *argv]
@@ -142,13 +137,19 @@ def test_every_signal_saves(number, tmp_path, monkeypatch):
     assert run(*SMALL, "--out", str(tmp_path / "a")) == 128 + number
     assert torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["step"] == 2
 
-def test_a_signal_ends_scoring_on_the_way(tmp_path, monkeypatch):
-    def score(*args, **more):
+@pytest.mark.parametrize("flags", [("--eval-n", "6", "--eval-every", "2"), ("--preview", "2", "--preview-every", "2")])
+def test_a_signal_ends_scoring_and_drawing_on_the_way(flags, tmp_path, monkeypatch):
+    def long(*args, **more):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
-    monkeypatch.setattr(train.evaluate, "score_all", score)
+    monkeypatch.setattr(train.evaluate, "score_all", long)
+    model = checkpoint.model_file("ar").Model
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda self, *args, **more: (
+        long() if os.path.exists(tmp_path / "a" / "log.jsonl") and "step" in open(tmp_path / "a" / "log.jsonl").read()
+        else generate(self, *args, **more)))
     start = time.time()
-    assert run(*SMALL, "--eval-n", "6", "--eval-every", "2", "--out", str(tmp_path / "a")) == 128 + signal.SIGTERM
+    assert run(*SMALL, *flags, "--out", str(tmp_path / "a")) == 128 + signal.SIGTERM
     assert time.time() - start < 30 and os.path.exists(tmp_path / "a" / "checkpoint.pt")
 
 def test_disks_and_paths(tmp_path, monkeypatch):
@@ -224,53 +225,161 @@ def test_checkpoints_that_are_none(kind, tmp_path, capsys):
         run("--resume", str(tmp_path))
     assert "checkpoint.pt" in str(e.value) and "\n" not in str(e.value) and sorted(os.listdir(tmp_path)) == before
 
+def fork_launch(n, main, path):
+    """Runs main in n processes below a launcher, as torchrun does, but for its time: all are forks of this one, which
+    is good for what ends before anything is computed. What they say goes to a file -> its lines, their exit codes."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    with open(path, "w") as said:
+        if (launcher := os.fork()) == 0:
+            os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
+            os.environ.update(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            workers = []
+            for rank in range(n):
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+                if (worker := os.fork()) == 0:
+                    code = 99
+                    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                    signal.alarm(60)
+                    try:
+                        checkpoint.one_line_errors(main)
+                    except SystemExit as e:
+                        code = e.code
+                    finally:
+                        sys.stdout.flush()
+                        os._exit(code)
+                workers.append(worker)
+            codes = [os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) for worker in workers]
+            with open(f"{path}.codes", "w") as f:
+                json.dump(codes, f)
+            os._exit(0)
+        os.waitpid(launcher, 0)
+    with open(path, errors="replace") as said, open(f"{path}.codes") as f:
+        return said.read().splitlines(), json.load(f)
+
+FAULTS = {  # what is wrong: (flags, the line)
+    "no such file": ("--ckpt no/such", "no/such: no config.json there"),
+    "a config file": ("--ckpt bad", "bad/config.json: not valid JSON"),
+    "no run": ("--resume bad", "--resume bad: no checkpoint.pt there"), "a run": ("--resume run", "run/checkpoint.pt"),
+    "a number": ("--lr -1", "--lr -1: must be from 0 to 100"), "a device": ("--device mps:3", "--device mps:3: this"),
+    "a share": ("--batch 7", "--batch 7 gives 4 recon samples, which 3 processes"),
+    "unused": ("--image-root x", "--image-root is for JSON"), "a folder in use": ("--out run", "run holds a run "),
+    "no folder": ("--out bad/config.json", ".*File exists|.*Not a directory"), "pictures": ("--data no", "no: no such"),
+    "prompts": ("--preview-prompts gone", "gone: no such file of prompts"),
+    "a tokenizer": ("--text-tokenizer bad/config.json", "bad/config.json: ")}
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_one_fault_is_one_line_of_all_processes(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("bad/config.json", "run/checkpoint.pt"):
+        os.makedirs(os.path.dirname(name))
+        checkpoint.write_text(name, "{")
+    (flags, line), remarks = FAULTS[kind], int(kind == "a run")  # no checksum is beside it
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    argv = ["--batch", "12", "--device", "cpu", "--threads", "1", "--out", "a", *flags.split()]
+    train.recipe(train.parser().parse_args([]))  # imported once, for all forks
+    lines, codes = fork_launch(3, functools.partial(train.main, argv), tmp_path / "said")
+    errors = [text for text in lines if text.startswith("error: ")]
+    assert codes == [2, 2, 2] and len(errors) == 1 and len(lines) <= 1 + remarks, (codes, lines)
+    assert re.match(f"error: {line}", errors[0])
+    new = {path for path in tmp_path.rglob("*") if path.is_file()} - {*before}
+    assert {path.name for path in new} <= {"said", "said.codes", "run.lock"}
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+def test_all_processes_resume_the_same_step(tmp_path):
+    """Also where nodes hold copies of a run folder, one of them older."""
+    for step in "12":
+        assert run(*SMALL, "--stop-after", step, out=tmp_path / step) == 0
+
+    def main():
+        folder = str(tmp_path / "21"[int(os.environ["RANK"])])
+        return train.main(["--resume", folder, "--stop-after", "0"])
+    lines, codes = fork_launch(2, main, tmp_path / "said")
+    wanted = f"error: --resume {tmp_path}/1: step 1, on the first process 2: give all one folder"
+    assert codes == [2, 2] and [line for line in lines if line.startswith("error")] == [wanted], lines
+
+SCRIPTS = {"train": "--ckpt no --out out", "sample": "--prompt x --ckpt no --out x.png",
+           "evaluate": "--ckpt no --json x.json", "data": "--check no"}
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_ends_with_one_line_and_exit_code_2(script, tmp_path, monkeypatch):
+    path = os.path.join(ROOT, f"{script}.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [path, *SCRIPTS[script].split()])
+    lines, codes = fork_launch(1, functools.partial(runpy.run_path, path, run_name="__main__"), tmp_path / "said")
+    assert codes == [2] and len(lines) == 1 and re.match("error: no: no (config.json|such folder)", lines[0]), lines
+    assert {path.name for path in tmp_path.rglob("*")} <= {"said", "said.codes", "out", "run.lock"}
+
 def test_one_fault_is_one_line_under_torchrun(tmp_path):
+    command = [sys.executable, os.path.join(ROOT, "evaluate.py"), "--ckpt", "no", "--json", "x.json"]
+    alone = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     done = launch(3, "--ckpt", "no/such", "--batch", "12", "--device", "cpu", "--out", str(tmp_path / "a"))
     lines = done.communicate(timeout=240)[0].splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     assert len(errors) == 1 and errors[0].startswith("error: no/such") and lines.index(errors[0]) < 3
     assert done.returncode != 0
+    assert alone.communicate(timeout=240)[0].startswith("error: no: no config.json there") and alone.returncode == 2
+    assert set(os.listdir(tmp_path)) <= {"a"}
 
 def test_kills(tmp_path):
     """Two processes, killed at random four times, a worker or the launcher, and resumed: the same numbers in the
-    end."""
+    end. First under torchrun itself, then by a launcher that starts sooner."""
     whole, out = str(tmp_path / "whole"), str(tmp_path / "a")
     common = [*SMALL[:-2], "--steps", "40", "--save-every", "2"]
-    assert launch(2, *common, "--out", whole).wait(timeout=240) == 0
-    kill_rounds(out, common, rounds=4, seed=0)
+    undisturbed = Launch(2, *common, "--out", whole)
+    report = kill_rounds(out, common, rounds=4, seed=0, starts=(launch, forked))
+    assert undisturbed.wait()[0] == 0 and any(line["resumed"] for line in report)
     assert rows(out) == rows(whole)
     a, b = (load_file(f"{folder}/model.safetensors") for folder in (out, whole))
     assert all(torch.equal(a[k], b[k]) for k in b)
+
+def forked(n, *argv):
+    return Launch(n, *argv, TORCHELASTIC_RUN_ID="forked")
+
+def ended(job):
+    """-> exit code and output of a job, once it is over."""
+    if isinstance(job, Launch):
+        return job.wait()
+    text = job.communicate(timeout=600)[0]
+    return job.returncode, text
 
 def children(pid):
     with open(f"/proc/{pid}/task/{pid}/children") as f:
         return [int(child) for child in f.read().split()]
 
-def kill_rounds(out, common, rounds, seed):
-    """Starts or resumes a two-process run, kills one of its processes after a random while, `rounds` times; then lets
-    it end. -> what happened, for the report."""
+def last_step(out):
+    path = os.path.join(out, "log.jsonl")
+    lines = open(path).read().splitlines() if os.path.exists(path) else []
+    return max([json.loads(line)["step"] for line in lines if line.endswith("}")], default=0)
+
+def kill_rounds(out, common, rounds, seed, starts=(launch,)):
+    """Starts or resumes a two-process run, kills one of its processes after a random number of steps, or before the
+    first, `rounds` times; then lets it end. starts: what launches the rounds, the last one all that are left. -> what
+    happened, for the report."""
     rng, report = random.Random(seed), []
     for n in range(rounds + 1):
         resumable = os.path.exists(os.path.join(out, "checkpoint.pt"))
         again = ["--overwrite"] if os.path.exists(os.path.join(out, "log.jsonl")) else []
-        job = launch(2, *(["--resume", out] if resumable else [*common, "--out", out, *again]))
+        before = last_step(out) * resumable
+        start = starts[min(n, len(starts) - 1)]
+        job = start(2, *(["--resume", out] if resumable else [*common, "--out", out, *again]))
         if n == rounds:
-            text = job.communicate(timeout=600)[0]
-            assert job.returncode == 0, text[-2000:]
+            code, text = ended(job)
+            assert code == 0, text[-2000:]
             return report
-        deadline = time.time() + 60
-        while len(children(job.pid)) < 2 and time.time() < deadline:
-            time.sleep(0.1)
-        time.sleep(rng.uniform(4, 9))
+        deadline, steps = time.time() + 60, before + rng.randrange(-1, 7)
+        while job.poll() is None and time.time() < deadline and (len(children(job.pid)) < 2 or last_step(out) < steps):
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.5))
         workers = children(job.pid) if job.poll() is None else []
         victim = rng.choice([job.pid, *workers]) if workers else None
         if victim:
             os.kill(victim, signal.SIGKILL)
         start = time.time()
-        job.wait(timeout=60)
-        while any(os.path.exists(f"/proc/{pid}") and open(f"/proc/{pid}/stat").read().split(") ")[1][0] != "Z"
-                  for pid in workers) and time.time() - start < 40:
-            time.sleep(0.2)
+        ended(job)
+        while any(map(alive, workers)) and time.time() - start < 40:
+            time.sleep(0.1)
         kind = {None: "none", job.pid: "launcher"}.get(victim, "worker")
         report.append(dict(round=n, victim=kind, seconds=round(time.time() - start, 1), resumed=resumable))
         assert time.time() - start < 30, report

@@ -1,9 +1,9 @@
 """sample.py: what its flags make a model do, found in the model and not by its name; and its pictures."""
+import functools
 import hashlib
 import json
 import os
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +22,10 @@ class Fake(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.calls = []
+        self.calls, self.config = [], SimpleNamespace(cfg=2.0)
+
+    def sampling_steps(self, job):
+        return 6
 
     def preprocess(self, image, purpose):
         self.calls.append((purpose, image.size))
@@ -113,10 +116,14 @@ def test_every_model_does_what_its_flags_promise(arch, tmp_path, capsys):
         argv = [*common, "--image", picture, "--steps", "2", "--n", "2", "--out", out, *flags]
         if hasattr(model, flags[0][2:]):
             sample.main(argv)
-            assert os.path.isfile(out)
+            assert Image.open(str(tmp_path / f"{flags[0]}_0.png")).text["steps"] == "2"
         else:
             with pytest.raises(ValueError, match=f"^{flags[0]}: --arch {arch} has no such mode$"):
                 sample.main(argv)
+    sample.main([*common, "--image", picture, "--reconstruct", "--out", out])
+    said = Image.open(str(tmp_path / f"{flags[0]}_0.png")).text  # the numbers, though nobody typed them
+    wanted = [str(x) for x in (model.config.cfg, model.sampling_steps("reconstruct"), 1.0)]
+    assert [said[k] for k in ("cfg", "steps", "temperature")] == wanted and said["steps"].isdecimal()
 
 def test_flags_reach_the_model(run, capsys):
     model = Fake()
@@ -163,7 +170,7 @@ def test_each_picture_is_written_as_it_is_and_says_how_it_was_made(run, tmp_path
     wanted = torch.stack([torch.rand(3, 8, 8, generator=g) for g in sample.picture_generators(7, 2, range(4))]) * 2 - 1
     about = json.loads((tmp_path / "out.json").read_text())
     digest = hashlib.sha256(open(checkpoint.default_weights("mar") + "/model.safetensors", "rb").read()).hexdigest()
-    assert (about["seed"], about["cfg"], about["steps"], about["weights"]) == (7, 3.0, "default", digest)
+    assert (about["seed"], about["cfg"], about["steps"], about["weights"]) == (7, 3.0, 6, digest)
     assert "--seed 7" in about["command"]
     for i, picture in enumerate(sample.data.to_uint8(wanted)):
         image = Image.open(tmp_path / f"out_{i}.png")
@@ -171,7 +178,7 @@ def test_each_picture_is_written_as_it_is_and_says_how_it_was_made(run, tmp_path
         assert (sheet[32:176:18, 6 + 150 * i:150 + 150 * i:18] == picture).all()
         row = dict(prompt=flags[1 + 2 * (i // 2)], prompt_number=i // 2, picture_number=i % 2)
         assert about["pictures"][i] == dict(file=f"out_{i}.png", **row)
-        rest = dict(seed="7", cfg="3.0", steps="default", weights=digest)
+        rest = dict(seed="7", cfg="3.0", steps="6", temperature="1.0", weights=digest)
         assert {k: image.text[k] for k in [*row, *rest]} == {k: str(v) for k, v in row.items()} | rest
     monkey = [*flags, "--device", "cpu", "--out", str(tmp_path / "deep" / "er") + "/"]
     sample.main(monkey)
@@ -183,10 +190,10 @@ def test_each_picture_is_written_as_it_is_and_says_how_it_was_made(run, tmp_path
 def test_weights_of_a_folder_have_a_hash(tmp_path):
     for name, text in (("b.bin", "b"), ("a.safetensors", "a"), ("notes.txt", "x")):
         (tmp_path / name).write_text(text)
-    assert sample.weights_hash(str(tmp_path)) == hashlib.sha256(b"ab").hexdigest()
-    assert sample.weights_hash(str(tmp_path / "b.bin")) == hashlib.sha256(b"b").hexdigest()
+    assert checkpoint.weights_hash(str(tmp_path)) == hashlib.sha256(b"ab").hexdigest()
+    assert checkpoint.weights_hash(str(tmp_path / "b.bin")) == hashlib.sha256(b"b").hexdigest()
     (tmp_path / "model.safetensors").write_text("m")
-    assert sample.weights_hash(str(tmp_path)) == hashlib.sha256(b"m").hexdigest()
+    assert checkpoint.weights_hash(str(tmp_path)) == hashlib.sha256(b"m").hexdigest()
 
 @pytest.mark.parametrize("n, columns", [(64, 8), (5, 5), (192, 16), (1, 1)])
 def test_sheets_stay_within_their_size(n, columns):
@@ -274,10 +281,10 @@ def test_numbers_out_of_range_end_in_one_line(argv):
     with pytest.raises(ValueError, match=f"^{argv.split()[0]} .*: must be from [^\n]*$"):
         sample.parse_args(argv.split())
 
-def test_error_is_one_line_and_exit_code_2():
-    argv = [sys.executable, os.path.join(ROOT, "sample.py"), *weights("mar"), "--think"]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (2, "error: --think: --arch mar has no such mode\n")
+def test_error_is_one_line_and_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as e:
+        checkpoint.one_line_errors(functools.partial(sample.main, [*weights("mar"), "--think"]))
+    assert (e.value.code, capsys.readouterr().err) == (2, "error: --think: --arch mar has no such mode\n")
 
 def test_grid_and_plot():
     pictures = np.arange(5 * 4 * 6 * 3, dtype=np.uint8).reshape(5, 4, 6, 3)

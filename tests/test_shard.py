@@ -1,70 +1,124 @@
 """--shard on two processes: a run that stops and goes on is the whole run, bit for bit; another number of processes
 goes on with it; export joins it. (That its losses and gradients are those of one process: test_train.py.)"""
+import contextlib
+import io
 import os
+import pathlib
+import pickle
+import shutil
+import subprocess
+import sys
+import types
 
+import numpy as np
 import pytest
 import torch
-from test_train import ARCHS, ROOT, SMALL, losses, python, run, torchrun
+from PIL import Image
+from test_train import ARCHS, ROOT, SMALL, losses, run
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 import checkpoint
+import custom_kernels
 import data
 import train
 
 STEPS = """
-import os, shutil, sys, torch, train
-import checkpoint
-folder, *argv = sys.argv[1:]
+import functools, json, os, shutil, sys, torch
+import checkpoint, data, train
+arch, folder, *flags = sys.argv[1:]
+encoded, written, true = [], {}, (data.Batches.encode, checkpoint.write_state)
+data.Batches.encode = lambda self, *a, **kw: encoded.append(1) or true[0](self, *a, **kw)
 
-def go(*more):
-    args, state = train.parse_args([*argv, *more])
+def write_state(folder, state):
+    written[state["step"]] = [row["step"] for row in state["history"]]
+    true[1](folder, state)
+checkpoint.write_state = write_state
+
+def go(*argv):
+    encoded.clear()
+    args, state = train.parse_args([*argv])
     run = train.Run(args, state)
-    run.log.close()
     train.train(run, [])
     checkpoint.settle(run)
+    run.log.close()
     train.dist.barrier()
     run.lock = None
     train.dist.init_process_group = lambda *args, **more: None  # once is enough
     return checkpoint.all_tensors(run)
 
-train.report_step = lambda *args: None
-whole = go("--out", f"{folder}/whole")
-go("--out", f"{folder}/part", "--stop-after", "2")
-if train.dist.get_rank() == 0:
-    shutil.copytree(f"{folder}/part", f"{folder}/alone")
-argv = []
+def first(work, *args):
+    if train.dist.get_rank() == 0:
+        work(*args)
+    train.dist.barrier()
+
+def add(path, text):
+    with open(path, "a") as f:
+        f.write(text)
+
+flags += ["--arch", arch, "--shard"]
+whole = go(*flags, "--out", f"{folder}/whole")
+assert encoded and all(steps == [*range(1, n + 1)] for n, steps in written.items()), written  # of its step, not later
+go(*flags, "--out", f"{folder}/part", "--stop-after", "2")
+assert not encoded  # all is in --cache
+first(shutil.copytree, f"{folder}/part", f"{folder}/alone")
+first(add, f"{folder}/part/log.jsonl", json.dumps(dict(step=3, loss=0)) + chr(10))  # of a run that died after step 3
 again = go("--resume", f"{folder}/part", "--stop-after", "0")
+assert not encoded
 assert whole.keys() == again.keys() and any(name.startswith("ema.") for name in whole)
 different = [k for k, t in whole.items() if not torch.equal(*(checkpoint.own_rows(x)[0] for x in (t, again[k])))]
 assert not different, different
 rows = sum(checkpoint.own_rows(t)[0].numel() for k, t in whole.items() if ".exp_avg" in k)
 assert rows < 0.6 * sum(t.numel() for k, t in whole.items() if ".exp_avg" in k)  # each process holds its share
+if arch == "mar":
+    go("--resume", f"{folder}/one", "--shard", "--stop-after", "0")
+    torch.compile = functools.partial(torch.compile, backend="eager")
+    go(*flags, "--out", f"{folder}/lora", "--lora", "2", "--lr", "0.01", "--compile", "on", "--stop-after", "2")
 train.dist.barrier()
 os._exit(0)
 """
+FLAGS = [*SMALL, "--preview", "0", "--muon-lr", "0", "--ema", "0.9", "--steps", "3", "--save-every", "2"]
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{arch: the folder of its runs}: launches of two processes, all at once."""
+    top = tmp_path_factory.mktemp("shard")
+    script, out, launched = top / "steps.py", {arch: top / arch for arch in ARCHS}, {}
+    script.write_text(STEPS)
+    os.mkdir(top / "pictures")
+    for i in range(16):
+        noise = np.random.default_rng(i).integers(256, size=(48, 48, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(top / "pictures" / f"{i}.png")
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=ROOT)
+    assert run("--arch", "mar", *FLAGS, "--stop-after", "2", out=out["mar"] / "one") == 0
+    for arch, folder in out.items():
+        os.makedirs(folder, exist_ok=True)
+        argv = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), arch, str(folder),
+                *FLAGS, "--data", str(top / "pictures"), "--mix", "recon=1", "--cache", str(folder / "cache")]
+        launched[arch] = subprocess.Popen([sys.executable, *argv], cwd=ROOT, env=environment, text=True,
+                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for arch, process in launched.items():
+        said = process.communicate(timeout=400)[0]
+        assert process.returncode == 0, said[-3000:]
+    return out
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_a_sharded_run_stops_goes_on_and_is_exported(arch, tmp_path):
-    script = tmp_path / "steps.py"
-    script.write_text(STEPS)
-    argv = ["--arch", arch, *SMALL, "--muon-lr", "0", "--ema", "0.9", "--steps", "3", "--save-every", "2"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = python(*launcher, str(script), str(tmp_path), *argv, "--shard",
-                  env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=ROOT))
-    assert done.returncode == 0, done.stderr[-3000:]
-    folder = tmp_path / "whole"
+def test_a_sharded_run_stops_goes_on_and_is_exported(arch, folders, tmp_path):
+    folder = folders[arch] / "whole"
     assert [name for name in os.listdir(folder) if name.startswith("shards")] == ["shards-3"]  # earlier ones are gone
-    assert run("--resume", str(tmp_path / "alone"), "--stop-after", "0", out=tmp_path / "alone") == 0  # by one process
+    assert losses(folders[arch] / "part") == losses(folder) and [*losses(folder)] == [1, 2, 3]
+    alone = shutil.copytree(folders[arch] / "alone", tmp_path / "alone")
+    assert run("--resume", str(alone), "--stop-after", "0", out=alone) == 0  # by one process
     out = {layout: tmp_path / layout for layout in ("ours", "published")}
     for layout in out:
         train.main(["--export", str(folder), str(out[layout]), "--layout", layout])
     joined = checkpoint.load_model(arch, str(out["ours"]))
     averages = {f"ema.{name}": p for name, p in joined.named_parameters()}
     state = checkpoint.read_checkpoint(str(folder))
-    stored = {f"ema.{n}": torch.zeros_like(p) for n, p in joined.named_parameters()}
-    stored = {n: t for n, t in stored.items() if n in checkpoint.shard_names(str(folder / state["shards"]))}
+    names = checkpoint.shard_names(str(folder / state["shards"]))
+    stored = {n: torch.zeros_like(p) for n, p in averages.items() if n in names}
     checkpoint.load_shards(str(folder / state["shards"]), stored)
     assert stored and all(torch.equal(averages[n], t) for n, t in stored.items())  # as sample.py is to see it
-    alone, base = (checkpoint.read_weights(f) for f in (tmp_path / "alone", checkpoint.default_weights(arch, "base")))
+    alone, base = (checkpoint.read_weights(f) for f in (alone, checkpoint.default_weights(arch, "base")))
     moved = {name: (p - base[name].float()).norm() for name, p in joined.named_parameters()}
     away = {name: (p - alone[name]).norm() for name, p in joined.named_parameters()}
     assert 0 < sum(moved.values()) and sum(away.values()) < 0.02 * sum(moved.values())
@@ -72,16 +126,73 @@ def test_a_sharded_run_stops_goes_on_and_is_exported(arch, tmp_path):
     found = checkpoint.read_weights(out["published"])
     assert found.keys() == published.keys() and all(torch.equal(found[k], t) for k, t in published.items())
 
-def test_two_processes_go_on_with_a_run_of_one(tmp_path):
+def test_two_processes_go_on_with_a_run_of_one(folders, tmp_path):
     """Its losses are those of the run that nothing stopped; the sums of gradients round in another order."""
-    argv = ["--arch", "mar", *SMALL, "--muon-lr", "0", "--save-every", "2"]
-    assert run(*argv, out=tmp_path / "whole") == 0
-    assert run(*argv, "--shard", "--stop-after", "2", out=tmp_path / "part") == 0
-    torchrun(2, "--resume", str(tmp_path / "part"), "--shard", "--stop-after", "0")
-    whole, part = losses(tmp_path / "whole"), losses(tmp_path / "part")
-    assert [*part] == [1, 2, 3, 4]
+    assert run("--arch", "mar", *FLAGS, out=tmp_path / "whole") == 0
+    whole, part = losses(tmp_path / "whole"), losses(folders["mar"] / "one")
+    assert [*part] == [1, 2, 3]
     for step in whole:
         assert part[step] == pytest.approx(whole[step], rel=2e-3), step
+
+def test_a_damaged_shard_is_refused_in_one_line(folders, tmp_path, monkeypatch):
+    folder = shutil.copytree(folders["ar"] / "whole", tmp_path / "run")
+    checkpoint.read_checkpoint(folder)
+    files = sorted(os.listdir(folder / "shards-3"))
+    assert len(files) == 3  # what each process wrote, and the table of all tensors
+    for name in files:
+        path = folder / "shards-3" / name
+        whole = path.read_bytes()
+        flipped = bytearray(whole)
+        flipped[len(whole) // 2] ^= 1
+        for content in (bytes(flipped), whole[:-1], None):
+            path.write_bytes(content) if content else path.unlink()
+            with pytest.raises(ValueError, match=f"^{path}: missing or damaged, its SHA-256 is not") as e:
+                checkpoint.read_checkpoint(folder)
+            assert "\n" not in str(e.value)
+        path.write_bytes(whole)
+    (folder / "shards-3" / files[1]).write_bytes(b"x")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in range(3):  # each process looks at its share of the files
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(ValueError) if rank == 1 else contextlib.nullcontext():
+            checkpoint.read_checkpoint(folder)
+
+def test_a_table_of_shards_runs_nothing(folders, tmp_path):
+    folder, sign = shutil.copytree(folders["ar"] / "whole" / "shards-3", tmp_path / "shards"), tmp_path / "sign"
+    assert checkpoint.shard_names(folder)
+    for call in ((os.mkdir, str(sign)), (eval, f"__import__('os').mkdir({str(sign)!r})"), (torch.load, str(sign)),
+                 (getattr, pathlib.PosixPath, "unlink")):
+        hostile = type("Hostile", (), {"__reduce__": lambda self: (call[0], call[1:])})
+        (folder / ".metadata").write_bytes(pickle.dumps(hostile()))
+        with pytest.raises(ValueError, match=f"^{folder}: not a whole sharded .*(no place there|_member_map_)") as e:
+            checkpoint.load_shards(str(folder), {})
+        assert "\n" not in str(e.value) and not sign.exists()
+    member = type("Member", (), {"__reduce__": lambda self: (getattr, (_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT"))})
+    assert checkpoint.Table(io.BytesIO(pickle.dumps(member()))).load() is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
+
+def test_a_sharded_run_saves_its_adapters_alone(folders):
+    """Beside every checkpoint, and those that the checkpoint has: averaged ones, as it keeps averages."""
+    folder = folders["mar"] / "lora"
+    state = checkpoint.read_checkpoint(folder)
+    model = checkpoint.load_model("mar", checkpoint.default_weights("mar", "base"))
+    named = custom_kernels.add_lora(model, model.trainable_parameters("reca"), 2, torch.Generator())
+    kept = {f"ema.{name}": p.detach() for name, p in named}
+    checkpoint.load_shards(str(folder / state["shards"]), kept)
+    saved = checkpoint.read_weights(folder / "adapter_model.safetensors")
+    wanted = custom_kernels.lora_state(model)
+    assert state["step"] == 2 and saved.keys() == wanted.keys() and not (folder / "model.safetensors").exists()
+    assert all(torch.equal(saved[k], t) for k, t in wanted.items()) and any(t.any() for t in wanted.values())
+
+def test_sharded_blocks_are_compiled_one_by_one(monkeypatch):
+    """Between two of them FSDP gathers weights, which would break a graph of all."""
+    args, _ = train.parse_args(["--arch", "ar", *SMALL, "--compile", "on"])
+    model, compiled = checkpoint.load_model("ar"), []
+    monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or f)
+    here = types.SimpleNamespace(args=args, model=model, device=torch.device("cpu"), world=2, sharded=True)
+    forwards = [block.forward for block in model.blocks()]
+    assert train.Run.wrapped(here) is model and compiled == forwards
+    here.world, here.sharded = 1, False
+    assert train.Run.wrapped(here) is model and compiled[len(forwards):] == [model]
 
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="Muon needs whole matrices"):

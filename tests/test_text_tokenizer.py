@@ -78,8 +78,8 @@ def test_special_strings():
 def random_texts(n, seed=0):
     rng = random.Random(seed)
     pieces = [" ", "  ", "\t", "\n", "\r\n", "a", "the", " circle", "I'll", "1", "23", ".", "...", "é", "e\u0301",
-              "日本", "한", "\u1112\u1161", "😀", "👩\u200d👧", "\u00a0", "\u3000", "ß", "<|", "|>", "١", "\x00",
-              "\u0301", "<|im_start|>", "<|endoftext|>"]
+              "日本", "한", "\u1112\u1161", "😀", "👩\u200d👧", "\u00a0", "\u3000", "ß", "<|", "|>", "١",
+              "\x00", "\u0301", "<|im_start|>", "<|endoftext|>"]
 
     def anything():
         return chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))

@@ -1,6 +1,8 @@
 """The loop: exact resume, N processes = one, errors in one line, what a run leaves behind. On the tiny models,
 freshly initialised."""
 import argparse
+import dataclasses
+import functools
 import io
 import json
 import os
@@ -16,7 +18,9 @@ import types
 import numpy as np
 import pytest
 import torch
+from helpers import run
 from PIL import Image
+from processes import ROOT, Launch, torchrun
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,7 +31,6 @@ import shape_world
 import train
 import vision_encoder
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ARCHS = [arch for arch in checkpoint.architectures() if "base" in checkpoint.model_file(arch).RECIPES["tiny"]]
 SMALL = ["--batch", "8", "--pool", "32", "--eval-n", "0", "--log-every", "1", "--steps", "4", "--warmup", "2",
          "--device", "cpu", "--threads", "1"]
@@ -40,16 +43,6 @@ def made(*argv, stage=None):
     model.trainable_parameters(stage or args.stage)
     return args, model, data.Batches(args, model)
 
-def run(*argv, out):
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    threads = torch.get_num_threads()
-    try:
-        return train.main([*argv, "--out", str(out)])
-    finally:
-        torch.set_num_threads(threads)
-        for s, h in handlers.items():
-            signal.signal(s, h)
-
 def losses(folder):
     rows = [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
     timed = ("ms", "images_per_s", "step", "mfu")
@@ -57,12 +50,6 @@ def losses(folder):
 
 def python(*argv, **more):
     return subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=400, **more)
-
-def torchrun(n, *argv):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-    done = python(*launcher, "train.py", *argv, env=dict(os.environ, OMP_NUM_THREADS="1"))
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_resume_is_exact_after_a_signal(arch, tmp_path, monkeypatch, capsys):
@@ -88,9 +75,10 @@ def test_resume_is_exact_after_a_signal(arch, tmp_path, monkeypatch, capsys):
 def test_two_processes_equal_one_and_resume(arch, tmp_path):
     mix = ["--mix", "t2i=1", "i2t=1", "edit=0.5", "text=0.5", "align=0.5", "words=0.5"]
     common = ["--arch", arch, "--stage", "base", *SMALL, "--lr", "1e-4", "--muon-lr", "0.002",
-              "--batch", "16", *mix]
+              "--batch", "16", *mix, "--preview", str(4 * (arch == "mar"))]
+    two = Launch(2, *common, "--out", tmp_path / "two")
     run(*common, out=tmp_path / "one")
-    torchrun(2, *common, "--out", str(tmp_path / "two"))
+    assert two.wait()[0] == 0
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one.keys() == two.keys()
     for step in one:
@@ -103,11 +91,13 @@ def test_two_processes_equal_one_and_resume(arch, tmp_path):
     half = len(sheets[0]) // 2  # drawn before the first step, by one process and by two
     assert sheets[0].shape == sheets[1].shape and np.abs(sheets[0] - sheets[1])[:half].max() <= 2
     # stop a two-process run after step 2 and let two processes go on: the same numbers, bit for bit
-    torchrun(2, *common, "--out", str(tmp_path / "cut"), "--stop-after", "2")
-    torchrun(2, "--resume", str(tmp_path / "cut"), "--stop-after", "0")
+    torchrun(2, *common, "--out", tmp_path / "cut", "--stop-after", "2", "--preview", "0")
+    torchrun(2, "--resume", tmp_path / "cut", "--stop-after", "0")
     assert losses(tmp_path / "cut") == two
 
-def test_reca_run_leaves_everything_and_learns(tmp_path):
+def test_reca_run_leaves_everything_and_learns(tmp_path, monkeypatch):
+    few = functools.partial(train.evaluate.score_all, reconstructions=16)
+    monkeypatch.setattr(train.evaluate, "score_all", few)
     if not os.path.isdir(checkpoint.default_weights("mar", "base")):
         pytest.skip("weights/mar-base is not there")
     assert run("--arch", "mar", *SMALL, "--eval-n", "6", "--ema", "0.9", "--cfg", "2.5", out=tmp_path / "r") == 0
@@ -166,10 +156,6 @@ def test_one_line_errors(argv, message, tmp_path):
         run("--arch", "mar", *([] if "--resume" in argv else SMALL[:-4]), *argv, out=tmp_path / "r")
     assert re.search(message, str(e.value)) and "\n" not in str(e.value)
 
-def test_error_is_one_line_and_exit_code_2(tmp_path):
-    done = python("train.py", "--ckpt", "no/such/folder", "--out", str(tmp_path))
-    assert done.returncode == 2 and done.stderr.startswith("error: no/such/folder") and "Traceback" not in done.stderr
-
 def test_truncated_checkpoint_and_full_disk(tmp_path, monkeypatch):
     run("--arch", "mar", "--stage", "base", *SMALL, "--steps", "1", out=tmp_path / "r")
     path = tmp_path / "r" / "checkpoint.pt"
@@ -215,8 +201,9 @@ for split in accums:  # of each process, "s" where they are sharded
     accum = split.rstrip("s")
     parts = ["t2i=1", "i2t=1", "text=1", "recon=1"]
     args, _ = train.parse_args(["--arch", arch, "--stage", "base", "--batch", "8", "--pool", "16", "--accum", accum,
-                                "--device", "cpu", "--threads", "1", "--mix", *parts, "--out", f"{folder}/run",
-                                "--overwrite", "--muon-lr", "0", "--clip", "0"] + ["--shard"] * ("s" in split))
+                                "--device", "cpu", "--threads", "1", "--mix", *parts, "--overwrite", "--out",
+                                f"{folder}/run{os.environ.get('WORLD_SIZE', 1)}", "--muon-lr", "0", "--clip", "0"]
+                               + ["--shard"] * ("s" in split))
     run = train.Run(args, None)
     run.model.train()
     train.apply = lambda *args: None  # the gradients stay as they are
@@ -242,12 +229,10 @@ def test_processes_times_micro_batches_are_one(arch, tmp_path):
     each process holds a part of the weights alone."""
     script = tmp_path / "gradients.py"
     script.write_text(GRADIENTS)
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=ROOT)
-    done = python(str(script), arch, str(tmp_path), "1", "2", "4", env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = python(*launcher, str(script), arch, str(tmp_path), "1", "2", "1s", "2s", env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
+    for launch in (Launch(1, arch, tmp_path, "1", "2", "4", script=script),
+                   Launch(2, arch, tmp_path, "1", "2", "1s", "2s", script=script)):
+        code, said = launch.wait()
+        assert code == 0, said[-2000:]
     losses, found = torch.load(tmp_path / "1x1.pt")
     norm = torch.stack([g.norm() for g in found.values()]).norm()
     for name in ("1x2", "1x4", "2x1", "2x2", "2x1s", "2x2s"):
@@ -258,8 +243,11 @@ def test_processes_times_micro_batches_are_one(arch, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("arch", ARCHS)
-def test_a_step_is_one_graph(arch):
-    """What GPUs compile: a break in it would cost launches and retracing in every step."""
+def test_a_step_is_one_graph(arch, monkeypatch):
+    """What GPUs compile: a break in it would cost launches and retracing in every step. One block is like another."""
+    tiny = checkpoint.model_file(arch).CONFIGS["tiny"]
+    few = {f.name: 1 for f in dataclasses.fields(tiny) if f.name.endswith(("num_layers", "depth"))}
+    monkeypatch.setitem(checkpoint.model_file(arch).CONFIGS, "tiny", dataclasses.replace(tiny, **few))
     _, model, batches = made("--arch", arch, "--stage", "base", *SMALL)
     torch._dynamo.reset()
     found = torch._dynamo.explain(model)(batches.batch(0))
@@ -273,7 +261,7 @@ class NoDoubles(TorchDispatchMode):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nothing_on_the_device_is_in_double_precision(arch):
-    """Apple's GPUs (--device mps) have none: training and drawing by plain PyTorch, fp32, and no kernels."""
+    """Apple's GPUs (--device mps) have none: training and drawing by plain PyTorch, in fp32."""
     _, model, batches = made("--arch", arch, "--stage", "base", "--muon-lr", "0.01", *SMALL)
     batch, own = batches.batch(0), [data.sample_generator(0, 0, 0, "picture")]
     model(batches.to_device(batch, {})), model.generate(["a star"], steps=2, generator=own)  # tables, on the CPU, once
@@ -283,9 +271,31 @@ def test_nothing_on_the_device_is_in_double_precision(arch):
             picture = model.generate(["a star"], steps=2, generator=own)
             model.edit(picture, ["More."], steps=2, generator=own)
             model.answer(picture, ["What?"], max_new_tokens=3, generator=own)
-    device = torch.device("mps")
+
+def test_what_is_chosen_on_apples_gpus(tmp_path, monkeypatch):
+    """fp32, plain PyTorch, nothing that is made for CUDA; and what a person asks of them beyond that is refused."""
+    args, model, batches = made("--arch", "ar", "--stage", "base", *SMALL)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    device, args.device, args.config, args.workers = torch.device("mps"), "mps", "large", None
     names = ("attention", "linear_cross_entropy", "diffusion_loss_rows", "flow_loss_rows")
     assert {custom_kernels.pick.choose(name, None, device) for name in names} == {"reference"}
+    adamw, _ = train.make_optimizers(args, model, model.trainable_parameters("base"))
+    assert not adamw.param_groups[0]["fused"] and checkpoint.dtype_of(args) is None and not train.machine_of(args).gpu
+    run_of = types.SimpleNamespace(args=args, device=device, model=model, world=1, sharded=False)
+    assert train.Run.wrapped(run_of) is model and data.worker_count(args, device) == 0  # which pin no memory
+
+    def build(args, state, prepare):
+        raise RuntimeError(prepare.__self__.dtype)
+    monkeypatch.setattr(train, "build", build)
+    common = ["--arch", "ar", "--stage", "base", *SMALL, "--device", "mps"]
+    with pytest.raises(RuntimeError, match="torch.float32"):
+        run(*common, out=tmp_path / "a")
+    for more, world in ((["--dtype", "bf16"], 1), (["--compile", "on"], 1), ([], 2)):
+        with pytest.raises(ValueError, match="^--device mps: fp32, not compiled, one process: [^\n]*$"):
+            train.check_args(parse(*common, *more), world)
+    for call in (checkpoint.check_device, functools.partial(checkpoint.load_model, "ar", None, None, None, None)):
+        with pytest.raises(ValueError, match="^--device mps: fp32"):
+            call("mps", torch.bfloat16)
 
 @pytest.mark.parametrize("mix", ["i2t=1 --i2t-weight 1", "t2i=1 i2t=1 --i2t-weight 1", "recon=1 text=1"])
 def test_parts_that_would_train_nothing_are_refused(mix, tmp_path):
@@ -516,8 +526,9 @@ def preview(monkeypatch, world, prompts, **args):
             model = Drawer()
             source = types.SimpleNamespace(first_pictures=lambda n: shape_world.Scenes(min(n, 6), seed=1).render())
             run = types.SimpleNamespace(
-                args=given, rank=rank, world=world, model=model, ema=None, named=[], device=torch.device("cpu"),
-                prompts=train.sample.DEFAULT_PROMPTS[:12] if prompts is None else prompts, batches=source)
+                args=given, rank=rank, world=world, model=model, ema=None, named=[], dtype=torch.float32,
+                device=torch.device("cpu"), batches=source,
+                prompts=train.sample.DEFAULT_PROMPTS[:12] if prompts is None else prompts)
             results.append(train.pictures(run))
             rows.append(model.rows)
         shares = list(gathered)
