@@ -637,6 +637,7 @@ class Batches:
         self.device, self.rank, self.world = torch.device(device), rank, world
         self.samples = {part: round(args.batch * share) for part, share in self.parts.items()}  # of all processes
         self.view = (view or VIEWS[args.understanding]) if "recon" in self.parts else None
+        model.shows_parts = args.shown < 1 and "recon" in self.parts
         self.workers = worker_count(args, device)
         sources, self.texts = self.sources()
         self.encodings, self.uncached, self.size = {}, {}, {"text": args.pool}
@@ -886,11 +887,13 @@ class Batches:
             rows = [self.row(part, int(i), text_rng(seed, step, part, place)) for i, place in zip(index, places)]
             generators = [sample_generator(seed, step, place, part) for place in places]
             shared = sample_generator(seed, step, 0, "shared")  # by all parts, processes and micro-batches
-            tensors = self.model.collate(part, rows, generators, shared, pad_to)
+            shown = {}
             if part == "recon" and self.args.shown < 1:
-                generators = [sample_generator(seed, step, place, "shown") for place in places]
-                tensors["shown"] = random_part(self.model.places, self.args.shown, generators,
-                                               sample_generator(seed, step, 0, "share"))
+                own = [sample_generator(seed, step, place, "shown") for place in places]
+                shown["shown"] = random_part(self.model.places, self.args.shown, own,
+                                             sample_generator(seed, step, 0, "share"))
+                rows = [row | {"shown": places.tolist()} for row, places in zip(rows, shown["shown"])]
+            tensors = self.model.collate(part, rows, generators, shared, pad_to) | shown
             if part == "i2t" and name in self.listed:
                 self.count_cut(self.listed[name], index, tensors["labels"])
             out[part] = tensors | encodings

@@ -233,16 +233,19 @@ def reca_vq_layout(n, T, N, A, limit):
     [eoi], where given codes, ids, pads take A + limit places."""
     return t2i_layout(n - 3, T - 3, N, A + limit, A + 3)
 
-def reca_clip_layout(n, T, N, A, block):
+def reca_clip_layout(n, T, N, A, block, shown=None):
     """RecA with CLIP; published order [mmu][soi] features [eoi] bos text eos PAD.. [soi] codes [eoi], where ids and
-    pads take `block` places. Causal, but all see the features, codes see each other (not eoi), nobody sees a pad."""
+    pads take `block` places. Causal, but all see the features, codes see each other (not eoi), nobody sees a pad. Of A
+    features only those `shown` (B, K) may be there: the places of all that is there stay as they are."""
     n, S, start = n[:, None], N + 2, A + block
     j, i, k = (torch.arange(length, device=n.device)[None] for length in (T, S, A))
-    first, end = torch.where(i > N, i, i.clamp(max=1)), S + A + n
+    k = k if shown is None else shown
+    K = k.shape[1]
+    first, end = torch.where(i > N, i, i.clamp(max=1)), S + K + n
     return make_layout(
         len(n), (start + torch.where(i == 0, N + 1, i % (N + 1)), first, end),  # eoi, codes, soi
-        (2 + k, S, S + A + 2),  # features: see mmu and soi too
-        (torch.where(j < 2, j, j + A), S, torch.minimum(S + A + 1 + j, end)))  # ids, pads
+        (2 + k, S, S + K + 2),  # features: see mmu and soi too
+        (torch.where(j < 2, j, j + A), S, torch.minimum(S + K + 1 + j, end)))  # ids, pads
 
 def causal_layout(T, seen_by_all=0, A=0, before=0, device=None):
     """Text alone; image-to-text from codes, where all see the first `seen_by_all` places (mmu, soi, codes, eoi); or
@@ -285,6 +288,8 @@ class ShowO(nn.Module):
     image_tokenizer = "vq"  # the frozen tokenizer: this submodule, and its config in ShowOConfig
     encoders = ("vq", "clip")  # the submodules that precompute uses
     device = property(lambda self: self.showo.lm_head.weight.device)
+    shows_parts = False  # do rows of RecA show a part of the picture? Then its features cannot be computed in advance
+    places = property(lambda self: self.clip.num_tokens)
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -362,19 +367,19 @@ class ShowO(nn.Module):
         """Ids (B, k), one after the other -> (B, T, D)."""
         return self.showo.model.embed_tokens(torch.cat(ids, dim=1))
 
-    def project(self, features=None, pixels=None):
+    def project(self, features=None, pixels=None, shown=None):
         """CLIP features (B, A, width), or the uint8 pixels they come from -> (B, A, D), in float32 as published."""
         if features is None:
-            features = self.clip(pixels.float() / 127.5 - 1)
+            features = self.clip(pixels.float() / 127.5 - 1, shown)
         with torch.autocast(features.device.type, enabled=False):
             return self.mm_projector(features.to(self.mm_projector[0].weight.dtype))
 
-    def reca_context(self, ids, lengths, N, features=None, pixels=None, small_codes=None, **_):
+    def reca_context(self, ids, lengths, N, features=None, pixels=None, small_codes=None, shown=None, **_):
         """[mmu][soi] picture [eoi] bos text eos, before a target of N codes."""
         c, T = self.config, ids.shape[1]
         if c.w_clip_vit:
-            x = torch.cat([self.project(features, pixels), self.embed(ids)], dim=1)
-            return x, reca_clip_layout(lengths, T, N, x.shape[1] - T, c.max_request)
+            x = torch.cat([self.project(features, pixels, shown), self.embed(ids)], dim=1)
+            return x, reca_clip_layout(lengths, T, N, self.clip.num_tokens, c.max_request, shown)
         x = self.embed(ids[:, :2], small_codes + c.image_offset, ids[:, 2:])
         return x, reca_vq_layout(lengths, T, N, small_codes.shape[1], c.max_request)
 
@@ -629,7 +634,7 @@ class ShowO(nn.Module):
         c = self.config
         with torch.autocast(images.device.type, enabled=False):
             out = {"codes": self.vq.encode(images.float()).flatten(1)}
-            if c.w_clip_vit and c.train_clip and self.stage == "base":
+            if c.w_clip_vit and (self.shows_parts or c.train_clip and self.stage == "base"):
                 return out | {"pixels": ((images + 1) * 127.5).round().clamp(0, 255).byte()}
             out |= self.understand(images)
             if c.w_clip_vit and set(c.clip_mean + c.clip_std) != {0.5}:

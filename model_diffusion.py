@@ -77,7 +77,7 @@ CONFIGS = {
                         num_kv_heads=4, rope_theta=1e4, special=(1019, 1020, 1021, 1022),
                         vit=vision.VISION_ENCODERS["tiny-siglip"], vae=TOKENIZERS["tiny-kl"], latent_patch_size=1,
                         max_latent_size=6, image_size=48, vae_resize=(48, 48), vit_resize=(48, 48),
-                        reca_resize=(48, 48), max_prompt=32, max_request=16, max_dialogue=64, flow_steps=24,
+                        reca_resize=(48, 48), max_prompt=40, max_request=16, max_dialogue=64, flow_steps=24,
                         interval=(0.0, 1.0)),
     "bagel-7b-mot": BagelConfig(),
 }
@@ -275,7 +275,9 @@ def layout(c, samples, pad_to=0):
                 tokens += [(0, ids[i], rope + i, 0, at + i + 1, targets[i], 0) for i in range(len(ids))]
                 rope += len(ids)
                 continue
-            grid = vision.grid_ids(*content, c.vit.positions if kind == "vit" else c.max_latent_size).tolist()
+            grid = content
+            if isinstance(content, tuple):
+                grid = vision.grid_ids(*content, c.vit.positions if kind == "vit" else c.max_latent_size).tolist()
             end = at + 2 + len(grid)
             # both markers come first: inside a bidirectional block the order in memory is free
             tokens += [(0, marker, rope, 0, end, IGNORE, 0) for marker in markers]
@@ -317,6 +319,8 @@ Cache = namedtuple("Cache", "kv start rope")
 class Bagel(nn.Module):
     image_tokenizer = "vae"  # the frozen autoencoder's name, here and in the configuration
     encoders = ("vae", "vit_model")  # the submodules that precompute uses
+    shows_parts = False  # do rows of RecA show a part of the picture? Then its features cannot be computed in advance
+    places = property(lambda self: self.vit_side ** 2)
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -442,7 +446,9 @@ class Bagel(nn.Module):
             row, source = dict(row), "source_" * ("source_moments" in row)
             row["features"] = row.get(source + "features")
             if "vit_grid" in row and source + "patches" in row:  # SigLIP trains along
-                row["features"] = self.vit_model(row[source + "patches"] / 127.5 - 1, row["vit_grid"])
+                patches = row[source + "patches"] / 127.5 - 1
+                patches = pick(patches, row.pop("shown")) if "shown" in row else patches
+                row["features"] = self.vit_model(patches, row["vit_grid"])
             if "noise" in row:
                 moments = torch.cat([row[k] for k in ("source_moments", "moments") if k in row], 1)
                 row["latents"] = self.sample_latents(moments, row["posterior"])
@@ -641,7 +647,7 @@ class Bagel(nn.Module):
     @torch.no_grad()
     def precompute(self, images):
         """images -> moments (N, G, 2*P), and features, or in base, where SigLIP trains, patches (uint8)."""
-        if self.stage != "base":
+        if self.stage != "base" and not self.shows_parts:
             return {"moments": self.moments(images), "features": self.see(images, self.vit_limits)[0]}
         patch = self.config.vit.patch
         patches = vision.patchify(self.resized(images, self.vit_limits, patch), patch)
@@ -681,7 +687,12 @@ class Bagel(nn.Module):
         before = {"recon": [see], "i2t": [see], "edit": [clean, see]}.get(part, [])
         texts = [self.segments(part, sample, limit) for sample in samples]
         fixed = 2 * len(before + paint) + vit * vit * (see in before)  # tokens beside the text
-        out = layout(self.config, [[*before, *text, *paint] for text in texts], 0 if pad_to == 0 else fixed + limit)
+        rows = [[*before, *text, *paint] for text in texts]
+        if "shown" in samples[0]:
+            stride = self.config.vit.positions
+            for row, sample in zip(rows, samples):
+                row[0] = ("vit", [place // vit * stride + place % vit for place in sample["shown"]])
+        out = layout(self.config, rows, 0 if pad_to == 0 else fixed + limit)
         if not paint:
             return {**out, "count": (out["labels"] != IGNORE).sum().float()}
         shapes = [(1,)] + [(side * side, self.llm2vae.out_features)] * (3 if clean in before else 2)

@@ -113,14 +113,19 @@ class CLIPVision(nn.Module):
     def num_tokens(self):
         return (self.config.image_size // self.config.patch) ** 2
 
-    def forward(self, pixels):
-        """pixels (B, 3, image_size, image_size), normalized -> patch features (B, num_tokens, width), row by row.
-        Raises ValueError for pictures of another size."""
+    def forward(self, pixels, shown=None):
+        """pixels (B, 3, image_size, image_size), normalized -> patch features (B, num_tokens, width), row by row; or
+        those of the patches shown (B, K) alone, the others being dropped before the first block. Raises ValueError for
+        pictures of another size."""
         c, m = self.config, self.vision_model
         if pixels.shape[1:] != (3, c.image_size, c.image_size):
             raise ValueError(f"CLIPVision: pixels {tuple(pixels.shape)}, expected "
                              f"(B, 3, {c.image_size}, {c.image_size}): resize first")
-        x = m["pre_layrnorm"](m["embeddings"](pixels))
+        x = m["embeddings"](pixels)
+        if shown is not None:
+            kept = F.pad(shown + 1, (1, 0))  # the class token stays
+            x = x.gather(1, kept[..., None].expand(-1, -1, c.width))
+        x = m["pre_layrnorm"](x)
         for layer in m["encoder"]["layers"][:c.layers - c.skip_last]:
             x = layer(x)
         return x[:, 1:]
@@ -369,8 +374,8 @@ def scrambled(model, pixels, encodings, rows, generator):
     cells = F.unfold(pixels, side, stride=side)  # (n, 3 side side, 9)
     order = random_orders(rows, 9, generator)[:, None].to(pixels.device).expand_as(cells)
     other = model.precompute(F.fold(cells.gather(2, order), pixels.shape[-2:], side, stride=side))
-    key, latents = ("features", "features") if "features" in encodings else ("source_latents", "latents")
-    return {key: other[latents]}  # the target's own latents stay
+    key = next(k for k in ("features", "pixels", "patches", "latents") if k in encodings)
+    return {"source_latents" if key == "latents" else key: other[key]}  # the target's own latents stay
 
 def shuffled(model, pixels, encodings, rows, generator):
     """The understanding features in random order."""
