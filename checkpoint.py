@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from custom_kernels import load_lora, lora_config, lora_layers, lora_state, merge_lora
+from custom_kernels import load_lora, lora_config, lora_layers, lora_state, merge_lora, use_products
 from text_tokenizer import BadFile, check_file, load_tokenizer, origin, read_json, reading
 
 try:
@@ -471,6 +471,15 @@ def add_flags(parser):
         "weights of tiny models and those that train")
     add("--verbose", action="store_true", help="all the keys of a checkpoint that does not fit")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--gemm", choices=("auto", "mkl", "onednn"), default="auto", help="float32 products on a CPU; auto: oneDNN "
+        "where a check at the start finds it exact and faster than MKL")
+
+def model_of(args):
+    """The model that sample.py and evaluate.py are asked for."""
+    if args.device == "cpu":
+        use_products(args.gemm)
+    return load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer, args.device,
+                      dtype_of(args), args.vision_ckpt, adapters=args.adapters)
 
 def dtype_of(args):
     """--dtype, of the weights that sample.py and evaluate.py load; None: float32."""

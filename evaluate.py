@@ -266,7 +266,8 @@ def parse_args(argv=None):
     checkpoint.choose(args)
     checkpoint.refuse_unused(
         p, argv, ("split editing json", not args.geneval, "the shape world's scores, not for --geneval"),
-        ("out", args.geneval, "--geneval"), ("tokenizer-ckpt vision-ckpt", args.config != "tiny", "published models"))
+        ("out", args.geneval, "--geneval"), ("tokenizer-ckpt vision-ckpt", args.config != "tiny", "published models"),
+        ("gemm", args.device == "cpu", "CPUs"))
     if args.n is None:
         args.n = 4 if args.geneval else 600
     if args.config != "tiny" and not args.geneval:
@@ -278,8 +279,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    model = checkpoint.load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer,
-                                  args.device, checkpoint.dtype_of(args), args.vision_ckpt, adapters=args.adapters)
+    model = checkpoint.model_of(args)
     sampler = {k: v for k, v in dict(cfg=args.cfg, steps=args.steps).items() if v is not None}
     if args.geneval:
         return export_geneval(model, args.geneval, args.out, args.n, args.seed, **sampler)

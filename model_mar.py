@@ -35,6 +35,7 @@ import vision_encoder as vision
 from checkpoint import atomic, load_strict, read_weights
 from custom_kernels import add_noise, attention, attention_plan, diffusion_loss_rows, linear_cross_entropy, rms_norm
 from custom_kernels.diffusion_process import T, diffusion_step, kept_steps, tables_on
+from custom_kernels.products import sdpa
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig
 from vision_encoder import caption_words, preprocess_pad, preprocess_stretch, to_pixels, word_alignment
 
@@ -216,7 +217,7 @@ class Block(nn.Module):
         drop = self.dropout if self.training else 0.0
         qkv = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, dim/heads)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=drop).transpose(1, 2).flatten(2)
+        y = sdpa(q, k, v, dropout_p=drop).transpose(1, 2).flatten(2)
         x = x + F.dropout(self.attn.proj(y), drop)
         y = F.dropout(F.gelu(self.mlp.fc1(self.norm2(x))), drop)
         return x + F.dropout(self.mlp.fc2(y), drop)

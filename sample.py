@@ -196,7 +196,8 @@ def parse_args(argv=None):
         p, argv, ("n batch steps cfg out", not args.question, "pictures, not for --question"),
         ("seed", not args.question or args.temperature, "pictures, and for answers with a --temperature above 0"),
         ("max-new-tokens", args.question, "--question"), ("no-exif", args.image, "--image"),
-        ("tokenizer-ckpt vision-ckpt", args.config != "tiny", "published models"))
+        ("tokenizer-ckpt vision-ckpt", args.config != "tiny", "published models"),
+        ("gemm", args.device == "cpu", "CPUs"))
     return args
 
 def call(model, args, name, *inputs, **options):
@@ -252,8 +253,7 @@ def out_path(out, place=None):
 @torch.inference_mode()
 def main(argv=None):
     args = parse_args(argv)
-    model = checkpoint.load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer,
-                                  args.device, checkpoint.dtype_of(args), args.vision_ckpt, adapters=args.adapters)
+    model = checkpoint.model_of(args)
     options = {k: v for k in ("cfg", "steps", "temperature") if (v := getattr(args, k)) is not None}
     if args.question:
         picture = model.preprocess(data.open_image(args.image, exif=not args.no_exif), "answer")[None].to(args.device)

@@ -59,6 +59,7 @@ import image_tokenizer
 import sample
 import shape_world
 from custom_kernels import Muon, add_lora, count_flops, init_lora, merge_lora, peak_bytes, peak_flops, step_if
+from custom_kernels.products import use_products
 
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # no block writes into what another returned
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is, in one process
@@ -221,7 +222,8 @@ def check_typed(args, argv=None):
     llava = [path for path in args.i2t_data or () if path.lower().endswith((".json", ".jsonl"))]
     checkpoint.refuse_unused(
         parser(), argv, ("overwrite", not args.resume, "new runs"),
-        ("ckpt", not args.resume or args.lora, "new runs"), ("vision-ckpt", not tiny, "published models"),
+        ("ckpt", not args.resume or args.lora, "new runs"), ("gemm", args.device == "cpu", "CPUs"),
+        ("vision-ckpt", not tiny, "published models"),
         ("config", not tokenizer or tiny, "models"), ("text-tokenizer recompute shard cfg", not tokenizer, "models"),
         ("drop", parts & {"t2i", "recon"}, "t2i and recon"), ("muon-decay", args.muon_lr, "--muon-lr above 0"),
         ("tokenizer-ckpt", not tiny or (args.stage == "base" and not args.ckpt), "published models and new bases"),
@@ -256,6 +258,11 @@ def setup(args):
         backend = "cpu:gloo,cuda:nccl" if args.shard else "nccl"
         patience = datetime.timedelta(hours=2)  # while the first process judges and saves, the others wait
         dist.init_process_group(backend if device.type == "cuda" else "gloo", timeout=patience)
+    if device.type == "cpu":  # the first process's choice is that of all, and of a resumed run
+        choice = [use_products("mkl" if (args.gemm, args.compile) == ("auto", "on") else args.gemm)]
+        if world > 1:
+            dist.broadcast_object_list(choice)
+        args.gemm = use_products(*choice)
     torch.manual_seed(args.seed)
     return rank, world, device
 
@@ -383,7 +390,8 @@ class Run:
         trained, total = sum(p.numel() for _, p in self.named), sum(p.numel() for p in self.model.parameters())
         batch = " + ".join(f"{n} {part}" for part, n in self.batches.samples.items())
         self.log.say(f"{args.arch} {args.config}, stage {args.stage}: {total:,} parameters, {trained:,} train; "
-                     f"{self.world} x {self.device.type} in {self.dtype}, {args.steps} steps of {batch}")
+                     f"{self.world} x {self.device.type} in {self.dtype}{f' ({args.gemm})' * (not cuda)}, "
+                     f"{args.steps} steps of {batch}")
         if args.shard and not state and recipe(args).get("muon_lr"):
             self.log.say("--shard: AdamW takes the place of the recipe's Muon, which needs whole matrices")
 

@@ -16,6 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 
+from custom_kernels import sdpa
+
 # ---------------------------------------------------------------------------------------------------------------------
 # configurations
 
@@ -70,7 +72,7 @@ class EncoderLayer(nn.Module):
         h = self.layer_norm1(x)
         q, k, v = (self.self_attn[name](h).view(B, T, self.heads, -1).transpose(1, 2)  # (B, heads, T, width / heads)
                    for name in ("q_proj", "k_proj", "v_proj"))
-        h = F.scaled_dot_product_attention(q, k, v)
+        h = sdpa(q, k, v)
         x = x + self.self_attn["out_proj"](h.transpose(1, 2).reshape(B, T, width))
         return x + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x))))
 

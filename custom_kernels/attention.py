@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from .pick import autocast, choose, dot_precision, exact, jit, tl, triton
+from .products import sdpa
 
 GRAIN = 32  # queries (and keys) per bound; every tile side is a multiple of it
 FLEX_BLOCK = 128
@@ -95,17 +96,17 @@ def attention_reference(q, k, v, plan):
     """The specification of `attention` and its path on CPUs."""
     gqa = q.shape[1] != k.shape[1]
     if plan.kind in ("full", "causal"):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=plan.kind == "causal", enable_gqa=gqa)
+        return sdpa(q, k, v, is_causal=plan.kind == "causal", enable_gqa=gqa)
     if q.device.type == "cpu":  # an additive mask spares SDPA a conversion per layer; a row of -inf gives 0 on CPUs
         if q.dtype not in plan.cache:
             mask = interval_mask(plan.lo, plan.hi, plan.num_keys)
             plan.cache[q.dtype] = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=plan.cache[q.dtype], enable_gqa=gqa)
+        return sdpa(q, k, v, attn_mask=plan.cache[q.dtype], enable_gqa=gqa)
     if "mask" not in plan.cache:  # elsewhere a row of nothing may give nan: it looks at everything and is then zeroed
         empty = (plan.hi <= plan.lo)[:, None, :, None]
         plan.cache["mask"] = interval_mask(plan.lo, plan.hi, plan.num_keys) | empty, empty
     mask, empty = plan.cache["mask"]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa).masked_fill(empty, 0.0)
+    return sdpa(q, k, v, attn_mask=mask, enable_gqa=gqa).masked_fill(empty, 0.0)
 
 def flex_block_mask(plan, block=FLEX_BLOCK):
     """The plan as FlexAttention's BlockMask: the tiles that hold something, and those that all their queries see."""

@@ -1,0 +1,76 @@
+"""custom_kernels/products.py: which library multiplies on a CPU changes times, not results."""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from custom_kernels import products
+from helpers import run
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+
+@needs_onednn
+def test_attention_stays_with_mkl_in_both_directions(monkeypatch):
+    q, k, v = (torch.randn(2, 2, 9, 32, generator=torch.Generator().manual_seed(i), requires_grad=True)
+               for i in range(3))
+    wanted = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v).square().sum(), (q, k, v))
+    products.use_products("onednn")
+    calls, told = [], products.told
+
+    def spy(way):
+        calls.append(way)
+        told(way)
+    monkeypatch.setattr(products, "told", spy)
+    loss = products.sdpa(q, k, v).square().sum()
+    assert calls == ["mkl", "onednn"]
+    got = torch.autograd.grad(loss, (q, k, v))
+    assert calls == ["mkl", "onednn"] * 2 and all(map(torch.equal, got, wanted))
+    assert torch.backends.mkldnn.matmul.fp32_precision == products.WAYS["onednn"]
+    with torch.no_grad():
+        products.sdpa(q, k, v)
+    assert torch.backends.mkldnn.matmul.fp32_precision == products.WAYS["onednn"]
+
+@needs_onednn
+@pytest.mark.parametrize("error, seconds, wanted", [(1e-7, 0.5, "onednn"), (1e-7, 0.9, "mkl"), (1e-3, 0.5, "mkl")])
+def test_it_is_chosen_where_it_is_exact_and_faster(error, seconds, wanted, monkeypatch):
+    clock, told = [0.0], []
+    monkeypatch.setattr(products, "told", told.append)
+
+    def linear(x, w):
+        fast = told[-1] == "onednn"
+        clock[0] += seconds if fast else 1.0
+        return (x.double() @ w.double().T * (1 + error * fast)).float()
+    monkeypatch.setattr(products.F, "linear", linear)
+    monkeypatch.setattr(products.time, "process_time", lambda: clock[0])
+    assert products.use_products("auto") == wanted and told[-1] == products.chosen == wanted
+
+@pytest.mark.parametrize("ask", ["auto", "onednn"])
+def test_without_onednn(ask, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    if ask == "auto":
+        assert products.use_products(ask) == "mkl"
+    else:
+        with pytest.raises(ValueError, match="--gemm onednn: this PyTorch was built without oneDNN: take --gemm mkl"):
+            products.use_products(ask)
+
+@needs_onednn
+@pytest.mark.parametrize("arch", ["mar", "ar", "diffusion"])
+def test_training_is_the_same_and_a_resumed_run_keeps_the_choice(arch, tmp_path, capsys):
+    losses = {}
+    for way in products.WAYS:
+        out = tmp_path / way
+        flags = ("--pool", "60", "--batch", "8", "--eval-n", "0", "--preview", "0", "--log-every", "1")
+        run("--arch", arch, "--steps", "3", "--stop-after", "2", "--gemm", way, *flags, out=out)
+        run("--resume", str(out), "--arch", arch, "--stop-after", "0")
+        losses[way] = [json.loads(line)["loss"] for line in open(out / "log.jsonl") if '"loss"' in line]
+        printed = capsys.readouterr().out
+        assert printed.count(f"torch.float32 ({way})") == 2
+    assert losses["onednn"] == pytest.approx(losses["mkl"], rel=1e-4) and len(losses["mkl"]) == 3
+
+def test_it_is_for_cpus():
+    args, _ = train.parse_args(["--gemm", "mkl"])
+    args.device = "cuda"
+    with pytest.raises(ValueError, match="--gemm"):
+        train.check_typed(args, ["--gemm", "mkl"])
