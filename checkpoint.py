@@ -33,7 +33,8 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from custom_kernels import load_lora, lora_config, lora_layers, lora_state, merge_lora, use_products
+from custom_kernels import load_lora, lora_config, lora_layers, lora_state, merge_lora
+from custom_kernels.products import use_products
 from text_tokenizer import BadFile, check_file, load_tokenizer, origin, read_json, reading
 
 try:

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 
-from custom_kernels import sdpa
+from custom_kernels.products import sdpa
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configurations

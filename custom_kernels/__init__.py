@@ -9,11 +9,9 @@ from .linear_cross_entropy import linear_cross_entropy
 from .lora import add_lora, init_lora, load_lora, lora_config, lora_layers, lora_state, merge_lora
 from .muon import Muon, step_if
 from .pick import peak_flops
-from .products import sdpa, use_products
 from .rehearsal import count_flops, peak_bytes
 from .rms_norm import rms_norm
 
 __all__ = ["Muon", "add_lora", "add_noise", "attention", "attention_plan", "count_flops", "diffusion_loss_rows",
            "diffusion_tables", "flow_loss_rows", "init_lora", "linear_cross_entropy", "load_lora", "lora_config",
-           "lora_layers", "lora_state", "merge_lora", "peak_bytes", "peak_flops", "rms_norm", "sdpa", "step_if",
-           "use_products"]
+           "lora_layers", "lora_state", "merge_lora", "peak_bytes", "peak_flops", "rms_norm", "step_if"]
