@@ -29,8 +29,8 @@ COLUMNS = {  # of the table: where a number stands in the scores of a run
 }
 
 def read_results(folder):
-    """-> {run: {seed: result}} of the files RUN_seedN.json in `folder`. ValueError for a file that was not scored before
-    and after, FileNotFoundError for no folder."""
+    """-> {run: {seed: result}} of the files RUN_seedN.json in `folder`. ValueError for a file that was not scored
+    before and after, FileNotFoundError for no folder."""
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such folder; it holds result.json files, named RUN_seedN.json")
     runs = {}
@@ -38,7 +38,8 @@ def read_results(folder):
         if match := re.fullmatch(r"(.+)_seed(\d+)\.json", name):
             result = checkpoint.read_json(os.path.join(folder, name))
             if len(result.get("curve") or ()) < 2 or any("long" not in scores for _, scores in result["curve"]):
-                raise ValueError(f"{os.path.join(folder, name)}: not scored before and after; run train.py with --eval-n")
+                path = os.path.join(folder, name)
+                raise ValueError(f"{path}: not scored before and after; run train.py with --eval-n")
             runs.setdefault(match[1], {})[int(match[2])] = result
     return runs
 
@@ -67,8 +68,8 @@ def row(runs):
     for column in COLUMNS:
         base, reca = columns_of(runs, "reca", column)
         gain, text = gains(runs, column), spread(reca)
-        bold = np.mean(gain) > 2 * np.std(gain, ddof=1)
-        cells.append("<br>".join([spread(base), spread(columns_of(runs, "sft", column)[1]), f"**{text}**" * bold or text]))
+        text = f"**{text}**" if np.mean(gain) > 2 * np.std(gain, ddof=1) else text
+        cells.append("<br>".join([spread(base), spread(columns_of(runs, "sft", column)[1]), text]))
     return cells
 
 def print_table(folder):
