@@ -3,7 +3,8 @@
     python evaluate.py --arch mar                                # the shipped RecA weights
     python evaluate.py --arch diffusion --editing                # edits too, for models that were trained to edit
     python evaluate.py --arch mar --ckpt runs/x --n 1000 --json scores.json
-    python evaluate.py --arch mar --ckpt C --geneval evaluation_metadata.jsonl --out DIR    # GenEval's pictures
+    python evaluate.py --arch mar --ckpt C --draw geneval --prompts evaluation_metadata.jsonl --out DIR
+    python evaluate.py --verify DIR                              # four of its pictures again
 
 Drawing is scored in the six tasks of GenEval (arXiv 2310.11513): single object, two objects, counting, colors,
 position, color attribution. A third of the prompts with two objects, colors, positions or attributes ask for a
@@ -13,6 +14,7 @@ names a held-out pair of shapes. Intervals are 95 % Wilson intervals. Questions 
 draws its noise from a generator of its own, so that no score depends on how many are drawn at once.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -28,7 +30,8 @@ from tqdm import tqdm
 
 import checkpoint
 import shape_world
-from data import sample_generator, to_float, to_uint8
+from benchmarks import DRAWN, drawings, wise_protocol
+from data import open_image, sample_generator, to_float, to_uint8
 from shape_world import QUESTION_KINDS, TASKS, Scenes, fulfils, judge, same_objects
 
 BATCH = 256  # rows in one call of a sampler: how much memory it takes, and nothing else
@@ -196,66 +199,175 @@ def report_change(before, after):
     return "change: " + "  ".join(f"{names.get(key, key)} {change:+.3f}" for key, change in changes.items())
 
 # ---------------------------------------------------------------------------------------------------------------------
-# GenEval, and the command line
+# Public benchmarks: drawn for their own scorers, or asked and scored here by the rules of benchmarks.py
 
-def export_geneval(model, prompts_file, out, n=4, seed=0, **sampler):
-    """n pictures for each prompt in the folder layout of GenEval's own scorer (00000/metadata.jsonl,
-    00000/samples/0000.png), with the recipe beside them in recipe.json. prompts_file: GenEval's
-    evaluation_metadata.jsonl, one JSON object with a "prompt" per line. A picture's noise is that of (seed, number of
-    the prompt, number of the picture). FileNotFoundError where prompts_file is missing, ValueError where it is not
-    such lines."""
-    if not os.path.isfile(prompts_file):
-        raise FileNotFoundError(f"--geneval {prompts_file}: no such file; it is GenEval's evaluation_metadata.jsonl")
-    with checkpoint.reading(prompts_file, "not lines of JSON with a prompt each"), open(prompts_file, "rb") as f:
-        rows = [json.loads(line) for line in f if line.strip()]
-        if not rows or not all(row["prompt"].strip().encode() for row in rows):
-            raise ValueError("an empty prompt, or none at all")
-    for i, row in enumerate(tqdm(rows, "GenEval prompts", disable=None)):
-        folder = os.path.join(out, f"{i:05d}")
-        os.makedirs(os.path.join(folder, "samples"), exist_ok=True)
-        checkpoint.write_text(os.path.join(folder, "metadata.jsonl"), json.dumps(row))
-        own = [sample_generator(seed, i, j, "picture") for j in range(n)]
-        for j, picture in enumerate(draw(model, model.generate, [row["prompt"]] * n, generator=own, **sampler)):
-            Image.fromarray(picture).save(os.path.join(folder, "samples", f"{j:04d}.png"))
-    recipe = dict(argv=sys.argv[1:], n=n, seed=seed, torch=torch.__version__, **sampler)
-    checkpoint.write_text(os.path.join(out, "recipe.json"), json.dumps(recipe, indent=1))
-    print(f"{len(rows)} prompts x {n} pictures: {out}")
+def same_shape(pictures):
+    """The numbers of tensors that go into a batch together, in lists: models may keep a picture's proportions."""
+    groups = {}
+    for i, picture in enumerate(pictures):
+        groups.setdefault(picture.shape, []).append(i)
+    return groups.values()
+
+def digest(values):
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+def claim(args, about):
+    """Writes recipe.json in --out. ValueError where the folder holds what came about in another way."""
+    path, old = os.path.join(args.out, "recipe.json"), os.listdir(args.out) if os.path.isdir(args.out) else []
+    old = [name for name in old if not name.startswith("recipe.json")]  # looked at before the recipe: that comes first
+    files = dict(weights=args.ckpt or checkpoint.default_weights(args.arch, "base" if args.adapters else "reca"),
+                 lora=args.adapters, tokenizer=args.tokenizer_ckpt, vision=args.vision_ckpt)
+    recipe = {k: getattr(args, k) for k in ("arch", "config", "dtype", "seed", "cfg", "steps", "n")}
+    recipe |= about | {key: checkpoint.weights_hash(file) for key, file in files.items() if file}
+    if os.path.isfile(path):
+        before = checkpoint.read_json(path)
+        other = [f"{key} {before.get(key)}, here {value}" for key, value in recipe.items() if before.get(key) != value]
+        if other:
+            raise ValueError(f"{path}: made with {other[0]} ({len(other)} such differences): give another --out, or "
+                             "those flags and files to go on")
+        return
+    if old:
+        raise ValueError(f"{args.out}: has files, such as {old[0]}, but no recipe.json: give another --out")
+    os.makedirs(args.out, exist_ok=True)
+    notes = dict(argv=args.argv, commit=checkpoint.git_commit(), torch=torch.__version__, device=args.device)
+    checkpoint.write_text(path, json.dumps(recipe | notes, indent=1))
+
+def write_picture(out, file, picture):
+    """Atomic, and what a killed process leaves is in no folder that a scorer reads: some read every file there."""
+    part, path = os.path.join(out, f"part-{os.getpid()}"), os.path.join(out, file)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    checkpoint.atomic(part, lambda temporary: picture.save(temporary, "png"))
+    os.replace(part, path)
+
+def draw_files(model, plan, seed, **sampler):
+    """Some of the drawings as PIL images. A picture's noise is that of (seed, name of its file, number of its tile)."""
+    own = [sample_generator(seed, each["file"], tile, "picture") for each in plan for tile in range(each["tiles"])]
+    texts = [each["prompt"] for each in plan for _ in range(each["tiles"])]
+    drawn = [None] * len(texts)
+    if plan[0]["source"] is None:
+        drawn = list(draw(model, model.generate, texts, generator=own, **sampler))
+    else:
+        pixels = [model.preprocess(open_image(each["source"]), "edit") for each in plan]
+        for here in same_shape(pixels):
+            batch = torch.stack([pixels[i] for i in here]).to(next(model.parameters()).device)
+            edited = draw(model, model.edit, batch, [texts[i] for i in here], generator=[own[i] for i in here],
+                          **sampler)
+            for i, picture in zip(here, edited):
+                drawn[i] = picture
+    images, rest = [], iter(drawn)
+    for each in plan:
+        tiles = [next(rest) for _ in range(each["tiles"])]
+        side = math.isqrt(each["tiles"])
+        rows = [np.concatenate(tiles[i:i + side], 1) for i in range(0, len(tiles), side)]
+        images.append(Image.fromarray(np.concatenate(rows)))
+    return images
+
+@torch.no_grad()
+def draw_benchmark(model, args, plan, beside, rank=0, world=1, **sampler):
+    """Draws this process's share of what is not there yet; a file that is there is whole."""
+    for file, what in list(beside.items())[rank::world]:
+        path = os.path.join(args.out, file)
+        if not os.path.isfile(path) and file.endswith(".png"):
+            write_picture(args.out, file, open_image(what))
+        elif not os.path.isfile(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            checkpoint.write_text(path, what)
+    mine = plan[rank::world]
+    todo = [each for each in mine if not os.path.isfile(os.path.join(args.out, each["file"]))]
+    bar = tqdm(total=len(mine), initial=len(mine) - len(todo), desc=args.draw, disable=None if rank == 0 else True)
+    rows = max(1, args.batch // plan[0]["tiles"])
+    for start in range(0, len(todo), rows):
+        some = todo[start:start + rows]
+        for each, image in zip(some, draw_files(model, some, args.seed, **sampler)):
+            write_picture(args.out, each["file"], image)
+        bar.update(len(some))
+    bar.close()
+    folder = os.path.join(args.out, DRAWN[args.draw].get("folder", "images"))
+    print(f"{len(todo)} pictures drawn, {len(mine) - len(todo)} were there: {folder}")
+
+@torch.no_grad()
+def verify(model, args, plan, beside, rng, **sampler):
+    """Draws four random pictures again -> the line that says how they and the list of files differ; is all there?"""
+    wanted = {each["file"] for each in plan} | set(beside)
+    found = {os.path.relpath(os.path.join(folder, name), args.out) for folder, _, names in os.walk(args.out)
+             for name in names if folder != args.out or not name.startswith(("recipe.json", "part-"))}
+    there = [each for each in plan if each["file"] in found]
+    some, apart = rng.sample(there, min(4, len(there))), []
+    for each, image in zip(some, draw_files(model, some, args.seed, **sampler) if some else ()):
+        old, new = (np.asarray(x, dtype=int) for x in (open_image(os.path.join(args.out, each["file"])), image))
+        apart.append(int(np.abs(old - new).max()) if old.shape == new.shape else 255)
+    line = f"{len(some)} pictures drawn again ({', '.join(each['file'] for each in some)}): largest difference "
+    line += f"{max(apart, default=0)} of 255"
+    for what, files in (("missing", sorted(wanted - found)), ("extra", sorted(found - wanted))):
+        line += f"; {len(files)} {what}" + "".join(f" (first {file})" for file in files[:1])
+    return line, wanted == found
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     checkpoint.add_flags(p)
     p.add_argument("--lora", dest="adapters", metavar="RUN", help="adapters of a run with --lora, trained on --ckpt")
-    p.add_argument("--n", type=int, help="judged pictures (default 600); with --geneval: per prompt (default 4)")
+    p.add_argument("--n", type=int, help="judged pictures (default 600); with --draw: per prompt (default: official)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--split", choices=("dev", "test"), default="test", help="dev: prompts for choosing settings")
     p.add_argument("--editing", action="store_true", help="score edits too: for models that were trained to edit")
     p.add_argument("--cfg", type=float)
     p.add_argument("--steps", type=int)
     p.add_argument("--json", metavar="FILE", help="write all numbers there")
-    p.add_argument("--geneval", metavar="JSONL", help="draw GenEval's prompts instead, in its folders, under --out")
-    p.add_argument("--out", default="geneval")
+    p.add_argument("--draw", choices=DRAWN, help="draw a benchmark's --prompts, for its own scorer")
+    p.add_argument("--prompts", nargs="+", metavar="FILE", help="the benchmark's file of prompts, as it is published")
+    p.add_argument("--images", metavar="DIR", help="where the pictures are that --prompts names")
+    p.add_argument("--batch", type=int, help="rows at once: memory and speed, not results (default 64; published: 8)")
+    p.add_argument("--out", metavar="DIR", help="default: the benchmark's name")
+    p.add_argument("--verify", metavar="DIR", help="draw four pictures of an --out again, and look for missing files")
     args = p.parse_args(argv)
     checkpoint.check_ranges(args)
     checkpoint.choose(args)
+    several = args.draw and "{picture" in DRAWN[args.draw]["file"]
     checkpoint.refuse_unused(
-        p, argv, ("split editing json", not args.geneval, "the shape world's scores, not for --geneval"),
-        ("out", args.geneval, "--geneval"), ("tokenizer-ckpt vision-ckpt", args.config != "tiny", "published models"))
+        p, argv, ("split editing json", not args.draw, "the shape world's scores, not for --draw"),
+        ("prompts out batch", args.draw, "--draw"), ("n", several or not args.draw, "benchmarks with several pictures"),
+        ("images", args.draw and "source" in DRAWN[args.draw], "benchmarks of pictures"),
+        ("tokenizer-ckpt vision-ckpt", args.config != "tiny", "published models"))
+    args.out, args.batch = args.out or args.draw, args.batch or (64 if args.config == "tiny" else 8)
     if args.n is None:
-        args.n = 4 if args.geneval else 600
-    if args.config != "tiny" and not args.geneval:
-        raise ValueError(f"--config {args.config}: the judge knows the shape world only; draw GenEval's prompts with "
-                         "--geneval FILE and score them with its own tools")
-    if args.n < (1 if args.geneval else len(TASKS)):
-        raise ValueError(f"--n {args.n}: at least 1 picture per prompt with --geneval, else 6, one for each task")
+        args.n = DRAWN[args.draw].get("n", 1) if args.draw else 600
+    if args.draw and not args.prompts:
+        raise ValueError(f"--draw {args.draw}: give its file of prompts as --prompts")
+    if args.config != "tiny" and not (args.draw or args.verify):
+        raise ValueError(f"--config {args.config}: the judge knows the shape world only; draw a benchmark with --draw "
+                         "and score it with its own tools")
+    if args.n < len(TASKS) and not args.draw:
+        raise ValueError(f"--n {args.n}: at least 6, one for each task")
     return args
 
 def main(argv=None):
-    args = parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args, rank, world = parse_args(argv), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.verify:
+        argv = [*checkpoint.read_json(os.path.join(args.verify, "recipe.json"))["argv"], *argv, "--out", args.verify]
+        args = parse_args(argv)  # what is typed now wins over the recipe: other places of files, another device
+    args.argv = list(argv)
+    if world > 1:
+        checkpoint.end_with_launcher()
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
+    if args.draw:
+        plan, beside = drawings(args)
     model = checkpoint.load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer,
                                   args.device, checkpoint.dtype_of(args), args.vision_ckpt, adapters=args.adapters)
     sampler = {k: v for k, v in dict(cfg=args.cfg, steps=args.steps).items() if v is not None}
-    if args.geneval:
-        return export_geneval(model, args.geneval, args.out, args.n, args.seed, **sampler)
+    if args.draw:
+        claim(args, {args.draw: digest([[each["file"], each["prompt"]] for each in plan])})
+        if args.draw == "wise":
+            checkpoint.remark(wise_protocol(args.prompts))
+    if args.verify:
+        line, whole = verify(model, args, plan, beside, random.Random(), **sampler)
+        print(line)
+        return 0 if whole else 1
+    if args.draw:
+        return draw_benchmark(model, args, plan, beside, rank, world, **sampler)
     scores = score_all(model, args.n, args.seed, args.split, editing=args.editing, **sampler)
     print(report(scores))
     for task, t in scores["generation"]["tasks"].items():
@@ -266,7 +378,7 @@ def main(argv=None):
                             for before, part in (("  seen ", "seen"), (", held-out ", "held_out")))
         print(line)
     if args.json:
-        command = "python evaluate.py " + shlex.join(sys.argv[1:] if argv is None else argv)
+        command = "python evaluate.py " + shlex.join(argv)
         record = dict(arch=args.arch, command=command, commit=checkpoint.git_commit(), torch=torch.__version__)
         checkpoint.write_text(args.json, json.dumps(dict(record, scores=scores), indent=1))
 
