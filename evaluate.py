@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import pathlib
 import random
 import shlex
 import sys
@@ -28,10 +29,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import benchmarks
 import checkpoint
 import shape_world
-from benchmarks import DRAWN, drawings, wise_protocol
-from data import open_image, sample_generator, to_float, to_uint8
+from benchmarks import DRAWN, SCORED, drawings, source_of, sources_there
+from data import json_or_text, open_image, sample_generator, to_float, to_uint8
 from shape_world import QUESTION_KINDS, TASKS, Scenes, fulfils, judge, same_objects
 
 BATCH = 256  # rows in one call of a sampler: how much memory it takes, and nothing else
@@ -302,6 +304,65 @@ def verify(model, args, plan, beside, rng, **sampler):
         line += f"; {len(files)} {what}" + "".join(f" (first {file})" for file in files[:1])
     return line, wanted == found
 
+def side_by_side(pictures, root):
+    """Names in `root`, or bytes -> a PIL image; several, as some of MMMU's questions have, stand in a row."""
+    images = [open_image(source_of(picture, root)) for picture in pictures]
+    height = max(image.height for image in images)
+    scaled = [image.resize((max(1, image.width * height // image.height), height)) for image in images]
+    row = Image.new("RGB", (sum(image.width for image in scaled), height))
+    for i, image in enumerate(scaled):
+        row.paste(image, (sum(other.width for other in scaled[:i]), 0))
+    return images[0] if len(images) == 1 else row
+
+def replies_there(out):
+    """{place: reply} of all that any process has answered; a line that a killed one left unfinished is no answer."""
+    texts = [path.read_text() for path in sorted(pathlib.Path(out).glob("replies-*.jsonl"))]
+    rows = [json_or_text(line) for text in texts for line in text.split("\n")]
+    return {row["place"]: row["reply"] for row in rows if isinstance(row, dict)}
+
+@torch.no_grad()
+def ask(model, args, sets, rank=0, world=1):
+    """Asks this process's share of what has no answer yet -> {set: a reply to each row}, or None where other processes
+    are not done: the last one scores."""
+    bench, rows = SCORED[args.score], [row for some in sets.values() for row in some]
+    mine, there = rows[rank::world], replies_there(args.out)
+    todo, device = [row for row in mine if row["place"] not in there], next(model.parameters()).device
+    bar = tqdm(total=len(mine), initial=len(mine) - len(todo), desc=args.score, disable=None if rank == 0 else True)
+    with open(os.path.join(args.out, f"replies-{rank}.jsonl"), "a") as file:
+        file.write("\n")  # ends what a killed process may have left
+        for start in range(0, len(todo), args.batch):
+            some = todo[start:start + args.batch]
+            pixels = [model.preprocess(side_by_side(row["pictures"], args.images), "answer") for row in some]
+            for here in same_shape(pixels):
+                batch, asked = torch.stack([pixels[i] for i in here]).to(device), [some[i]["asked"] for i in here]
+                for i, reply in zip(here, model.answer(batch, asked, max_new_tokens=bench["tokens"])):
+                    reply = reply.strip().rstrip(".").lower() if args.score == "gqa" else reply.strip()
+                    file.write(json.dumps(dict(place=some[i]["place"], reply=reply)) + "\n")
+            file.flush()
+            bar.update(len(some))
+    bar.close()
+    there = replies_there(args.out)
+    if all(row["place"] in there for row in rows):
+        return {key: [there[row["place"]] for row in some] for key, some in sets.items()}
+
+def report_benchmark(args, sets, replies):
+    """Prints the scores, and with --against the differences -> all of them, {title: {score: (value, low, high)}}."""
+    def scored(replies):
+        return {key: SCORED[args.score]["score"](rows, replies[key]) for key, rows in sets.items()}
+    ours, scores = scored(replies), {}
+    lines = [("", ours, None)]
+    if args.against:
+        theirs = scored(benchmarks.read_predictions(args.score, args.against, sets))
+        lines += [("against: ", theirs, None), ("difference: ", ours, theirs)]
+    for title, one, minus in lines:
+        for key, each in benchmarks.intervals(one, args.seed, minus).items():
+            numbers = [f"{name} {value:.4f} ({low:.4f} to {high:.4f})" for name, (value, low, high) in each.items()]
+            if key in one and minus is None:  # a set, not their mean
+                numbers.append(one[key][2])
+            print(f"{title}{key}: {'  '.join(numbers)}")
+            scores[title + key] = each
+    return scores
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
@@ -316,32 +377,85 @@ def parse_args(argv=None):
     p.add_argument("--cfg", type=float)
     p.add_argument("--steps", type=int)
     p.add_argument("--json", metavar="FILE", help="write all numbers there")
-    p.add_argument("--draw", choices=DRAWN, help="draw a benchmark's --prompts, for its own scorer")
-    p.add_argument("--prompts", nargs="+", metavar="FILE", help="the benchmark's file of prompts, as it is published")
-    p.add_argument("--images", metavar="DIR", help="where the pictures are that --prompts names")
-    p.add_argument("--batch", type=int, help="rows at once: memory and speed, not results (default 64; published: 8)")
-    p.add_argument("--out", metavar="DIR", help="default: the benchmark's name")
-    p.add_argument("--verify", metavar="DIR", help="draw four pictures of an --out again, and look for missing files")
+    job = p.add_argument_group("public benchmarks").add_argument
+    job("--draw", choices=DRAWN, help="draw a benchmark's --prompts, for its own scorer")
+    job("--prompts", nargs="+", metavar="FILE", help="the benchmark's file of prompts, as it is published")
+    job("--score", choices=SCORED, help="ask a benchmark's questions and score the answers here")
+    job("--data", nargs="+", default=[], metavar="FILE", help="the benchmark's questions, as they are published")
+    job("--predictions", nargs="+", metavar="FILE", help="score these published answers, without a model")
+    job("--against", nargs="+", metavar="FILE", help="predictions of another run: the difference, too")
+    job("--images", metavar="DIR", help="where the pictures are that --prompts or --data name")
+    job("--batch", type=int, help="rows at once: memory and speed, not results (default 64; published sizes: 8)")
+    job("--out", metavar="DIR", help="pictures, or predictions; what is there stays (default: the benchmark)")
+    job("--verify", metavar="DIR", help="draw four pictures of an --out again, and look for missing files")
     args = p.parse_args(argv)
     checkpoint.check_ranges(args)
     checkpoint.choose(args)
+    public, draws, asks = args.draw or args.score, bool(args.draw), bool(args.score and not args.predictions)
     several = args.draw and "{picture" in DRAWN[args.draw]["file"]
     checkpoint.refuse_unused(
-        p, argv, ("split editing json", not args.draw, "the shape world's scores, not for --draw"),
-        ("prompts out batch", args.draw, "--draw"), ("n", several or not args.draw, "benchmarks with several pictures"),
-        ("images", args.draw and "source" in DRAWN[args.draw], "benchmarks of pictures"),
+        p, argv, ("split editing", not public, "the shape world's scores, not for --draw and --score"),
+        ("json", not draws, "scores, not for --draw"), ("prompts", draws, "--draw"),
+        ("data predictions against", args.score, "--score"), ("cfg steps", not args.score, "pictures, not for --score"),
+        ("n", several or not public, "benchmarks with several pictures"),
+        ("out batch", draws or asks, "--draw and --score with a model"),
+        ("images", asks or draws and "source" in DRAWN[args.draw], "benchmarks of pictures"),
+        ("ckpt lora text-tokenizer", not args.predictions, "models, not for --predictions"),
         ("tokenizer-ckpt vision-ckpt", args.config != "tiny", "published models"))
-    args.out, args.batch = args.out or args.draw, args.batch or (64 if args.config == "tiny" else 8)
+    args.out, args.batch = args.out or public, args.batch or (64 if args.config == "tiny" else 8)
     if args.n is None:
-        args.n = DRAWN[args.draw].get("n", 1) if args.draw else 600
+        args.n = DRAWN[args.draw].get("n", 1) if draws else 600
+    if args.draw and args.score:
+        raise ValueError(f"--draw {args.draw} --score {args.score}: one of them at a time")
     if args.draw and not args.prompts:
         raise ValueError(f"--draw {args.draw}: give its file of prompts as --prompts")
-    if args.config != "tiny" and not (args.draw or args.verify):
-        raise ValueError(f"--config {args.config}: the judge knows the shape world only; draw a benchmark with --draw "
-                         "and score it with its own tools")
-    if args.n < len(TASKS) and not args.draw:
+    if args.score and not args.data and not (args.score == "mmmu" and args.predictions):
+        raise ValueError(f"--score {args.score}: give its file of questions as --data")
+    if args.predictions and "score" not in SCORED[args.score]:
+        raise ValueError(f"--score {args.score}: only its own server has a rule for --predictions")
+    if args.config != "tiny" and not (public or args.verify):
+        raise ValueError(f"--config {args.config}: the judge knows the shape world only; give it a benchmark, with "
+                         "--draw or --score")
+    if args.n < len(TASKS) and not public:
         raise ValueError(f"--n {args.n}: at least 6, one for each task")
     return args
+
+def load(args):
+    return checkpoint.load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer,
+                                 args.device, checkpoint.dtype_of(args), args.vision_ckpt, adapters=args.adapters)
+
+def main_draw(args, rank, world):
+    plan, beside = drawings(args)
+    model = load(args)
+    claim(args, {args.draw: digest([[each["file"], each["prompt"]] for each in plan])})
+    if args.draw == "wise":
+        checkpoint.remark(benchmarks.wise_protocol(args.prompts))
+    sampler = {k: v for k, v in dict(cfg=args.cfg, steps=args.steps).items() if v is not None}
+    if not args.verify:
+        return draw_benchmark(model, args, plan, beside, rank, world, **sampler)
+    line, whole = verify(model, args, plan, beside, random.Random(), **sampler)
+    print(line)
+    return 0 if whole else 1
+
+def main_score(args, rank, world):
+    """-> the scores, or None where there are none (yet)."""
+    sets = benchmarks.questions(args.score, args.data, args.predictions or ())
+    if args.predictions:
+        replies = benchmarks.read_predictions(args.score, args.predictions, sets)
+        return report_benchmark(args, sets, replies)
+    rows = [row for some in sets.values() for row in some]
+    sources_there([source_of(picture, args.images) for row in rows for picture in row["pictures"]])
+    if several := sum(len(row["pictures"]) > 1 for row in rows):
+        checkpoint.remark(f"{several} of {len(rows)} questions have several pictures: shown side by side, as one")
+    model = load(args)
+    claim(args, {args.score: digest([[row["place"], row["asked"]] for row in rows])})
+    if replies := ask(model, args, sets, rank, world):
+        for file, text in benchmarks.write_predictions(args.score, sets, replies).items():
+            path = os.path.join(args.out, file)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            checkpoint.write_text(path, text)
+        print(f"{len(rows)} answers, as the official scorer reads them: {args.out}")
+        return report_benchmark(args, sets, replies) if "score" in SCORED[args.score] else None
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
@@ -354,33 +468,27 @@ def main(argv=None):
         checkpoint.end_with_launcher()
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
     if args.draw:
-        plan, beside = drawings(args)
-    model = checkpoint.load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer,
-                                  args.device, checkpoint.dtype_of(args), args.vision_ckpt, adapters=args.adapters)
-    sampler = {k: v for k, v in dict(cfg=args.cfg, steps=args.steps).items() if v is not None}
-    if args.draw:
-        claim(args, {args.draw: digest([[each["file"], each["prompt"]] for each in plan])})
-        if args.draw == "wise":
-            checkpoint.remark(wise_protocol(args.prompts))
-    if args.verify:
-        line, whole = verify(model, args, plan, beside, random.Random(), **sampler)
-        print(line)
-        return 0 if whole else 1
-    if args.draw:
-        return draw_benchmark(model, args, plan, beside, rank, world, **sampler)
-    scores = score_all(model, args.n, args.seed, args.split, editing=args.editing, **sampler)
-    print(report(scores))
-    for task, t in scores["generation"]["tasks"].items():
+        return main_draw(args, rank, world)
+    if args.score:
+        scores = main_score(args, rank, world)
+    else:
+        sampler = {k: v for k, v in dict(cfg=args.cfg, steps=args.steps).items() if v is not None}
+        scores = score_all(load(args), args.n, args.seed, args.split, editing=args.editing, **sampler)
+        print(report(scores))
+        print_tasks(scores["generation"]["tasks"])
+    if args.json and scores:
+        command = "python evaluate.py " + shlex.join(argv)
+        record = dict(arch=args.arch, command=command, commit=checkpoint.git_commit(), torch=torch.__version__)
+        checkpoint.write_text(args.json, json.dumps(dict(record, scores=scores), indent=1))
+
+def print_tasks(tasks):
+    for task, t in tasks.items():
         low, high = t["interval"]
         line = f"  {task:14s} {t['score']:.3f} ({low:.3f}-{high:.3f}, {t['n']} pictures)"
         if "seen" in t:
             line += "".join(f"{before}{t[part]['score']:.3f} of {t[part]['n']}"
                             for before, part in (("  seen ", "seen"), (", held-out ", "held_out")))
         print(line)
-    if args.json:
-        command = "python evaluate.py " + shlex.join(argv)
-        record = dict(arch=args.arch, command=command, commit=checkpoint.git_commit(), torch=torch.__version__)
-        checkpoint.write_text(args.json, json.dumps(dict(record, scores=scores), indent=1))
 
 if __name__ == "__main__":
     checkpoint.one_line_errors(main)
