@@ -142,8 +142,11 @@ def drawings(args):
 
 def wise_protocol(paths):
     """The line that says whose ids the files have: WISE's two protocols give the same ids to different questions."""
-    ids = [[int(row["prompt_id"]) for row in read_file(path, "--prompts")] for path in paths]
-    spans = [(min(some), max(some)) for some in ids]
+    spans = []
+    for path in paths:
+        with checkpoint.reading(path, "prompt_id is no number in some row"):
+            ids = [int(row["prompt_id"]) for row in read_file(path, "--prompts")]
+        spans.append((min(ids), max(ids)))
     fits = [name for name, parts in WISE.items() if set(spans) <= set(parts)]
     found = ", ".join(f"{low}-{high}" for low, high in spans)
     return f"wise: ids {found}: files of the {' or '.join(fits) or 'legacy and verified (mixed, or cut)'} protocol"
@@ -316,7 +319,7 @@ def score_mmvp(rows, replies):
     values = np.concatenate([both.all(1), both[:, :, 0].mean(1, keepdims=True)], 1)
 
     def numbers(means):
-        return {"pairs": means[..., 0], "questions": means[..., 2], "pairs by the corrected labels": means[..., 1]}
+        return {"pairs": means[..., 0], "questions": means[..., 2], "pairs with 4 labels exchanged": means[..., 1]}
     return values, numbers, f"{int(both[:, :, 0].all(1).sum())} / {len(pairs)} pairs by the labels of --data"
 
 def score_mmmu(rows, replies):
@@ -401,10 +404,14 @@ def read_predictions(name, paths, sets):
         told = [row for path in files for row in read_file(path, "--predictions")]
         wanted = [str(row[SCORED[name]["name"][0]]) for row in rows]
         if name == "pope":
-            told = [{number: each, **row} for each, row in zip(wanted, told)]  # which may have no number of their own
+            own = [*wanted, *[None] * len(told)]  # since POPE's own files have no numbers
+            told = [{number: each, **row} for each, row in zip(own, told)]
         texts = [row.get(reply, row.get("text")) for row in told]  # LLaVA's POPE has text
         replies = {str(row.get(number)): text for row, text in zip(told, texts) if isinstance(text, str)}
-        there = replies if name == "pope" else [each if each in replies else None for each in wanted]
+        if len(replies) < len(told) or name == "pope" and len(told) > len(rows):
+            raise ValueError(f"{files[0]}: {len(told)} rows have {len(replies)} different {number} with a {reply}, and "
+                             f"there are {len(rows)} questions")
+        there = [*replies] if name == "pope" else [each if each in replies else None for each in wanted]
         if lost := [each for each, other in zip_longest(wanted, there) if each != other]:
             raise ValueError(f"{files[0]}: {len(lost)} of {len(rows)} questions have no {reply} in their place, first "
                              f"{lost[0]}: are these the predictions for those questions?")

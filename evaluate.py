@@ -1,10 +1,9 @@
-"""Scores in the shape world, where the content of every picture is known: an exact judge of pixels, not a detector.
+"""Scores in the shape world, where the content of every picture is known: an exact judge of pixels, not a detector. And
+the public benchmarks: their pictures, drawn for their own scorers, and their questions, asked and scored here.
 
     python evaluate.py --arch mar                                # the shipped RecA weights
     python evaluate.py --arch diffusion --editing                # edits too, for models that were trained to edit
     python evaluate.py --arch mar --ckpt runs/x --n 1000 --json scores.json
-    python evaluate.py --arch mar --ckpt C --draw geneval --prompts evaluation_metadata.jsonl --out DIR
-    python evaluate.py --verify DIR                              # four of its pictures again
 
 Drawing is scored in the six tasks of GenEval (arXiv 2310.11513): single object, two objects, counting, colors,
 position, color attribution. A third of the prompts with two objects, colors, positions or attributes ask for a
@@ -12,6 +11,28 @@ combination that no training caption ever named ("held out"), and these are scor
 combinations of shape and color; which shapes stand together is free there, so one in five "seen" prompts of that task
 names a held-out pair of shapes. Intervals are 95 % Wilson intervals. Questions are answered greedily; every picture
 draws its noise from a generator of its own, so that no score depends on how many are drawn at once.
+
+    python evaluate.py --ckpt runs/x --draw geneval --prompts evaluation_metadata.jsonl --out DIR
+    torchrun --nproc_per_node=8 -- evaluate.py --ckpt runs/x --draw dpg --prompts dpg_bench/prompts/ --out DIR
+    python evaluate.py --ckpt runs/x --draw gedit --prompts rows.jsonl --images pictures/ --out DIR
+    python evaluate.py --verify DIR                              # draws four of its pictures again, counts its files
+
+The scorer reads DIR/images (of gedit: DIR/gen_image), with bare PNGs; DIR/recipe.json says how they were made. The
+noise is that of (--seed, name of the file, tile): neither --batch nor torchrun changes a picture (but sums of floats
+may, by a level). What is there is not drawn again. torchrun needs the -- to leave our --n alone. dpg makes ELLA's
+files, a 2x2 grid for each prompt, dpg-reca those of RecA's copy of the scorer, stem_0.png to stem_3.png; both take the
+folder of texts, or JSON {"stem.txt": prompt}. wise takes the files of its legacy or of its verified protocol. gedit
+takes the data set's parquet files (with pyarrow), or JSON lines with its fields, where input_image is a path in
+--images.
+
+    python evaluate.py --ckpt runs/x --score pope --data coco_pope_random.json coco_pope_popular.json --images val2014/
+    python evaluate.py --score mmmu --predictions a/output.json --against b/output.json    # published answers alone
+
+Answers are kept as they come, so that a killed run goes on, and written as the official scorer reads them. Intervals
+are 95 % of 1000 resamples of the questions (of MMVP's pairs, of MMBench's groups of rotations); --against compares two
+runs, by the same resamples. POPE's sets are a file each, and their mean is told. MMMU takes the hub's parquet files, or
+JSON lines with their columns; where a question has several pictures they stand side by side, as one. MM-Vet's answers
+are for its server. Whose rules these are stands in benchmarks.py.
 """
 import argparse
 import hashlib
@@ -217,9 +238,9 @@ def claim(args, about):
     """Writes recipe.json in --out. ValueError where the folder holds what came about in another way."""
     path, old = os.path.join(args.out, "recipe.json"), os.listdir(args.out) if os.path.isdir(args.out) else []
     old = [name for name in old if not name.startswith("recipe.json")]  # looked at before the recipe: that comes first
-    files = dict(weights=args.ckpt or checkpoint.default_weights(args.arch, "base" if args.adapters else "reca"),
+    files = dict(ckpt=args.ckpt or checkpoint.default_weights(args.arch, "base" if args.adapters else "reca"),
                  lora=args.adapters, tokenizer=args.tokenizer_ckpt, vision=args.vision_ckpt)
-    recipe = {k: getattr(args, k) for k in ("arch", "config", "dtype", "seed", "cfg", "steps", "n")}
+    recipe = {k: getattr(args, k) for k in ("arch", "config", "weights", "dtype", "seed", "cfg", "steps", "n")}
     recipe |= about | {key: checkpoint.weights_hash(file) for key, file in files.items() if file}
     if os.path.isfile(path):
         before = checkpoint.read_json(path)
@@ -234,9 +255,9 @@ def claim(args, about):
     notes = dict(argv=args.argv, commit=checkpoint.git_commit(), torch=torch.__version__, device=args.device)
     checkpoint.write_text(path, json.dumps(recipe | notes, indent=1))
 
-def write_picture(out, file, picture):
+def write_picture(out, file, picture, rank):
     """Atomic, and what a killed process leaves is in no folder that a scorer reads: some read every file there."""
-    part, path = os.path.join(out, f"part-{os.getpid()}"), os.path.join(out, file)
+    part, path = os.path.join(out, f"part-{rank}"), os.path.join(out, file)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     checkpoint.atomic(part, lambda temporary: picture.save(temporary, "png"))
     os.replace(part, path)
@@ -270,7 +291,7 @@ def draw_benchmark(model, args, plan, beside, rank=0, world=1, **sampler):
     for file, what in list(beside.items())[rank::world]:
         path = os.path.join(args.out, file)
         if not os.path.isfile(path) and file.endswith(".png"):
-            write_picture(args.out, file, open_image(what))
+            write_picture(args.out, file, open_image(what), rank)
         elif not os.path.isfile(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             checkpoint.write_text(path, what)
@@ -281,7 +302,7 @@ def draw_benchmark(model, args, plan, beside, rank=0, world=1, **sampler):
     for start in range(0, len(todo), rows):
         some = todo[start:start + rows]
         for each, image in zip(some, draw_files(model, some, args.seed, **sampler)):
-            write_picture(args.out, each["file"], image)
+            write_picture(args.out, each["file"], image, rank)
         bar.update(len(some))
     bar.close()
     folder = os.path.join(args.out, DRAWN[args.draw].get("folder", "images"))
@@ -426,10 +447,10 @@ def load(args):
 
 def main_draw(args, rank, world):
     plan, beside = drawings(args)
-    model = load(args)
-    claim(args, {args.draw: digest([[each["file"], each["prompt"]] for each in plan])})
     if args.draw == "wise":
         checkpoint.remark(benchmarks.wise_protocol(args.prompts))
+    model = load(args)
+    claim(args, {args.draw: digest([[each["file"], each["prompt"]] for each in plan])})
     sampler = {k: v for k, v in dict(cfg=args.cfg, steps=args.steps).items() if v is not None}
     if not args.verify:
         return draw_benchmark(model, args, plan, beside, rank, world, **sampler)
@@ -461,8 +482,12 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args, rank, world = parse_args(argv), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.verify:
-        argv = [*checkpoint.read_json(os.path.join(args.verify, "recipe.json"))["argv"], *argv, "--out", args.verify]
+        path = os.path.join(args.verify, "recipe.json")
+        with checkpoint.reading(path, "no recipe of --draw"):
+            argv = [*checkpoint.read_json(path)["argv"], *argv, "--out", args.verify]
         args = parse_args(argv)  # what is typed now wins over the recipe: other places of files, another device
+        if not args.draw:
+            raise ValueError(f"{path}: of --score {args.score}, there are no pictures to --verify")
     args.argv = list(argv)
     if world > 1:
         checkpoint.end_with_launcher()
