@@ -8,15 +8,15 @@ import checkpoint
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BUDGET = {"train.py": 838, "sample.py": 310, "evaluate.py": 600, "vision_encoder.py": 402, "image_tokenizer.py": 600,
           "text_tokenizer.py": 250, "data.py": 950, "shape_world.py": 450, "checkpoint.py": 1023,
-          "lmms_eval_adapter.py": 125}
+          "benchmarks.py": 465, "lmms_eval_adapter.py": 125}
 MODELS = ("model_mar.py", "model_ar.py", "model_diffusion.py")  # a reader's own model file is not counted
 MAY_IMPORT = {  # rooms below each room; a model file's name stands for all of them
     "custom_kernels": [], "text_tokenizer": [], "shape_world": [], "checkpoint": ["text_tokenizer", "custom_kernels"],
     "vision_encoder": ["custom_kernels"], "data": ["shape_world", "checkpoint", "vision_encoder"],
     "image_tokenizer": ["data", "checkpoint", "vision_encoder"],
     "model": ["data", "vision_encoder", "image_tokenizer", "checkpoint", "custom_kernels"],
-    "sample": ["data", "checkpoint"], "evaluate": ["data", "shape_world", "checkpoint"],
-    "lmms_eval_adapter": ["data", "checkpoint"],
+    "sample": ["data", "checkpoint"], "evaluate": ["data", "shape_world", "checkpoint", "benchmarks"],
+    "benchmarks": ["data", "checkpoint"], "lmms_eval_adapter": ["data", "checkpoint"],
     "train": ["data", "shape_world", "checkpoint", "image_tokenizer", "sample", "evaluate", "custom_kernels"]}
 
 def lines(path):
@@ -39,7 +39,7 @@ def test_every_file_stays_within_its_budget():
     kernels = [n for path, n in lengths.items() if path.startswith("custom_kernels") and not path.endswith("bench.py")]
     assert sum(kernels) <= 1400, kernels
     ours = {path: n for path, n in lengths.items() if not path.startswith("model_") or path in MODELS}
-    assert sum(ours.values()) <= 8815, (sum(ours.values()), ours)
+    assert sum(ours.values()) <= 9520, (sum(ours.values()), ours)
 
 def test_no_line_is_longer_than_120_characters():
     for path in PRODUCT + list(python_files("tests", "weights", "results")):
