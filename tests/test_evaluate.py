@@ -2,17 +2,15 @@
 import json
 import os
 import random
-import sys
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import checkpoint
 import evaluate
 import shape_world
-from data import sample_generator, to_float, to_uint8
+from data import to_float
 from shape_world import COLORS, COMBO_HELD_OUT, TASKS, Scenes
 
 def scene_for(row, rng):
@@ -191,32 +189,12 @@ def test_flags_reach_the_scores(monkeypatch):
     evaluate.main(["--device", "cpu"])
     assert seen == [((12, 3, "dev"), dict(editing=True, cfg=2.0)), ((600, 0, "test"), dict(editing=False))]
 
-def test_geneval_folders(tmp_path, capsys, monkeypatch):
-    class Noise(Blank):
-        def generate(self, prompts, generator=None, steps=None):
-            return torch.stack([torch.rand(3, 8, 8, generator=g) for g in generator]) * 2 - 1
-    monkeypatch.setattr(checkpoint, "load_model", lambda *a, **k: Noise())
-    rows = [dict(tag="counting", prompt=p) for p in ("two cats", "a dog", "three cups")]
-    (tmp_path / "meta.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
-    out = tmp_path / "out"
-    argv = ["--geneval", str(tmp_path / "meta.jsonl"), "--out", str(out), "--seed", "5", "--steps", "3", "--n", "2"]
-    evaluate.main([*argv, "--device", "cpu"])
-    assert sorted(p.name for p in out.iterdir()) == ["00000", "00001", "00002", "recipe.json"]
-    assert json.loads((out / "00002" / "metadata.jsonl").read_text()) == rows[2]
-    assert sorted(p.name for p in (out / "00001" / "samples").iterdir()) == ["0000.png", "0001.png"]
-    for i in range(3):  # the noise of (seed, prompt, picture)
-        want = to_uint8(Noise().generate([""] * 2, [sample_generator(5, i, j, "picture") for j in range(2)]))
-        for j in range(2):
-            assert (np.asarray(Image.open(out / f"{i:05d}" / "samples" / f"{j:04d}.png")) == want[j]).all()
-    recipe = json.loads((out / "recipe.json").read_text())
-    assert (recipe["n"], recipe["seed"], recipe["steps"], recipe["argv"]) == (2, 5, 3, sys.argv[1:])
-    assert "3 prompts x 2 pictures" in capsys.readouterr().out
-
 WRONG = [
     (["--config", "harmon-1.5b"], ValueError, "--config harmon-1.5b: the judge knows the shape world only"),
-    (["--n", "5"], ValueError, "--n 5: at least 1 picture per prompt with --geneval, else 6"),
-    (["--geneval", "x.jsonl", "--n", "0"], ValueError, "--n 0: must be from 1"),
-    (["--geneval", "no/such.jsonl"], FileNotFoundError, "--geneval no/such.jsonl: no such file"),
+    (["--n", "5"], ValueError, "--n 5: at least 6, one for each task"),
+    (["--draw", "geneval", "--prompts", "x.jsonl", "--n", "0"], ValueError, "--n 0: must be from 1"),
+    (["--draw", "geneval", "--prompts", "no/x.jsonl"], FileNotFoundError, "--prompts no/x.jsonl: no such file"),
+    (["--draw", "geneval"], ValueError, "--draw geneval: give its file of prompts as --prompts"),
     (["--ckpt", "no/such/folder"], FileNotFoundError, "no/such/folder: no config.json"),
 ]
 

@@ -7,14 +7,16 @@ import checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BUDGET = {"train.py": 838, "sample.py": 310, "evaluate.py": 600, "vision_encoder.py": 402, "image_tokenizer.py": 600,
-          "text_tokenizer.py": 250, "data.py": 950, "shape_world.py": 450, "checkpoint.py": 1023}
+          "text_tokenizer.py": 250, "data.py": 950, "shape_world.py": 450, "checkpoint.py": 1023,
+          "benchmarks.py": 465, "lmms_eval_adapter.py": 125}
 MODELS = ("model_mar.py", "model_ar.py", "model_diffusion.py")  # a reader's own model file is not counted
 MAY_IMPORT = {  # rooms below each room; a model file's name stands for all of them
     "custom_kernels": [], "text_tokenizer": [], "shape_world": [], "checkpoint": ["text_tokenizer", "custom_kernels"],
     "vision_encoder": ["custom_kernels"], "data": ["shape_world", "checkpoint", "vision_encoder"],
     "image_tokenizer": ["data", "checkpoint", "vision_encoder"],
     "model": ["data", "vision_encoder", "image_tokenizer", "checkpoint", "custom_kernels"],
-    "sample": ["data", "checkpoint"], "evaluate": ["data", "shape_world", "checkpoint"],
+    "sample": ["data", "checkpoint"], "evaluate": ["data", "shape_world", "checkpoint", "benchmarks"],
+    "benchmarks": ["data", "checkpoint"], "lmms_eval_adapter": ["data", "checkpoint"],
     "train": ["data", "shape_world", "checkpoint", "image_tokenizer", "sample", "evaluate", "custom_kernels"]}
 
 def lines(path):
@@ -37,7 +39,7 @@ def test_every_file_stays_within_its_budget():
     kernels = [n for path, n in lengths.items() if path.startswith("custom_kernels") and not path.endswith("bench.py")]
     assert sum(kernels) <= 1400, kernels
     ours = {path: n for path, n in lengths.items() if not path.startswith("model_") or path in MODELS}
-    assert sum(ours.values()) <= 8690, (sum(ours.values()), ours)
+    assert sum(ours.values()) <= 9520, (sum(ours.values()), ours)
 
 def test_no_line_is_longer_than_120_characters():
     for path in PRODUCT + list(python_files("tests", "weights", "results")):
@@ -60,7 +62,8 @@ def test_no_architecture_is_named_outside_its_model_file():
     """But as the default of --arch, and in docstrings and help texts: a new model_X.py needs no other file."""
     classes = {checkpoint.model_file(arch).Model.__name__ for arch in checkpoint.architectures()}
     names = set(checkpoint.architectures()) | classes
-    for path in ("train.py", "sample.py", "evaluate.py", "data.py", "checkpoint.py", "shape_world.py"):
+    for path in ("train.py", "sample.py", "evaluate.py", "data.py", "checkpoint.py", "shape_world.py",
+                 "lmms_eval_adapter.py"):
         tree = ast.parse("\n".join(lines(path)))
         allowed = [node.args[0] for call in ast.walk(tree) if isinstance(call, ast.Call) for node in [call]
                    if node.args and isinstance(node.args[0], ast.Constant) and node.args[0].value == "--arch"]
