@@ -3,8 +3,8 @@
     python results/tables.py results/mar results/ar results/diffusion
     python results/tables.py results/mar --plot gains.png
 
-A folder holds the result.json files of one architecture under the names RUN_seedN.json: `reca`, `sft` (the same steps on
-captions alone) and `reca-whole` (RecA alone, on whole pictures). Each holds its base's scores, too.
+A folder holds the result.json files of one architecture under the names RUN_seedN.json: `reca`, `sft` (the same steps
+on captions alone) and `reca-whole` (RecA alone, on whole pictures). Each holds its base's scores, too.
 """
 import argparse
 import os
