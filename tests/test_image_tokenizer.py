@@ -172,7 +172,6 @@ def test_bad_images(config):
         with pytest.raises(ValueError, match=re.escape(str(shape)) + f".*at least {m.stride}"):
             m.encode(torch.zeros(shape))
 
-@torch.no_grad()
 @pytest.mark.parametrize("config", [SMALL_KL, SMALL_LFQ])
 @torch.no_grad()
 def test_every_convolution_gets_channels_last(config, monkeypatch):
@@ -187,10 +186,12 @@ def test_every_convolution_gets_channels_last(config, monkeypatch):
         seen["z"] = m.encode(pictures())
         seen["image"] = m.decode(seen["z"].contiguous())
         seen["last"] = all(x.is_contiguous(memory_format=torch.channels_last) for x in inputs)
-        [hook.remove() for hook in hooks]
+        for hook in hooks:
+            hook.remove()
     assert got.pop("last") and not wanted.pop("last")
     assert all(torch.allclose(got[k].float(), wanted[k].float(), atol=1e-5) for k in got)
 
+@torch.no_grad()
 def test_posterior_sample_scale_and_shift():
     m = Autoencoder(replace(SMALL_KL, scale=0.5, shift=0.25))
     x, noise = pictures(2, 32, 32), torch.randn(2, 4, 16, 16)
