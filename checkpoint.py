@@ -477,10 +477,11 @@ def add_flags(parser):
 
 def model_of(args):
     """The model that sample.py and evaluate.py are asked for."""
+    model = load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer, args.device,
+                       dtype_of(args), args.vision_ckpt, adapters=args.adapters)
     if args.device == "cpu":
         use_products(args.gemm)
-    return load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer, args.device,
-                      dtype_of(args), args.vision_ckpt, adapters=args.adapters)
+    return model
 
 def dtype_of(args):
     """--dtype, of the weights that sample.py and evaluate.py load; None: float32."""

@@ -585,6 +585,8 @@ def test_processes_wait_long_for_the_first(monkeypatch):
     monkeypatch.setattr(train.dist, "init_process_group", lambda backend, **more: called.append((backend, more)))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(train.dist, "broadcast_object_list", lambda values: called.append(values))
     threads = torch.get_num_threads()
-    train.setup(argparse.Namespace(device="cpu", threads=threads, seed=0, shard=False))
+    train.setup(argparse.Namespace(device="cpu", threads=threads, seed=0, shard=False, gemm="mkl", compile="auto"))
+    assert called.pop() == ["mkl"]  # what the first process chose goes to all
     assert [(name, more["timeout"].total_seconds()) for name, more in called] == [("gloo", 7200)]
