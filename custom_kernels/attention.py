@@ -1,8 +1,7 @@
 """Attention over key intervals: query i of row b sees the keys lo[b, i] <= j < hi[b, i].
 
 Every mask of the three models is of this kind. Text: hi = i + 1. A bidirectional image block: hi = end of the block.
-Left padding: lo = first real token. Samples packed into one row: lo = start of the sample. So a mask is two integers
-per query, not a (queries x keys) table, and a kernel can tell from a few of them what it never has to look at.
+Left padding: lo = first real token. So a mask is two integers per query, and a few of them tell what nobody looks at.
 
 The forward pass (online softmax; FlashAttention-2, arXiv 2307.08691)
     One program owns BM queries of one head and walks over the keys, BN at a time, with a (BM, BN) tile of scores
@@ -15,8 +14,7 @@ Bounds (once per mask, shared by all heads and layers)
     For every 32 queries: the least and greatest lo and hi. A program combines those of its queries:
         keys   . . . [ min lo ........ max lo )[ max lo ........ min hi )[ min hi ........ max hi ) . . .
                nobody       some queries            every query              some queries         nobody
-    Tiles outside are never loaded, tiles in the middle need no comparison with lo and hi. The dk/dv kernel, which walks
-    over queries, has the same for every 32 keys. Nothing needs to be monotone.
+    Tiles outside are never loaded, those in the middle need no comparison; the dk/dv kernel has the same for its keys.
 
 The backward pass (recomputation)
     With P = softmax(s), O = P V and dO given: dV = P^T dO, dP = dO V^T, dS = P * (dP - delta), dQ = dS K / sqrt(D),
