@@ -82,7 +82,7 @@ CONFIGS = {
         hidden_size=128, num_layers=4, num_heads=4, intermediate_size=224, text_vocab=1024, eos=1018, image_size=48,
         codebook_size=2048, vq=TOKENIZERS["tiny-lfq"], clip=vision.VISION_ENCODERS["tiny-clip"], clip_mean=(0.5,) * 3,
         clip_std=(0.5,) * 3, train_clip=True, system_prompt="", user="Question:", assistant="Answer:", max_prompt=40,
-        max_dialogue=56, max_request=32, pad_multiple=4, cfg=2.0, mask_steps=6, reca_steps=6),
+        max_dialogue=56, max_request=32, pad_multiple=4, cfg=3.0, mask_steps=6, reca_steps=6),
     "show-o-256": ShowOConfig(w_clip_vit=False, system_prompt="", max_request=384),
     "show-o-512": ShowOConfig(w_clip_vit=False, system_prompt="", max_request=384, image_size=512, reca_steps=20),
     "show-o-512-blur8": ShowOConfig(w_clip_vit=False, system_prompt="", max_request=384, image_size=512, reca_steps=20,
@@ -105,10 +105,10 @@ RECIPES = {
         # Muon, because AdamW alone needs twice the samples. `align` and strong decay together cost it drawing: neither.
         "base": dict(lr=1e-3, muon_lr=0.02, warmup=100, steps=5500, batch=48, pool=40000,
                      mix={"t2i": 1.0, "i2t": 0.75, "edit": 0.75, "text": 0.25}),
-        # Captions beside RecA, as prompts name no places. No image-to-text: this model forgets little without it.
-        "reca": dict(lr=2e-4, steps=1200, batch=96, i2t_weight=0.0,
+        # Captions stand beside RecA, as in model_mar.py. No image-to-text: this model forgets little without it.
+        "reca": dict(lr=2e-4, steps=600, batch=96, i2t_weight=0.0,
                      mix={"recon": 0.5, "t2i": 0.5, "i2t": 1.0}),
-        "sft": dict(lr=2e-4, steps=1200, batch=96, i2t_weight=0.0, mix={"t2i": 1.0, "i2t": 1.0}),  # captions alone
+        "sft": dict(lr=2e-4, steps=600, batch=96, i2t_weight=0.0, mix={"t2i": 1.0, "i2t": 1.0}),  # captions alone
         "plain": dict(lr=2e-4, steps=300, batch=96, t2i_weight=0.0,  # a user's pictures, without captions
                       mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}),
     },
@@ -233,19 +233,16 @@ def reca_vq_layout(n, T, N, A, limit):
     [eoi], where given codes, ids, pads take A + limit places."""
     return t2i_layout(n - 3, T - 3, N, A + limit, A + 3)
 
-def reca_clip_layout(n, T, N, A, block, shown=None):
+def reca_clip_layout(n, T, N, A, block):
     """RecA with CLIP; published order [mmu][soi] features [eoi] bos text eos PAD.. [soi] codes [eoi], where ids and
-    pads take `block` places. Causal, but all see the features, codes see each other (not eoi), nobody sees a pad. Of A
-    features only those `shown` (B, K) may be there: the places of all that is there stay as they are."""
+    pads take `block` places. Causal, but all see the features, codes see each other (not eoi), nobody sees a pad."""
     n, S, start = n[:, None], N + 2, A + block
     j, i, k = (torch.arange(length, device=n.device)[None] for length in (T, S, A))
-    k = k if shown is None else shown
-    K = k.shape[1]
-    first, end = torch.where(i > N, i, i.clamp(max=1)), S + K + n
+    first, end = torch.where(i > N, i, i.clamp(max=1)), S + A + n
     return make_layout(
         len(n), (start + torch.where(i == 0, N + 1, i % (N + 1)), first, end),  # eoi, codes, soi
-        (2 + k, S, S + K + 2),  # features: see mmu and soi too
-        (torch.where(j < 2, j, j + A), S, torch.minimum(S + K + 1 + j, end)))  # ids, pads
+        (2 + k, S, S + A + 2),  # features: see mmu and soi too
+        (torch.where(j < 2, j, j + A), S, torch.minimum(S + A + 1 + j, end)))  # ids, pads
 
 def causal_layout(T, seen_by_all=0, A=0, before=0, device=None):
     """Text alone; image-to-text from codes, where all see the first `seen_by_all` places (mmu, soi, codes, eoi); or
@@ -288,8 +285,6 @@ class ShowO(nn.Module):
     image_tokenizer = "vq"  # the frozen tokenizer: this submodule, and its config in ShowOConfig
     encoders = ("vq", "clip")  # the submodules that precompute uses
     device = property(lambda self: self.showo.lm_head.weight.device)
-    shows_parts = False  # do rows of RecA show a part of the picture? Then its features cannot be computed in advance
-    places = property(lambda self: self.clip.num_tokens)
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -367,19 +362,19 @@ class ShowO(nn.Module):
         """Ids (B, k), one after the other -> (B, T, D)."""
         return self.showo.model.embed_tokens(torch.cat(ids, dim=1))
 
-    def project(self, features=None, pixels=None, shown=None):
+    def project(self, features=None, pixels=None):
         """CLIP features (B, A, width), or the uint8 pixels they come from -> (B, A, D), in float32 as published."""
         if features is None:
-            features = self.clip(pixels.float() / 127.5 - 1, shown)
+            features = self.clip(pixels.float() / 127.5 - 1)
         with torch.autocast(features.device.type, enabled=False):
             return self.mm_projector(features.to(self.mm_projector[0].weight.dtype))
 
-    def reca_context(self, ids, lengths, N, features=None, pixels=None, small_codes=None, shown=None, **_):
+    def reca_context(self, ids, lengths, N, features=None, pixels=None, small_codes=None, **_):
         """[mmu][soi] picture [eoi] bos text eos, before a target of N codes."""
         c, T = self.config, ids.shape[1]
         if c.w_clip_vit:
-            x = torch.cat([self.project(features, pixels, shown), self.embed(ids)], dim=1)
-            return x, reca_clip_layout(lengths, T, N, self.clip.num_tokens, c.max_request, shown)
+            x = torch.cat([self.project(features, pixels), self.embed(ids)], dim=1)
+            return x, reca_clip_layout(lengths, T, N, x.shape[1] - T, c.max_request)
         x = self.embed(ids[:, :2], small_codes + c.image_offset, ids[:, 2:])
         return x, reca_vq_layout(lengths, T, N, small_codes.shape[1], c.max_request)
 
@@ -634,7 +629,7 @@ class ShowO(nn.Module):
         c = self.config
         with torch.autocast(images.device.type, enabled=False):
             out = {"codes": self.vq.encode(images.float()).flatten(1)}
-            if c.w_clip_vit and (self.shows_parts or c.train_clip and self.stage == "base"):
+            if c.w_clip_vit and c.train_clip and self.stage == "base":
                 return out | {"pixels": ((images + 1) * 127.5).round().clamp(0, 255).byte()}
             out |= self.understand(images)
             if c.w_clip_vit and set(c.clip_mean + c.clip_std) != {0.5}:

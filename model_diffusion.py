@@ -88,19 +88,18 @@ CONFIGS = {
 # They count optimizer steps: 1,000, all inside the warm-up of the release's command, whose first step has rate 0.
 PUBLISHED = dict(lr=4e-5, eps=1e-15, weight_decay=0.0, warmup=1000, warmup_from=0, schedule="constant", steps=1000,
                  batch=64, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=0.0, t2i_weight=0.0)
-# After the base stage of the tiny model. The captions are poor, as the web's are: RecA has most to give there.
-TINY = dict(lr=2e-4, muon_lr=0.005, steps=400, batch=96, i2t_weight=0.0)
+TINY = dict(lr=2e-4, muon_lr=0.005, steps=400, batch=96, i2t_weight=0.0)  # after the base stage of the tiny model
 RECIPES = {
     "tiny": {
-        # With little muon_decay (no singular value grows beyond 1 / muon_decay) picture tokens become so much larger
-        # than words that no block can add to them. `uncond` trains the empty prompt, so no caption has to be dropped.
-        "base": dict(lr=1e-3, muon_lr=0.02, muon_decay=0.3, warmup=100, steps=3500, batch=48, drop=0.0, pool=40000,
-                     mix={"t2i": 1.0, "uncond": 0.25, "i2t": 1.0, "edit": 0.5, "text": 0.25, "align": 1.0}),
-        # Captions stand beside RecA because features teach that a place is empty unless something is said of it, and
-        # prompts name no places; edits keep editing alive. The base reconstructs by copying place by place, which
-        # teaches drawing little, so RecA sees the features in random order: what is there, not where.
-        "reca": dict(TINY, mix={"recon": 0.5, "t2i": 0.5, "edit": 0.25}, understanding="shuffled"),
-        "sft": dict(TINY, mix={"t2i": 1.0, "edit": 0.25}),  # the control: the same without RecA
+        # The encoder and its expert learn beside the drawing one; then this learns drawing alone, by the second command
+        # of weights/README.md. Muon's decay keeps picture tokens from becoming so much larger than words that no block
+        # can add to them. `words` teaches the encoder what is where, `uncond` the empty prompt.
+        "base": dict(lr=2e-3, muon_lr=0.003, muon_decay=0.1, warmup=100, steps=4500, batch=48, drop=0.0, pool=40000,
+                     mix={"t2i": 1.0, "uncond": 0.25, "i2t": 0.75, "edit": 0.5, "text": 0.25, "words": 0.5},
+                     questions=4),
+        # Captions stand beside RecA, as in model_mar.py; edits keep editing alive.
+        "reca": dict(TINY, mix={"recon": 0.5, "t2i": 0.5, "edit": 0.25}),
+        "sft": dict(TINY, mix={"t2i": 1.0, "edit": 0.25}),  # captions alone
         # RecA on a user's own images, which have no captions
         "plain": dict(lr=2e-4, steps=300, batch=96, mix=PUBLISHED["mix"], i2t_weight=0.0, t2i_weight=0.0),
     },
@@ -276,9 +275,7 @@ def layout(c, samples, pad_to=0):
                 tokens += [(0, ids[i], rope + i, 0, at + i + 1, targets[i], 0) for i in range(len(ids))]
                 rope += len(ids)
                 continue
-            grid = content
-            if isinstance(content, tuple):
-                grid = vision.grid_ids(*content, c.vit.positions if kind == "vit" else c.max_latent_size).tolist()
+            grid = vision.grid_ids(*content, c.vit.positions if kind == "vit" else c.max_latent_size).tolist()
             end = at + 2 + len(grid)
             # both markers come first: inside a bidirectional block the order in memory is free
             tokens += [(0, marker, rope, 0, end, IGNORE, 0) for marker in markers]
@@ -320,8 +317,6 @@ Cache = namedtuple("Cache", "kv start rope")
 class Bagel(nn.Module):
     image_tokenizer = "vae"  # the frozen autoencoder's name, here and in the configuration
     encoders = ("vae", "vit_model")  # the submodules that precompute uses
-    shows_parts = False  # do rows of RecA show a part of the picture? Then its features cannot be computed in advance
-    places = property(lambda self: self.vit_side ** 2)
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -447,9 +442,7 @@ class Bagel(nn.Module):
             row, source = dict(row), "source_" * ("source_moments" in row)
             row["features"] = row.get(source + "features")
             if "vit_grid" in row and source + "patches" in row:  # SigLIP trains along
-                patches = row[source + "patches"] / 127.5 - 1
-                patches = pick(patches, row.pop("shown")) if "shown" in row else patches
-                row["features"] = self.vit_model(patches, row["vit_grid"])
+                row["features"] = self.vit_model(row[source + "patches"] / 127.5 - 1, row["vit_grid"])
             if "noise" in row:
                 moments = torch.cat([row[k] for k in ("source_moments", "moments") if k in row], 1)
                 row["latents"] = self.sample_latents(moments, row["posterior"])
@@ -647,7 +640,7 @@ class Bagel(nn.Module):
     @torch.no_grad()
     def precompute(self, images):
         """images -> moments (N, G, 2*P), and features, or in base, where SigLIP trains, patches (uint8)."""
-        if self.stage != "base" and not self.shows_parts:
+        if self.stage != "base":
             return {"moments": self.moments(images), "features": self.see(images, self.vit_limits)[0]}
         patch = self.config.vit.patch
         patches = vision.patchify(self.resized(images, self.vit_limits, patch), patch)
@@ -687,12 +680,7 @@ class Bagel(nn.Module):
         before = {"recon": [see], "i2t": [see], "edit": [clean, see]}.get(part, [])
         texts = [self.segments(part, sample, limit) for sample in samples]
         fixed = 2 * len(before + paint) + vit * vit * (see in before)  # tokens beside the text
-        rows = [[*before, *text, *paint] for text in texts]
-        if "shown" in samples[0]:
-            stride = self.config.vit.positions
-            for row, sample in zip(rows, samples):
-                row[0] = ("vit", [place // vit * stride + place % vit for place in sample["shown"]])
-        out = layout(self.config, rows, 0 if pad_to == 0 else fixed + limit)
+        out = layout(self.config, [[*before, *text, *paint] for text in texts], 0 if pad_to == 0 else fixed + limit)
         if not paint:
             return {**out, "count": (out["labels"] != IGNORE).sum().float()}
         shapes = [(1,)] + [(side * side, self.llm2vae.out_features)] * (3 if clean in before else 2)

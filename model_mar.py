@@ -92,7 +92,8 @@ CONFIGS = {
                          dropout=0.0, diffloss_depth=3, diffloss_width=192, mask_ratio_min=0.3, mask_bucket=1,
                          # 24 steps from t = 949: at 999 a small net's error is multiplied by 1,000
                          num_sampling_steps="2,2,2,2,1,1,1,1,1,1,1,1,1,1,1,1,1,1,2,0", image_size=48,
-                         vae=TOKENIZERS["tiny-kl"], max_prompt=64, max_dialogue=128, pad_multiple=4, mask_steps=9),
+                         vae=TOKENIZERS["tiny-kl"], max_prompt=64, max_dialogue=128, pad_multiple=4, cfg=4.0,
+                         mask_steps=9),
     "harmon-0.5b": HarmonConfig(),
     "harmon-1.5b": HarmonConfig(hidden_size=1536, intermediate_size=8960, num_layers=28, num_heads=12, encoder_dim=1280,
                                 encoder_depth=20, encoder_heads=16, decoder_dim=1280, decoder_depth=20,
@@ -115,11 +116,10 @@ RECIPES = {
         "base": dict(lr=2e-3, muon_lr=0.005, muon_decay=0.1, warmup=100, steps=6000, batch=48, t2i_weight=8.0,
                      mix={"t2i": 1.0, "i2t": 0.75, "edit": 0.5, "text": 0.25, "words": 0.5}, questions=4,
                      pool=40000),
-        # Half of the pictures are understood with their cells in random order: copying place by place teaches drawing
-        # little. Captions stand beside RecA, because prompts name no places.
-        "reca": dict(TINY, mix={"recon": 0.5, "t2i": 0.5, "i2t": 1.0}, i2t_weight=0.125, understanding="scrambled",
-                     altered_share=0.5),
-        "sft": dict(TINY, mix={"t2i": 1.0, "i2t": 1.0}, t2i_weight=8.0),
+        # Captions stand beside RecA: pictures name everything, short prompts do not, and what RecA alone teaches is
+        # that whatever is not named is not there.
+        "reca": dict(TINY, mix={"recon": 0.5, "t2i": 0.5, "i2t": 1.0}, i2t_weight=0.125),
+        "sft": dict(TINY, mix={"t2i": 1.0, "i2t": 1.0}, t2i_weight=8.0),  # captions alone
         # RecA on a user's own pictures, which have no captions
         "plain": dict(TINY, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=0.125, t2i_weight=0.0),
     },
@@ -407,7 +407,7 @@ class Harmon(nn.Module):
     # ---- losses
 
     def reca_loss(self, latents, ids, pads, masked, visible, t, noise, source_latents=None, context_grad=None,
-                  count=None, shown=None):
+                  count=None):
         """Reconstruction alignment: the clean features of an image, as the understanding branch sees it, are the prompt
         for its own generation. The LLM reads [pads | "user" | L + S clean | request | V visible + S].
 
@@ -416,7 +416,7 @@ class Harmon(nn.Module):
         editing). context_grad: factor on the gradient that reaches the clean features (None: the stage's). count: to
         divide the sum over the masked tokens by (None: their number)."""
         source = latents if source_latents is None else source_latents  # (B, m, n, C)
-        clean = self.clean_features(source, context_grad, shown)  # (B, L + S, h): the image as understanding sees it
+        clean = self.clean_features(source, context_grad)  # (B, L + S, h): the image as understanding sees it
         context = self.embed(ids, clean)  # (B, W - 1 + L + S, h): the request with the image in its slot
         x = self.fuse(latents, visible, pads, context)  # (B, S + V, D): the visible latents, read after that context
         z = self.mar.decode(x, visible, masked, latents.shape[1:3])  # (B, V + k, E): a condition for every token
@@ -440,11 +440,11 @@ class Harmon(nn.Module):
         mse, vb = self.mar.diffloss.loss_rows(z[:, -masked.shape[1]:], targets, t, noise)  # (B*M*k,) each
         return (mse + vb).sum() / t.shape[1] / (masked.numel() if count is None else count)
 
-    def clean_features(self, latents, context_grad=None, shown=None):
+    def clean_features(self, latents, context_grad=None):
         """latents (B, m, n, C) -> what the LLM reads of an image (B, L + S, h), its gradient times context_grad."""
         if context_grad is None:
             context_grad = 1.0 if self.stage == "base" else self.config.context_grad
-        clean = self.visual_features(latents, shown)[1]
+        clean = self.visual_features(latents)[1]
         return clean if context_grad == 1 else clean.detach() + context_grad * (clean - clean.detach())
 
     def visual_features(self, latents, visible=None):
@@ -683,10 +683,6 @@ class Harmon(nn.Module):
         labels = left_pad([row[1:width] + [IGNORE] for row in labels], width, IGNORE)[0]
         labels = labels[:, int((labels != IGNORE).any(0).int().argmax()) // step * step:]
         return {"ids": ids, "pads": pads, "labels": labels, "count": (labels != IGNORE).sum().float()}
-
-    @property
-    def places(self):
-        return (self.config.image_size // self.stride) ** 2
 
     def randomness(self, generators, shared):
         """Row b from generators[b], the mask rate of all from `shared`: N(1, 0.25^2), cut to [mask_ratio_min, 1]."""

@@ -420,8 +420,8 @@ def pools(args, need, text_rng):
     sources, texts = {}, {}
     if "crowded" in need:
         sources["crowded"] = crowded_pictures(args.pool, seed=args.seed)
-    if {"broad", "altered"} & need or "text" in args.mix:
-        sources["broad"] = sources["altered"] = Scenes(args.pool, seed=10 + args.seed)
+    if "broad" in need or "text" in args.mix:
+        sources["broad"] = Scenes(args.pool, seed=10 + args.seed)
     if "captioned" in need:
         scenes = sources["captioned"] = Scenes(args.pool, seed=20 + args.seed, captioned=True)
         texts["captioned"] = [caption(scenes.scene(i), text_rng(args.seed, i, "caption"),
@@ -450,12 +450,6 @@ def add_flags(parser):
     add = parser.add_argument_group("shape world (practice pictures, used where no data is given)").add_argument
     add("--pool", type=int, default=8000, metavar="N", help="pictures per pool (default 8000)")
     add("--questions", type=int, default=1, metavar="N", help="questions about a picture in one row (default 1)")
-    add("--understanding", choices=("full", "scrambled", "shuffled"), default="full",
-        help="what reaches RecA's context: all (default), the cells in random order, the features in random order")
-    add("--altered-share", type=float, default=1.0, metavar="SHARE",
-        help="share of RecA's pictures for which --understanding holds; the rest are seen in full (default 1)")
-    add("--shown", type=float, default=1.0, metavar="SHARE", help="RecA's context holds a random part of a picture: "
-        "at most this share, drawn anew for each step (default 1: all, always)")
     add("--eval-n", type=int, default=300, metavar="N", help="pictures judged before and after (default 300; 0: none)")
     add("--eval-every", type=int, default=0, metavar="N", help="also judge every N steps (default 0: never)")
     add("--eval-split", choices=("dev", "test"), default="test", help="dev: prompts to choose settings (default test)")

@@ -233,8 +233,6 @@ def check_typed(args, argv=None):
         ("t2i-weight", parts & drawn, "parts that --mix leaves out: t2i, edit, uncond"),
         ("no-exif", args.data or args.i2t_data, "--data and --i2t-data"), ("image-root", llava, "JSON of --i2t-data"),
         ("pool", world, "the shape world"), ("questions", "i2t" in world, "the shape world's part i2t"),
-        ("understanding", "recon" in parts, "the part recon, which --mix leaves out"),
-        ("altered-share", "recon" in world and args.understanding != "full", "--understanding scrambled or shuffled"),
         ("eval-n", tiny, "tiny models"), ("eval-every eval-split", judged, "tiny models with --eval-n above 0"))
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -650,9 +650,6 @@ UNUSED = {  # what is typed, and the flag that would change nothing
         ("--data x --i2t-data y --pool 9", "pool"), ("--arch diffusion --data x --pool 9", "pool"),
         ("--data x --questions 2 --i2t-data y", "questions"), ("--mix recon=1 --questions 2", "questions"),
         ("--mix t2i=1 --t2i-weight 1 --pool 9 --data x", "data"),
-        ("--stage sft --understanding scrambled", "understanding"), ("--altered-share 0.5 --arch ar", "altered-share"),
-        ("--altered-share 0.5 --understanding full", "altered-share"),
-        ("--altered-share 0.5 --data x", "altered-share"),
         ("--config CONFIG --eval-n 9", "eval-n"), ("--config CONFIG --eval-every 9", "eval-every"),
         ("--eval-n 0 --eval-every 9", "eval-every"), ("--eval-n 0 --eval-split dev", "eval-split")],
     "sample": [
@@ -672,7 +669,7 @@ USED = {
         "--config CONFIG --ckpt a --tokenizer-ckpt b --vision-ckpt c --text-tokenizer d --data e --eval-n 0",
         "--data x --pool 9 --questions 2 --drop 0.2 --no-exif", "--data x --i2t-data y.JSONL --image-root z --no-exif",
         "--stage sft --data x --i2t-data y --i2t-weight 1 --mix t2i=1 i2t=1", "--stage tokenizer --pool 9 --eval-n 9",
-        "--mix recon=1 --understanding shuffled --altered-share 0.5", "--stage base --muon-decay 0.1 --arch ar",
+        "--stage base --muon-decay 0.1 --arch ar",
         "--stage sft --pool 9 --eval-n 6",
         "--eval-n 6 --eval-every 3 --eval-split dev"],
     "sample": ["", "--prompt a --n 2 --batch 3 --cfg 2 --steps 3 --seed 1 --temperature 0.5 --out x",

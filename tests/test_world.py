@@ -155,8 +155,8 @@ def test_uint8_round_trip():
 def test_flags():
     parser = argparse.ArgumentParser()
     shape_world.add_flags(parser)
-    assert vars(parser.parse_args([])) == dict(pool=8000, questions=1, understanding="full", altered_share=1.0,
-                                               shown=1.0, eval_n=300, eval_every=0, eval_split="test")
+    assert vars(parser.parse_args([])) == dict(pool=8000, questions=1, eval_n=300, eval_every=0,
+                                               eval_split="test")
 
 def test_the_world_stays_as_it_is():
     """The shipped weights were trained on these words and pictures, and scores are of these prompts."""
