@@ -2,14 +2,20 @@
 
     python -m custom_kernels.bench                     # all tables, or --only one of them; writes bench.json
     python -m custom_kernels.bench --check             # bfloat16 correctness; exit code 1 if something is wrong
+    python -m custom_kernels.bench --cpu               # no GPU: tiny models in turns with those of an earlier commit
 
 Each line: median milliseconds forward, and forward + backward; TFLOP/s or TB/s of the latter; peak memory beyond the
 inputs; how many times as long as ours it takes. Under each shape stands the line for pick.py's table."""
 import argparse
 import functools
+import inspect
 import json
+import os
+import platform
+import statistics
 import subprocess
 import sys
+import tempfile
 import timeit
 
 import torch
@@ -163,13 +169,119 @@ def check(device="cuda", dtype=torch.bfloat16, cut=4):
     print("\n".join(line for line, _ in lines))
     return lines
 
+# ---------------------------------------------------------------------------------------------------------------------
+# on a CPU: the tiny models' work in turns with that of another commit, each in a process of its own, on one thread
+
+BEFORE = "59b0348"  # the last commit before speed was looked at
+CPU_JOBS = [f"{what} {arch}" for what in ("step", "scores") for arch in ("mar", "ar", "diffusion")]
+CPU_JOBS += ["encode", "decode"]  # of an autoencoder half as wide as KL-16, 256 pixels
+TURNS = {"step": 21, "scores": 3, "encode": 7, "decode": 7}
+
+def worker():
+    """Stands in a checkout, whatever its commit: reads names of jobs, one a line, and answers with milliseconds of this
+    process's own time, which others on the machine hardly change. Its source is sent there, so it imports all it needs.
+    """
+    import functools
+    import os
+    import sys
+    import time
+    answers, sys.stdout = sys.stdout, sys.stderr
+    import torch
+
+    import checkpoint
+    import evaluate
+    import image_tokenizer
+    import train
+    try:  # a run of train.py does this by itself
+        from custom_kernels.products import use_products
+        use_products()
+    except ImportError:
+        pass
+
+    @functools.cache
+    def prepared(what, arch):
+        """-> a function of the number of the turn."""
+        if what == "step":
+            out = os.path.join(sys.argv[1], arch)
+            small = ("--pool", "400", "--captioned", "400", "--threads", "1")
+            args, _ = train.parse_args(["--arch", arch, "--out", out, *small])
+            run = train.Run(args, None)
+            batches = [[run.batches.batch(step)] for step in range(8)]
+            return lambda turn: train.train_step(run, turn, batches[turn % 8])
+        if what == "scores":
+            model = checkpoint.load_model(arch, checkpoint.default_weights(arch, "base")).eval()
+            counts = dict(n=150, questions=200, reconstructions=64, editing=arch == "diffusion")
+            return lambda turn: evaluate.score_all(model, **counts)
+        half = vars(image_tokenizer.TOKENIZERS["kl16"]) | dict(ch=64)
+        vae = image_tokenizer.Autoencoder(image_tokenizer.AutoencoderConfig(**half)).eval()
+        x = torch.rand(1, 3, 256, 256) * 2 - 1 if what == "encode" else torch.randn(1, 16, 16, 16)
+        return lambda turn: getattr(vae, what)(x)
+
+    torch.set_num_threads(1)
+    for turn, job in enumerate(sys.stdin):
+        work = prepared(*(job.split() + [""])[:2])
+        with torch.set_grad_enabled(job.startswith("step")):
+            start = time.process_time()
+            work(turn)
+        print((time.process_time() - start) * 1e3, file=answers, flush=True)
+
+def compare_commits(before, turns):
+    """-> {job: {"before", "now": median ms, "spread": the least and the most, "ratio"}}."""
+    source = inspect.getsource(worker) + "worker()"
+    with tempfile.TemporaryDirectory() as folder:
+        tree = subprocess.run(["git", "archive", before], capture_output=True, check=True).stdout
+        os.makedirs(old := os.path.join(folder, "before"))
+        subprocess.run(["tar", "-x", "-C", old], input=tree, check=True)
+        workers = {}
+        for name, where in (("before", old), ("now", os.getcwd())):
+            command = [sys.executable, "-c", source, os.path.join(folder, name + "-runs")]
+            with open(os.path.join(folder, name + ".log"), "w") as log:
+                workers[name] = subprocess.Popen(command, cwd=where, text=True, stdin=subprocess.PIPE,
+                                                 stdout=subprocess.PIPE, stderr=log)
+        found = {}
+        for job in CPU_JOBS:
+            took = {name: [] for name in workers}
+            for turn in range(turns or 1 + TURNS[job.split()[0]]):
+                for name, process in workers.items():
+                    print(job, file=process.stdin, flush=True)
+                    took[name].append(float(process.stdout.readline()))
+            found[job] = {name: statistics.median(ms[1:]) for name, ms in took.items()}  # the first turn warms up
+            found[job]["spread"] = {name: [min(ms[1:]), max(ms[1:])] for name, ms in took.items()}
+            found[job]["ratio"] = found[job]["before"] / found[job]["now"]
+            print("{:18} {before:9.1f} ms before {now:9.1f} ms now, {ratio:.2f} x".format(job, **found[job]),
+                  flush=True)
+        for process in workers.values():
+            process.stdin.close()
+            process.wait()
+    return found
+
+def processor():
+    """The processor's name, as far as Linux tells it."""
+    names = []
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+def write(report, results, path):
+    with open(path, "w") as f:
+        json.dump(dict(report, results=results), f, indent=1)
+    print(f"\nwritten to {path}")
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m custom_kernels.bench", description=__doc__.split(",")[0])
     parser.add_argument("--only", choices=CASES)
     parser.add_argument("--check", action="store_true", help="bfloat16 correctness instead of times")
+    parser.add_argument("--cpu", action="store_true", help="tiny models in turns with those of --before, on one thread")
+    parser.add_argument("--before", default=BEFORE, metavar="COMMIT", help=f"of --cpu (default {BEFORE})")
+    parser.add_argument("--turns", type=int, help="of --cpu; the first one warms up")
     parser.add_argument("--out", default="bench.json", help="where the numbers go")
     parser.add_argument("--dry", action="store_true", help="tiny sizes in Triton's interpreter, to try it out")
     args = parser.parse_args()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    if args.cpu:
+        report = dict(device=processor(), torch=torch.__version__, commit=commit, before=args.before)
+        return write(report, compare_commits(args.before, args.turns), args.out)
     if pick.triton is None or not (pick.INTERPRETING if args.dry else torch.cuda.is_available()):
         print("custom_kernels.bench needs a CUDA GPU and triton (see --help): nothing was measured", file=sys.stderr)
         sys.exit(2)
@@ -177,16 +289,12 @@ def main():
     if args.check:
         failed = sum(not ok for _, ok in check(device, dtype, cut))
         sys.exit(f"{failed} not OK" if failed else 0)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     report = dict(device="CPU" if args.dry else torch.cuda.get_device_name(), torch=torch.__version__, commit=commit)
     print(report)
     torch.manual_seed(0)
     like = torch.empty(0, device=device, dtype=dtype)
-    report["results"] = [table(case, like.is_cuda, report["device"]) for name, cases in CASES.items()
-                         if args.only in (None, name) for case in cases(like, cut)]
-    with open(args.out, "w") as f:
-        json.dump(report, f, indent=1)
-    print(f"\nwritten to {args.out}")
+    write(report, [table(case, like.is_cuda, report["device"]) for name, cases in CASES.items()
+                   if args.only in (None, name) for case in cases(like, cut)], args.out)
 
 if __name__ == "__main__":
     main()
