@@ -2,6 +2,7 @@
 
     python -m custom_kernels.bench                     # all tables, or --only one of them; writes bench.json
     python -m custom_kernels.bench --check             # bfloat16 correctness; exit code 1 if something is wrong
+    python -m custom_kernels.bench --steps             # complete RecA steps at published sizes, weights at random
     python -m custom_kernels.bench --cpu               # no GPU: tiny models in turns with those of an earlier commit
 
 Each line: median milliseconds forward, and forward + backward; TFLOP/s or TB/s of the latter; peak memory beyond the
@@ -12,11 +13,14 @@ import inspect
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import timeit
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -170,6 +174,62 @@ def check(device="cuda", dtype=torch.bfloat16, cut=4):
     return lines
 
 # ---------------------------------------------------------------------------------------------------------------------
+# complete RecA steps at published sizes, with weights at random
+
+STEPS = (("mar", "harmon-0.5b", 16), ("mar", "harmon-1.5b", 8), ("ar", "show-o-clip-512", 4),
+         ("diffusion", "bagel-7b-mot", 1))  # and how many pictures, each to be reconstructed
+
+def a_run(arch, config, device):
+    """What `train.train_step` and `train.Run.wrapped` ask of a run, of one process, with a model of random weights."""
+    import checkpoint
+    import data
+    import train
+    args, _ = train.parse_args(["--arch", arch, "--config", config, "--device", device, "--mix", "recon=1"])
+    file, dtype = checkpoint.model_file(arch), torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device(device):
+        model = file.Model(file.CONFIGS[config], checkpoint.load_tokenizer("tiny"))
+    train.place(model, args, dtype, sharded=False)
+    named = model.trainable_parameters("reca")
+    run = SimpleNamespace(args=args, model=model, named=named, device=torch.device(device), dtype=dtype, world=1,
+                          rank=0, sharded=False, ema=None, weights={"recon": 1.0},
+                          optimizers=train.make_optimizers(args, model, named))
+    run.skipped, run.streak, run.last_skip = torch.zeros(3, dtype=torch.int64, device=device).unbind()
+    run.batches = SimpleNamespace(to_device=functools.partial(data.Batches.to_device, run))
+    return run
+
+def one_step(run, batch):
+    import train
+    train.train_step(run, 1, [batch])
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()
+
+def measure_step(arch, config, n, device, turns=10):
+    """-> {way: dict(ms, images_per_s, mfu, gb) or dict(error)}: our step on n pictures, and the same in the released
+    order of work: pictures encoded in every step, all blocks computed twice, dense masks, nothing compiled."""
+    import train
+    found, cuda = {}, device == "cuda"
+    for way, recompute, forced in (("ours", "none", pick.FORCED), ("released order", "blocks", "reference")):
+        try:
+            run = a_run(arch, config, device)
+            run.args.recompute, run.args.compile = recompute, "on" if cuda and way == "ours" else "off"
+            batch = {"recon": train.rehearsal_batch(run.model, "recon", n, 30)}
+            if way == "ours":
+                batch = run.batches.to_device(batch, {})  # with encodings in place of pixels, from the cache
+            with mock.patch.object(pick, "FORCED", forced):
+                run.forward = train.Run.wrapped(run)
+                times = [timeit.timeit(functools.partial(one_step, run, batch), number=1) for _ in range(turns + 2)]
+            seconds, gb = statistics.median(times[2:]), torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
+            mfu = train.count_flops(train.rehearsal(run.args)[0], batch) / seconds / pick.peak_flops(run.device)
+            found[way] = dict(ms=seconds * 1e3, images_per_s=n / seconds, mfu=mfu, gb=gb)
+        except Exception as e:  # such as too little memory: the others are measured all the same
+            found[way] = dict(error=f"{type(e).__name__}: {str(e).strip()[:80]!r}")
+        run = batch = None
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        print(f"{arch} {config}, {n} pictures, {way:15}", found[way], flush=True)
+    return found
+
+# ---------------------------------------------------------------------------------------------------------------------
 # on a CPU: the tiny models' work in turns with that of another commit, each in a process of its own, on one thread
 
 BEFORE = "59b0348"  # the last commit before speed was looked at
@@ -229,9 +289,11 @@ def compare_commits(before, turns):
     """-> {job: {"before", "now": median ms, "spread": the least and the most, "ratio"}}."""
     source = inspect.getsource(worker) + "worker()"
     with tempfile.TemporaryDirectory() as folder:
-        tree = subprocess.run(["git", "archive", before], capture_output=True, check=True).stdout
+        archive = subprocess.run(["git", "archive", before], capture_output=True)
+        if archive.returncode:
+            sys.exit(f"--before {before}: {archive.stderr.decode().strip()}: give a commit that is in this clone")
         os.makedirs(old := os.path.join(folder, "before"))
-        subprocess.run(["tar", "-x", "-C", old], input=tree, check=True)
+        subprocess.run(["tar", "-x", "-C", old], input=archive.stdout, check=True)
         workers = {}
         for name, where in (("before", old), ("now", os.getcwd())):
             command = [sys.executable, "-c", source, os.path.join(folder, name + "-runs")]
@@ -256,12 +318,10 @@ def compare_commits(before, turns):
     return found
 
 def processor():
-    """The processor's name, as far as Linux tells it."""
-    names = []
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as f:
-            names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    if not os.path.exists("/proc/cpuinfo"):
+        return platform.processor()
+    with open("/proc/cpuinfo") as f:
+        return re.search(r"model name\s*:\s*(.+)|$", f.read())[1] or platform.machine()
 
 def write(report, results, path):
     with open(path, "w") as f:
@@ -272,6 +332,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m custom_kernels.bench", description=__doc__.split(",")[0])
     parser.add_argument("--only", choices=CASES)
     parser.add_argument("--check", action="store_true", help="bfloat16 correctness instead of times")
+    parser.add_argument("--steps", action="store_true", help="complete RecA steps; with --dry of tiny models, on a CPU")
     parser.add_argument("--cpu", action="store_true", help="tiny models in turns with those of --before, on one thread")
     parser.add_argument("--before", default=BEFORE, metavar="COMMIT", help=f"of --cpu (default {BEFORE})")
     parser.add_argument("--turns", type=int, help="of --cpu; the first one warms up")
@@ -279,9 +340,16 @@ def main():
     parser.add_argument("--dry", action="store_true", help="tiny sizes in Triton's interpreter, to try it out")
     args = parser.parse_args()
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    on_cpu = args.dry or args.cpu
+    name = processor() if on_cpu or not torch.cuda.is_available() else torch.cuda.get_device_name()
+    report = dict(device=name, torch=torch.__version__, commit=commit)
     if args.cpu:
-        report = dict(device=processor(), torch=torch.__version__, commit=commit, before=args.before)
-        return write(report, compare_commits(args.before, args.turns), args.out)
+        return write(dict(report, before=args.before), compare_commits(args.before, args.turns), args.out)
+    if args.steps and (args.dry or torch.cuda.is_available()):
+        steps, device = STEPS, "cpu" if args.dry else "cuda"
+        if args.dry:
+            steps = [(arch, "tiny", 2) for arch, *_ in STEPS]
+        return write(report, [(*step, measure_step(*step, device)) for step in steps], args.out)
     if pick.triton is None or not (pick.INTERPRETING if args.dry else torch.cuda.is_available()):
         print("custom_kernels.bench needs a CUDA GPU and triton (see --help): nothing was measured", file=sys.stderr)
         sys.exit(2)
@@ -289,7 +357,6 @@ def main():
     if args.check:
         failed = sum(not ok for _, ok in check(device, dtype, cut))
         sys.exit(f"{failed} not OK" if failed else 0)
-    report = dict(device="CPU" if args.dry else torch.cuda.get_device_name(), torch=torch.__version__, commit=commit)
     print(report)
     torch.manual_seed(0)
     like = torch.empty(0, device=device, dtype=dtype)
