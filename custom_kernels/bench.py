@@ -234,8 +234,8 @@ def measure_step(arch, config, n, device, turns=10):
 
 BEFORE = "59b0348"  # the last commit before speed was looked at
 CPU_JOBS = [f"{what} {arch}" for what in ("step", "scores") for arch in ("mar", "ar", "diffusion")]
-CPU_JOBS += ["encode", "decode"]  # of an autoencoder half as wide as KL-16, 256 pixels
-TURNS = {"step": 21, "scores": 3, "encode": 7, "decode": 7}
+CPU_JOBS += ["encode", "decode"]  # of KL-16, a picture of 512 pixels
+TURNS = {"step": 21, "scores": 3, "encode": 5, "decode": 5}
 
 def worker():
     """Stands in a checkout, whatever its commit: reads names of jobs, one a line, and answers with milliseconds of this
@@ -272,9 +272,8 @@ def worker():
             model = checkpoint.load_model(arch, checkpoint.default_weights(arch, "base")).eval()
             counts = dict(n=150, questions=200, reconstructions=64, editing=arch == "diffusion")
             return lambda turn: evaluate.score_all(model, **counts)
-        half = vars(image_tokenizer.TOKENIZERS["kl16"]) | dict(ch=64)
-        vae = image_tokenizer.Autoencoder(image_tokenizer.AutoencoderConfig(**half)).eval()
-        x = torch.rand(1, 3, 256, 256) * 2 - 1 if what == "encode" else torch.randn(1, 16, 16, 16)
+        vae = image_tokenizer.Autoencoder(image_tokenizer.TOKENIZERS["kl16"]).eval()
+        x = torch.rand(1, 3, 512, 512) * 2 - 1 if what == "encode" else torch.randn(1, 16, 32, 32)
         return lambda turn: getattr(vae, what)(x)
 
     torch.set_num_threads(1)
