@@ -136,3 +136,17 @@ def test_tables_and_figures_over_seeds(tmp_path, capsys):
     assert "0.200 (0.100-0.300)" in capsys.readouterr().out  # one seed: its interval
     with pytest.raises(ValueError, match="--eval-every"):
         tables.main([str(tmp_path / "x"), "--figure", str(tmp_path / "g.png")])
+
+def test_table_of_speed():
+    """The five rows of custom_kernels/README.md are the numbers of speed.json, which says whose they are."""
+    report = json.loads(read("results", "speed.json"))
+    assert report["device"] and re.fullmatch(r"[0-9a-f]{7,}", report["commit"])  # no uncommitted code
+    rows = [cells(line) for line in read("custom_kernels", "README.md").partition("## On a CPU")[2].splitlines()
+            if line.startswith("| ")][2:]
+    jobs = [["step mar"], ["step ar"], ["step diffusion"], [f"scores {arch}" for arch in ("mar", "ar", "diffusion")],
+            ["encode", "decode"]]
+    for row, names in zip(rows, jobs, strict=True):
+        found = [report["results"][name] for name in names]
+        wanted = [" / ".join(f"{job[key]:,.{digits}f}" for job in found)
+                  for key, digits in (("before", 0), ("now", 0), ("ratio", 2))]
+        assert row[1:] == wanted, row
