@@ -1,8 +1,7 @@
 """Attention over key intervals: query i of row b sees the keys lo[b, i] <= j < hi[b, i].
 
 Every mask of the three models is of this kind. Text: hi = i + 1. A bidirectional image block: hi = end of the block.
-Left padding: lo = first real token. So a mask is two integers per query, not a (queries x keys) table, and a kernel can
-tell from a few of them what it never has to look at.
+Left padding: lo = first real token. So a mask is two integers per query, and a few of them tell what nobody looks at.
 
 The forward pass (online softmax; FlashAttention-2, arXiv 2307.08691): one program owns BM queries of one head and walks
 over the keys with a (BM, BN) tile of scores s = q k^T / sqrt(D). Each query keeps m, the largest score so far; l, the
@@ -10,8 +9,7 @@ sum of exp(s - m); acc, the sum of exp(s - m) v. When a tile raises m to m', bot
 The output is acc / l; beside it lse = m + log l is kept: exp(s - lse) is the softmax probability. All is in base 2.
 
 Bounds, once per mask: for every 32 queries the least and greatest lo and hi. Keys outside [min lo, max hi) are never
-loaded, those inside [max lo, min hi) need no comparison. The dk/dv kernel, which walks over queries, has the same for
-every 32 keys. Nothing needs to be monotone.
+loaded, those inside [max lo, min hi) need no comparison; the same for every 32 keys and the kernel that owns keys.
 
 The backward pass: with P = softmax(s), O = P V and dO given, dV = P^T dO, dP = dO V^T, dS = P * (dP - delta),
 dQ = dS K / sqrt(D), dK = dS^T Q / sqrt(D), where delta_i = dO_i . O_i. P is computed again, tile by tile. One kernel

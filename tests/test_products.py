@@ -1,10 +1,14 @@
 """custom_kernels/products.py: which library multiplies on a CPU changes times, not results."""
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import run
+from processes import ROOT
 
 import train
 from custom_kernels import products
@@ -73,3 +77,13 @@ def test_it_is_for_cpus():
     args.device = "cuda"
     with pytest.raises(ValueError, match="--gemm"):
         train.check_typed(args, ["--gemm", "mkl"])
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_the_check_ends_in_a_fork_of_a_process_that_has_computed():
+    """OpenMP's threads do not survive a fork: whoever waits for them there waits for ever."""
+    program = ("import os, signal, torch; from custom_kernels.products import use_products; torch.set_num_threads(2)\n"
+               "torch.randn(1024, 512) @ torch.randn(512, 1024); child = os.fork()\n"
+               "if child == 0: signal.alarm(30); use_products(); os._exit(0)\n"
+               "assert os.waitpid(child, 0)[1] == 0 and torch.get_num_threads() == 2")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
