@@ -409,7 +409,7 @@ class Run:
             block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
         if self.world > 1 and not self.sharded:
             forward = DDP(forward, device_ids=[self.device] if cuda else None, find_unused_parameters=True)
-        return torch.compile(forward) if compiles and not self.sharded else forward
+        return custom_kernels.compiled(forward) if compiles and not self.sharded else forward
 
 def train_step(run, step, micro_batches):
     """One optimizer step over this process's [{part: tensors}] -> ({part: its loss}, gradient norm), both still on the

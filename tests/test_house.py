@@ -6,8 +6,8 @@ import re
 import checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-BUDGET = {"train.py": 838, "sample.py": 310, "evaluate.py": 600, "vision_encoder.py": 402, "image_tokenizer.py": 600,
-          "text_tokenizer.py": 250, "data.py": 950, "shape_world.py": 460, "checkpoint.py": 1024,
+BUDGET = {"train.py": 838, "sample.py": 310, "evaluate.py": 600, "vision_encoder.py": 370, "image_tokenizer.py": 600,
+          "text_tokenizer.py": 250, "data.py": 935, "shape_world.py": 460, "checkpoint.py": 1024,
           "benchmarks.py": 465, "lmms_eval_adapter.py": 125}
 MODELS = ("model_mar.py", "model_ar.py", "model_diffusion.py")  # a reader's own model file is not counted
 MAY_IMPORT = {  # rooms below each room; a model file's name stands for all of them
@@ -17,7 +17,8 @@ MAY_IMPORT = {  # rooms below each room; a model file's name stands for all of t
     "model": ["data", "vision_encoder", "image_tokenizer", "checkpoint", "custom_kernels"],
     "sample": ["data", "checkpoint"], "evaluate": ["data", "shape_world", "checkpoint", "benchmarks"],
     "benchmarks": ["data", "checkpoint"], "lmms_eval_adapter": ["data", "checkpoint"],
-    "train": ["data", "shape_world", "checkpoint", "image_tokenizer", "sample", "evaluate", "custom_kernels"]}
+    "train": ["data", "shape_world", "checkpoint", "image_tokenizer", "sample", "evaluate", "custom_kernels"],
+    "bench": ["train", "evaluate", "image_tokenizer", "data", "checkpoint", "custom_kernels"]}  # never imported
 
 def lines(path):
     with open(os.path.join(ROOT, path), encoding="utf-8") as f:
@@ -39,7 +40,7 @@ def test_every_file_stays_within_its_budget():
     kernels = [n for path, n in lengths.items() if path.startswith("custom_kernels") and not path.endswith("bench.py")]
     assert sum(kernels) <= 1400, kernels
     ours = {path: n for path, n in lengths.items() if not path.startswith("model_") or path in MODELS}
-    assert sum(ours.values()) <= 9520, (sum(ours.values()), ours)
+    assert sum(ours.values()) <= 9665, (sum(ours.values()), ours)
 
 def test_no_line_is_longer_than_120_characters():
     for path in PRODUCT + list(python_files("tests", "weights", "results")):
@@ -51,7 +52,7 @@ def test_imports_go_downwards_only():
     rooms = {os.path.splitext(path)[0] for path in PRODUCT if "/" not in path} | {"custom_kernels"}
     for path in PRODUCT:
         me = path.split("/")[0].removesuffix(".py")
-        me = "model" if me.startswith("model_") else me
+        me = "model" if me.startswith("model_") else "bench" if path == "custom_kernels/bench.py" else me
         for node in ast.walk(ast.parse("\n".join(lines(path)))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []

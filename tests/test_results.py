@@ -16,12 +16,15 @@ def read(*path):
     with open(os.path.join(ROOT, *path), encoding="utf-8") as f:
         return f.read()
 
+def cells(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
 @pytest.mark.parametrize("row", ROWS)
 def test_the_table_of_the_readme_is_what_its_folders_give(row):
     runs = tables.read_results(os.path.join(RESULTS, ROWS[row]))
     assert all(sorted(runs[name]) == [0, 1, 2] for name in ("reca", "sft", "reca-whole"))
     line = next(line for line in read("README.md").splitlines() if line.startswith(f"| {row} |"))
-    assert [cell.strip() for cell in line.strip().strip("|").split("|")][1:] == tables.row(runs)
+    assert cells(line)[1:] == tables.row(runs)
     for seed in (0, 1, 2):  # all start from the same base
         before = [runs[name][seed]["curve"][0][1] for name in runs]
         assert all(tables.value(s, c) == tables.value(before[0], c) for s in before for c in tables.COLUMNS)
@@ -69,3 +72,17 @@ def test_a_file_that_is_no_scored_run(tmp_path):
     (tmp_path / "reca_seed0.json").write_text(json.dumps({"curve": [(0, {})], "scores": None}))
     with pytest.raises(ValueError, match="reca_seed0.json: not scored before and after; run train.py with --eval-n"):
         tables.read_results(tmp_path)
+
+def test_table_of_speed():
+    """The five rows of custom_kernels/README.md are the numbers of speed.json, which says whose they are."""
+    report = json.loads(read("results", "speed.json"))
+    assert report["device"] and re.fullmatch(r"[0-9a-f]{7,}", report["commit"])  # no uncommitted code
+    rows = [cells(line) for line in read("custom_kernels", "README.md").partition("## On a CPU")[2].splitlines()
+            if line.startswith("| ")][2:]
+    jobs = [["step mar"], ["step ar"], ["step diffusion"], [f"scores {arch}" for arch in ("mar", "ar", "diffusion")],
+            ["encode", "decode"]]
+    for row, names in zip(rows, jobs, strict=True):
+        found = [report["results"][name] for name in names]
+        wanted = [" / ".join(f"{job[key]:,.{digits}f}" for job in found)
+                  for key, digits in (("before", 0), ("now", 0), ("ratio", 2))]
+        assert row[1:] == wanted, row
