@@ -85,11 +85,10 @@ def write_text(path, text):
 
 MANY = 10 ** 9
 RANGES = {  # lowest and highest value of every flag that is a number, in train.py, sample.py and evaluate.py
-    **dict.fromkeys(("steps", "log_every", "pool", "captioned"), (1, MANY)),
+    **dict.fromkeys(("steps", "log_every", "pool"), (1, MANY)),
     **dict.fromkeys(("warmup", "save_every", "eval_every", "eval_n", "stop_after", "clip", "preview_every"), (0, MANY)),
     **dict.fromkeys(("batch", "n", "max_new_tokens"), (1, 10 ** 6)), **dict.fromkeys(("accum", "threads"), (1, 4096)),
-    **dict.fromkeys(("drop", "wrong_captions", "sparse_captions", "altered_share"), (0, 1)), "questions": (1, 64),
-    "workers": (0, 256),
+    "drop": (0, 1), "questions": (1, 64), "workers": (0, 256),
     **dict.fromkeys(("betas", "ema"), (0, 1 - 1e-9)), **dict.fromkeys(("lr", "muon_lr", "muon_decay"), (0, 100)),
     **dict.fromkeys(("weight_decay", "temperature"), (0, 100)), **dict.fromkeys(("i2t_weight", "t2i_weight"), (0, 1e6)),
     **dict.fromkeys(("cache_gb", "data_weights"), (0, 1e6)), "preview": (0, 64), "cfg": (1, 1000), "lora": (0, 4096),
@@ -480,10 +479,11 @@ def add_flags(parser):
 
 def model_of(args):
     """The model that sample.py and evaluate.py are asked for."""
+    model = load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer, args.device,
+                       dtype_of(args), args.vision_ckpt, adapters=args.adapters, rest=args.rest_ckpt)
     if args.device == "cpu":
         use_products(args.gemm)
-    return load_model(args.arch, args.ckpt, args.config, args.tokenizer_ckpt, args.text_tokenizer, args.device,
-                      dtype_of(args), args.vision_ckpt, adapters=args.adapters, rest=args.rest_ckpt)
+    return model
 
 def dtype_of(args):
     """--dtype, of the weights that sample.py and evaluate.py load; None: float32."""

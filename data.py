@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import shape_world
 from checkpoint import HERE, check_disk, one_line_errors, origin, reading, reason_of, refuse_unused, write_safetensors
-from vision_encoder import VIEWS, altered, as_rgb, to_float, to_uint8
+from vision_encoder import as_rgb, to_float, to_uint8
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures that people have: single ones, and in folders, tar shards, parquet and LLaVA JSON
@@ -622,15 +622,12 @@ def read_mix(mix):
 class Batches:
     """`batch(step)` -> {part: {name: tensor}}, what this process trains on in one micro-batch: frozen encodings, token
     rows, randomness. A part takes its images from a pool (`pool_of`), whose encodings are computed once and kept in
-    --cache or on the CPU, or step by step where they would need more than --cache-gb. view: what RecA's context holds
-    instead of all that the model sees of a picture, a function (model, pixels, encodings, rows, generator) -> encodings
-    to replace, for --altered-share of the pictures (None: that of --understanding)."""
+    --cache or on the CPU, or step by step where they would need more than --cache-gb."""
 
-    def __init__(self, args, model, device="cpu", rank=0, world=1, view=None):
+    def __init__(self, args, model, device="cpu", rank=0, world=1):
         self.args, self.parts, self.model = args, args.mix, model
         self.device, self.rank, self.world = torch.device(device), rank, world
         self.samples = {part: round(args.batch * share) for part, share in self.parts.items()}  # of all processes
-        self.view = (view or VIEWS[args.understanding]) if "recon" in self.parts else None
         self.workers = worker_count(args, device)
         sources, self.texts = self.sources()
         self.encodings, self.uncached, self.size = {}, {}, {"text": args.pool}
@@ -663,10 +660,6 @@ class Batches:
             self.pool_of |= dict.fromkeys(parts, name)
         if args.i2t_data:
             self.pool_of["i2t"] = "understanding"
-        if self.view is not None and args.data:
-            raise ValueError(f"--understanding {args.understanding} is for the shape world: leave it out with --data")
-        if self.view is not None:
-            self.pool_of["recon"] = "altered"  # apart from "broad", whose encodings image-to-text keeps as they are
         need = {self.pool_of[part] for part in self.parts if part in self.pool_of}
         if args.config != "tiny" and (not own or need - own - {"understanding"}):
             raise ValueError(f"--config {args.config} draws {self.model.config.image_size}-pixel pictures: give "
@@ -692,9 +685,6 @@ class Batches:
         if gigabytes <= self.args.cache_gb:
             self.encodings[name] = self.encode_all(name, source)
             return
-        if name == "altered":
-            raise ValueError(f"--understanding {self.args.understanding}: its pool must be cached ({gigabytes:.1f} "
-                             f"GB): raise --cache-gb ({self.args.cache_gb:g}) or lower --pool")
         self.uncached[name] = source
         if self.rank == 0:
             print(f"pool {name}: encodings of {len(source):,} images would take {gigabytes:.1f} GB (--cache-gb "
@@ -717,13 +707,8 @@ class Batches:
         self.model.eval()
         chunks, pieces = [], [rows[start:start + chunk] for start in range(0, len(rows), chunk)]
         made = self.ahead(partial(self.pixels, name, source), pieces)
-        for some, pixels in zip(tqdm(pieces, f"encoding {name}", disable=None if show else True), made):
-            pixels = pixels.to(self.device, non_blocking=True)
-            encodings = self.model.precompute(pixels)
-            if name == "altered":
-                generator = sample_generator(self.args.seed, 0, 0, "altered")
-                first_full = round(self.args.altered_share * self.size["altered"])  # the pool is in no order
-                encodings |= altered(self.view, self.model, pixels, encodings, some, generator, first_full)
+        for _, pixels in zip(tqdm(pieces, f"encoding {name}", disable=None if show else True), made):
+            encodings = self.model.precompute(pixels.to(self.device, non_blocking=True))
             chunks.append({k: v.cpu() for k, v in encodings.items()})
         self.model.train(was)
         return {k: torch.cat([c[k] for c in chunks]) for k in chunks[0]}

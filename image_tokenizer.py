@@ -115,6 +115,11 @@ class ChannelNorm(nn.LayerNorm):
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
+def channels_last(x):
+    """(B, C, h, w) with the channels of a place side by side in memory, as convolutions want it on CPUs and GPUs: all
+    layers of a pyramid keep what its first one gets."""
+    return x.contiguous(memory_format=torch.channels_last)
+
 def norm(groups, c):
     return nn.GroupNorm(groups, c, eps=1e-6) if groups else ChannelNorm(c, eps=1e-6)
 
@@ -202,7 +207,7 @@ class Encoder(nn.Module):
         return self.down
 
     def forward(self, x):
-        x = self.conv_in(F.pixel_unshuffle(x, self.patch))
+        x = self.conv_in(channels_last(F.pixel_unshuffle(x, self.patch)))
         for level in self.levels():
             x = _run(level, x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
@@ -230,7 +235,7 @@ class Decoder(nn.Module):
         return reversed(self.up)
 
     def forward(self, z):
-        x = self.mid(self.conv_in(z))
+        x = self.mid(self.conv_in(channels_last(z)))
         for level in self.levels():
             x = _run(level, x)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)

@@ -82,7 +82,7 @@ CONFIGS = {
         hidden_size=128, num_layers=4, num_heads=4, intermediate_size=224, text_vocab=1024, eos=1018, image_size=48,
         codebook_size=2048, vq=TOKENIZERS["tiny-lfq"], clip=vision.VISION_ENCODERS["tiny-clip"], clip_mean=(0.5,) * 3,
         clip_std=(0.5,) * 3, train_clip=True, system_prompt="", user="Question:", assistant="Answer:", max_prompt=40,
-        max_dialogue=56, max_request=32, pad_multiple=4, cfg=2.0, mask_steps=6, reca_steps=6),
+        max_dialogue=56, max_request=32, pad_multiple=4, cfg=3.0, mask_steps=6, reca_steps=6),
     "show-o-256": ShowOConfig(w_clip_vit=False, system_prompt="", max_request=384),
     "show-o-512": ShowOConfig(w_clip_vit=False, system_prompt="", max_request=384, image_size=512, reca_steps=20),
     "show-o-512-blur8": ShowOConfig(w_clip_vit=False, system_prompt="", max_request=384, image_size=512, reca_steps=20,
@@ -105,10 +105,10 @@ RECIPES = {
         # Muon, because AdamW alone needs twice the samples. `align` and strong decay together cost it drawing: neither.
         "base": dict(lr=1e-3, muon_lr=0.02, warmup=100, steps=5500, batch=48, pool=40000,
                      mix={"t2i": 1.0, "i2t": 0.75, "edit": 0.75, "text": 0.25}),
-        # Captions beside RecA, as prompts name no places. No image-to-text: this model forgets little without it.
-        "reca": dict(lr=2e-4, steps=1200, batch=96, i2t_weight=0.0,
+        # Captions stand beside RecA, as in model_mar.py. No image-to-text: this model forgets little without it.
+        "reca": dict(lr=2e-4, steps=600, batch=96, i2t_weight=0.0,
                      mix={"recon": 0.5, "t2i": 0.5, "i2t": 1.0}),
-        "sft": dict(lr=2e-4, steps=1200, batch=96, i2t_weight=0.0, mix={"t2i": 1.0, "i2t": 1.0}),  # captions alone
+        "sft": dict(lr=2e-4, steps=600, batch=96, i2t_weight=0.0, mix={"t2i": 1.0, "i2t": 1.0}),  # captions alone
         "plain": dict(lr=2e-4, steps=300, batch=96, t2i_weight=0.0,  # a user's pictures, without captions
                       mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}),
     },

@@ -77,7 +77,7 @@ CONFIGS = {
                         num_kv_heads=4, rope_theta=1e4, special=(1019, 1020, 1021, 1022),
                         vit=vision.VISION_ENCODERS["tiny-siglip"], vae=TOKENIZERS["tiny-kl"], latent_patch_size=1,
                         max_latent_size=6, image_size=48, vae_resize=(48, 48), vit_resize=(48, 48),
-                        reca_resize=(48, 48), max_prompt=32, max_request=16, max_dialogue=64, flow_steps=24,
+                        reca_resize=(48, 48), max_prompt=40, max_request=16, max_dialogue=64, flow_steps=24,
                         interval=(0.0, 1.0)),
     "bagel-7b-mot": BagelConfig(),
 }
@@ -88,19 +88,18 @@ CONFIGS = {
 # They count optimizer steps: 1,000, all inside the warm-up of the release's command, whose first step has rate 0.
 PUBLISHED = dict(lr=4e-5, eps=1e-15, weight_decay=0.0, warmup=1000, warmup_from=0, schedule="constant", steps=1000,
                  batch=64, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=0.0, t2i_weight=0.0)
-# After the base stage of the tiny model. The captions are poor, as the web's are: RecA has most to give there.
-TINY = dict(lr=2e-4, muon_lr=0.005, steps=400, batch=96, i2t_weight=0.0, sparse_captions=0.6, wrong_captions=0.4)
+TINY = dict(lr=2e-4, muon_lr=0.005, steps=400, batch=96, i2t_weight=0.0)  # after the base stage of the tiny model
 RECIPES = {
     "tiny": {
-        # With little muon_decay (no singular value grows beyond 1 / muon_decay) picture tokens become so much larger
-        # than words that no block can add to them. `uncond` trains the empty prompt, so no caption has to be dropped.
-        "base": dict(lr=1e-3, muon_lr=0.02, muon_decay=0.3, warmup=100, steps=3500, batch=48, drop=0.0, pool=40000,
-                     mix={"t2i": 1.0, "uncond": 0.25, "i2t": 1.0, "edit": 0.5, "text": 0.25, "align": 1.0}),
-        # Captions stand beside RecA because features teach that a place is empty unless something is said of it, and
-        # prompts name no places; edits keep editing alive. The base reconstructs by copying place by place, which
-        # teaches drawing little, so RecA sees the features in random order: what is there, not where.
-        "reca": dict(TINY, mix={"recon": 0.5, "t2i": 0.5, "edit": 0.25}, understanding="shuffled"),
-        "sft": dict(TINY, mix={"t2i": 1.0, "edit": 0.25}),  # the control: the same without RecA
+        # The encoder and its expert learn beside the drawing one; then this learns drawing alone, by the second command
+        # of weights/README.md. Muon's decay keeps picture tokens from becoming so much larger than words that no block
+        # can add to them. `words` teaches the encoder what is where, `uncond` the empty prompt.
+        "base": dict(lr=2e-3, muon_lr=0.003, muon_decay=0.1, warmup=100, steps=4500, batch=48, drop=0.0, pool=40000,
+                     mix={"t2i": 1.0, "uncond": 0.25, "i2t": 0.75, "edit": 0.5, "text": 0.25, "words": 0.5},
+                     questions=4),
+        # Captions stand beside RecA, as in model_mar.py; edits keep editing alive.
+        "reca": dict(TINY, mix={"recon": 0.5, "t2i": 0.5, "edit": 0.25}),
+        "sft": dict(TINY, mix={"t2i": 1.0, "edit": 0.25}),  # captions alone
         # RecA on a user's own images, which have no captions
         "plain": dict(lr=2e-4, steps=300, batch=96, mix=PUBLISHED["mix"], i2t_weight=0.0, t2i_weight=0.0),
     },
@@ -160,8 +159,8 @@ class MoTLayer(nn.Module):
 
     def forward(self, streams, view, past=None, wanted=EXPERTS):
         """streams: understanding (B, U, W) and, unless there is none, generation (B, G, W). past: keys and values of
-        earlier tokens, each (B, kv_heads, n, dim). -> the streams (None for one that is not `wanted`), and keys and
-        values of past and present in memory order."""
+        earlier tokens (2, B, kv_heads, n, dim), at whose end these are written. -> the streams (None for one that is
+        not `wanted`), and keys and values of past and present in memory order."""
         attn, q, k, v = self.self_attn, [], [], []
         for e, x, rope in zip(EXPERTS, streams, view.rope):
             with view.grad(e):
@@ -175,7 +174,8 @@ class MoTLayer(nn.Module):
             k, v = (pick(t.flatten(2), view.order).view_as(t) for t in (k, v))
         k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, kv_heads, U+G, dim)
         if past is not None:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+            past[..., -k.shape[2]:, :] = torch.stack([k, v])
+            k, v = past
         out = []
         for e, x, query, plan in zip(EXPERTS, streams, q, view.plans):
             if e not in wanted:
@@ -461,16 +461,15 @@ class Bagel(nn.Module):
         then B without the last text, and B without images. steps, shift, interval: see BagelConfig; how: `guide`."""
         c, (B, n, _), R, device = self.config, noise.shape, len(cache.rope), cache.rope.device
         steps, shift, (low, high) = steps or c.flow_steps, shift or c.shift, interval or c.interval
-        past = cache.kv[0][0].shape[2]
-        bounds = {"pos": cache.rope, "lo": cache.start, "hi": torch.full_like(cache.rope, past + 2 + n)}
+        past, kv = cache.kv[0][0].shape[2], [F.pad(torch.stack(layer), (0, 0, 0, 2 + n)) for layer in cache.kv]
+        bounds = {"pos": cache.rope, "lo": cache.start, "hi": 0 * cache.rope + past + 2 + n, "image": 0 * cache.rope}
         row = {name + k: v[:, None].expand(R, m) for name, m in (("und_", 2), ("gen_", n)) for k, v in bounds.items()}
         row["gen_grid"] = vision.grid_ids(*grid, c.max_latent_size, device).expand(R, n)
-        row["gen_image"] = row["gen_pos"] * 0
         markers = self.embed(torch.tensor([c.special[2:]], device=device).expand(R, 2))
         branches = []
         for m in (B, R):  # without and with guidance
             rows = {k: v[:m] for k, v in row.items()}
-            branches.append((markers[:m], rows, self.view(rows, past), [(k[:m], v[:m]) for k, v in cache.kv]))
+            branches.append((markers[:m], rows, self.view(rows, past), [layer[:, :m] for layer in kv]))
         times = [shift * s / (1 + (shift - 1) * s) for s in (1 - i / steps for i in range(steps + 1))]
         x = noise.to(device, torch.float32)
         for t, after in zip(times, times[1:]):
@@ -554,19 +553,19 @@ class Bagel(nn.Module):
     @torch.no_grad()
     def generate_tokens(self, cache, max_new_tokens, temperature=0.0, generator=None):
         """Continues contexts, greedily at temperature 0, until each row has had <|im_end|> -> ids (B, new)."""
-        kv, (bos, eos, *_), written = cache.kv, self.config.special, []
-        generators = vision.row_generators(generator, len(cache.rope))
+        past, (bos, eos, *_), written = cache.kv[0][0].shape[2], self.config.special, []
+        kv = [F.pad(torch.stack(layer), (0, 0, 0, max_new_tokens)) for layer in cache.kv]
+        llm, generators = self.language_model, vision.row_generators(generator, len(cache.rope))
         token = torch.full_like(cache.rope, bos)[:, None]  # (B, 1)
         done = torch.zeros_like(token, dtype=torch.bool)
         while len(written) < max_new_tokens and not bool(done.all()):
-            past = kv[0][0].shape[2]
             row = {"und_pos": cache.rope[:, None] + len(written), "und_lo": cache.start[:, None],
                    "und_hi": torch.full_like(token, past + 1)}
-            hidden, kv = self.language_model([self.embed(token)], self.view(row, past), kv, keep=True)
-            logits = self.language_model.lm_head(hidden[0][:, -1]).float()  # (B, vocabulary)
+            hidden, _ = llm([self.embed(token)], self.view(row, past), [t[..., :past + 1, :] for t in kv])
+            logits = llm.lm_head(hidden[0][:, -1]).float()  # (B, vocabulary)
             token = vision.next_token(logits, temperature, generators)  # (B, 1)
             written.append(token)
-            done = done | (token == eos)
+            done, past = done | (token == eos), past + 1
         return torch.cat(written, 1)
 
     def write(self, samples, max_new_tokens, temperature=0.0, generator=None, **seen):

@@ -99,7 +99,7 @@ RECIPES = {
         # SigLIP brings nothing here: `words` teaches it to see sooner than questions would.
         "base": dict(lr=1e-3, muon_lr=0.02, warmup=100, steps=5500, batch=48, pool=40000,
                      mix={"t2i": 1.0, "i2t": 0.75, "edit": 0.75, "text": 0.25, "words": 0.5}),
-        # Captions beside RecA, as prompts name no places
+        # Captions stand beside RecA, as in model_mar.py. Image-to-text keeps the shared backbone's understanding.
         "reca": dict(lr=2e-4, steps=600, batch=96, mix={"recon": 0.5, "t2i": 0.5, "i2t": 1.0}),
         "sft": dict(lr=2e-4, steps=600, batch=96, mix={"t2i": 1.0, "i2t": 1.0}),  # captions alone
         "plain": dict(lr=2e-4, steps=300, batch=96, t2i_weight=0.0,  # a user's pictures, without captions

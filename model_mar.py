@@ -92,7 +92,8 @@ CONFIGS = {
                          dropout=0.0, diffloss_depth=3, diffloss_width=192, mask_ratio_min=0.3, mask_bucket=1,
                          # 24 steps from t = 949: at 999 a small net's error is multiplied by 1,000
                          num_sampling_steps="2,2,2,2,1,1,1,1,1,1,1,1,1,1,1,1,1,1,2,0", image_size=48,
-                         vae=TOKENIZERS["tiny-kl"], max_prompt=64, max_dialogue=128, pad_multiple=4, mask_steps=9),
+                         vae=TOKENIZERS["tiny-kl"], max_prompt=64, max_dialogue=128, pad_multiple=4, cfg=4.0,
+                         mask_steps=9),
     "harmon-0.5b": HarmonConfig(),
     "harmon-1.5b": HarmonConfig(hidden_size=1536, intermediate_size=8960, num_layers=28, num_heads=12, encoder_dim=1280,
                                 encoder_depth=20, encoder_heads=16, decoder_dim=1280, decoder_depth=20,
@@ -109,18 +110,16 @@ SIZES = {"harmon-0.5b": dict(PUBLISHED, steps=750, batch=1536),
 TINY = dict(lr=2e-4, steps=300, batch=96)
 RECIPES = {
     # A drawing loss is about 0.05 where a cross entropy is about 0.5: weights of 8 to 1 share the backbone's gradient.
-    # Captions are poor, since there RecA has most to give.
     "tiny": {
         # Muon needs fewer samples; its decay keeps picture tokens from growing so large that blocks cannot add to
         # them. Four questions a row, and `words`, teach the encoder what is where.
         "base": dict(lr=2e-3, muon_lr=0.005, muon_decay=0.1, warmup=100, steps=6000, batch=48, t2i_weight=8.0,
                      mix={"t2i": 1.0, "i2t": 0.75, "edit": 0.5, "text": 0.25, "words": 0.5}, questions=4,
-                     wrong_captions=0.4, sparse_captions=0.6, pool=40000),
-        # Half of the pictures are understood with their cells in random order: copying place by place teaches drawing
-        # little. Captions stand beside RecA, because prompts name no places.
-        "reca": dict(TINY, mix={"recon": 0.5, "t2i": 0.5, "i2t": 1.0}, i2t_weight=0.125, understanding="scrambled",
-                     altered_share=0.5, wrong_captions=0.4, sparse_captions=0.6),
-        "sft": dict(TINY, mix={"t2i": 1.0, "i2t": 1.0}, t2i_weight=8.0, wrong_captions=0.4, sparse_captions=0.6),
+                     pool=40000),
+        # Captions stand beside RecA: pictures name everything, short prompts do not, and what RecA alone teaches is
+        # that whatever is not named is not there.
+        "reca": dict(TINY, mix={"recon": 0.5, "t2i": 0.5, "i2t": 1.0}, i2t_weight=0.125),
+        "sft": dict(TINY, mix={"t2i": 1.0, "i2t": 1.0}, t2i_weight=8.0),  # captions alone
         # RecA on a user's own pictures, which have no captions
         "plain": dict(TINY, mix={"recon": 1.0, "i2t": 1.0, "t2i": 1.0}, i2t_weight=0.125, t2i_weight=0.0),
     },
@@ -161,7 +160,8 @@ class DecoderLayer(nn.Module):
                                   "down_proj": nn.Linear(inner, h, bias=False)})
 
     def forward(self, x, cos, sin, plan, past=None, keep=None):
-        """x (B, T, h) -> (x, (k, v)). keep: only the last `keep` positions are queries, and rows that come out."""
+        """x (B, T, h) -> (x, (k, v)). past: see Qwen2. keep: only the last `keep` are queries, and rows that come out.
+        """
         attn, mlp = self.self_attn, self.mlp
         # one product for q, k and v: joining the weights is cheap next to three passes over x
         weight = torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight])
@@ -170,7 +170,8 @@ class DecoderLayer(nn.Module):
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)  # (B, heads, T, dim)
         q, k = rotate(qk, cos, sin).split([self.heads, self.kv_heads], 1)
         if past is not None:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+            past[..., -k.shape[2]:, :] = torch.stack([k, v])
+            k, v = past
         if keep is not None:
             x, q = x[:, -keep:], q[:, :, -keep:]
         x = x + attn.o_proj(attention(q, k, v, None, None, plan).transpose(1, 2).flatten(2))
@@ -188,9 +189,10 @@ class Qwen2(nn.Module):
         self.lm_head.weight = self.model.embed_tokens.weight  # tied; both names are in the published files
 
     def forward(self, x, pads, past=None, keep=None):
-        """x (B, T, h) -> final hidden states, of the last `keep` positions (None: all), and the next call's `past`."""
-        c, past = self.config, past or [None] * self.config.num_layers
-        start = past[0][0].shape[2] if past[0] else 0
+        """x (B, T, h) -> final hidden states, of the last `keep` positions (None: all), and keys and values per layer.
+        past: of each layer those of earlier tokens (2, B, kv_heads, n, dim), at whose end these are written."""
+        c, start = self.config, past[0].shape[3] - x.shape[1] if past else 0
+        past = past or [None] * c.num_layers
         total = start + x.shape[1]
         slots = torch.arange(start, total, device=x.device)[None]  # (1, T)
         positions = (slots - pads[:, None]).clamp(min=0)  # (B, T): pads do not count
@@ -463,8 +465,11 @@ class Harmon(nn.Module):
         return pick(torch.cat([text, images.to(text.dtype)], 1), source)
 
     def fuse(self, latents, visible, pads, context=None, past=None):
-        """Visible latents, read by the LLM after the context (B, W, h) or its cached `past` -> (B, S + V, D)."""
+        """Visible latents (B rows, or those of the first of guided pairs), read by the LLM after the context (B, W, h)
+        or its cached `past` -> (B, S + V, D)."""
         x, z = self.visual_features(latents, visible)
+        if len(x) < len(pads):  # guided pairs, which see the same
+            x, z = (t.repeat(len(pads) // len(t), 1, 1) for t in (x, z))
         embeds = z if context is None else torch.cat([context, z], 1)
         hidden, S = self.llm(embeds, pads, past, keep=z.shape[1])[0], self.config.buffer_size
         return x + self.proj_out(torch.cat([hidden[:, -S:], hidden[:, :-S]], 1))
@@ -496,9 +501,10 @@ class Harmon(nn.Module):
         generators = vision.row_generators(generator, n)
         orders = vision.draw_rows(torch.randperm, generators, L) if orders is None else orders
         orders = orders.to(device).repeat(R // len(orders), 1)
-        past = self.llm(context, pads, keep=1)[1]  # the context is read once; the image part is computed in every step
+        kv = self.llm(context, pads, keep=1)[1]  # the context is read once; the image part is computed in every step
+        kv, read = [F.pad(torch.stack(t), (0, 0, 0, L + self.config.buffer_size)) for t in kv], context.shape[1]
         C, masked_now = latent_channels(self.config), L
-        tokens = torch.zeros(R, L, C, device=device)
+        tokens = torch.zeros(n, L, C, device=device)
         for s in range(steps):
             masked_next = max(1, min(masked_now - 1, math.floor(L * math.cos(math.pi / 2 * (s + 1) / steps))))
             left = 0 if s == steps - 1 else masked_next  # the last step takes everything that is left
@@ -506,7 +512,8 @@ class Harmon(nn.Module):
                 continue
             visible = orders[:, masked_now:].sort(1).values
             predicted = orders[:, left:masked_now].sort(1).values  # raster order, in which the noise is counted
-            x = self.fuse(tokens.view(R, *grid, -1), visible, pads, past=past)
+            past = [t[..., :read + visible.shape[1] + self.config.buffer_size, :] for t in kv]
+            x = self.fuse(tokens.view(n, *grid, -1), visible[:n], pads, past=past)
             z = self.mar.decode(x, visible, torch.cat([orders[:, :left], predicted], 1), grid)[:, left - masked_now:]
             scale = cfg if schedule == "constant" else 1 + (cfg - 1) * (L - masked_next) / L
             if noise is None:
@@ -514,10 +521,10 @@ class Harmon(nn.Module):
                 drawn = drawn.transpose(0, 1).flatten(1, 2)
             step_noise = (drawn[0], drawn[1:]) if noise is None else noise[s]  # (n*k, C), (times, n*k, C)
             new = self.mar.diffloss.sample(z.flatten(0, 1), temperature, scale, step_noise)
-            new = new.view(R, -1, new.shape[-1])[:n].repeat(R // n, 1, 1)
-            tokens = tokens.scatter(1, predicted[..., None].expand_as(new), new)
+            new = new.view(R, -1, C)[:n]
+            tokens = tokens.scatter(1, predicted[:n, :, None].expand_as(new), new)
             masked_now = left
-        return tokens[:n].view(n, *grid, -1)
+        return tokens.view(n, *grid, -1)
 
     def generate(self, prompts, cfg=None, steps=None, temperature=1.0, generator=None, size=None, schedule="constant"):
         """Captions -> images (B, 3, H, W) in [-1, 1]. size: pixels, one number or (H, W), multiples of self.stride."""
@@ -578,15 +585,18 @@ class Harmon(nn.Module):
     @torch.no_grad()
     def generate_tokens(self, context, pads, max_new_tokens, temperature=0.0, generator=None, stop=-1):
         """Continues the rows (B, W, h), greedily at temperature 0, until each has had the id `stop` -> ids (B, new)."""
-        x, past, out, done = context, None, [], torch.zeros_like(pads, dtype=torch.bool)
+        out, done, read = [], torch.zeros_like(pads, dtype=torch.bool), context.shape[1]
         generators = vision.row_generators(generator, len(context))
+        hidden, kv = self.llm(context, pads, keep=1)
+        kv = [F.pad(torch.stack(t), (0, 0, 0, max_new_tokens)) for t in kv]
         while len(out) < max_new_tokens and not bool(done.all()):
-            hidden, past = self.llm(x, pads, past, keep=1)
+            if out:
+                x = self.llm.model.embed_tokens(out[-1])
+                hidden = self.llm(x, pads, [t[..., :read + len(out), :] for t in kv])[0]
             logits = self.llm.lm_head(hidden[:, -1]).float()  # (B, vocabulary)
             token = vision.next_token(logits, temperature, generators)  # (B, 1)
             out.append(token)
             done = done | (token[:, 0] == stop)
-            x = self.llm.model.embed_tokens(token)
         return torch.cat(out, 1)
 
     # ---- what train.py needs

@@ -109,15 +109,16 @@ SIZES = {"openuni-b-512": dict(PUBLISHED, batch=1344, accum=4, steps=2500, warmu
          **dict.fromkeys(("openuni-l-512", "openuni-l-1024"), dict(PUBLISHED, batch=5376, accum=16, steps=312, warmup=3,
                                                                    warmup_from=0.9375))}
 RECA = dict(mix={"recon": 1.0}, i2t_weight=0.0, t2i_weight=0.0, drop=0.0)
-TINY = dict(lr=2e-4, steps=400, batch=96, i2t_weight=0.0, sparse_captions=0.6, wrong_captions=0.4)
+TINY = dict(lr=2e-4, steps=400, batch=96, i2t_weight=0.0)
 RECIPES = {
     "tiny": {
         # What InternVL3 is to the published model: it sees and reads, and is frozen from then on. It is trained first,
         # by itself; how drawing is then learned from captions, with --stage sft, is said in weights/README.md.
         "base": dict(lr=2e-3, muon_lr=0.005, muon_decay=0.1, warmup=100, steps=3000, batch=48, pool=40000, questions=4,
                      mix={"i2t": 1.0, "text": 0.5, "words": 0.5}),
-        "reca": dict(TINY, mix={"recon": 0.5, "t2i": 0.5, "edit": 0.25}, understanding="shuffled"),
-        "sft": dict(TINY, mix={"t2i": 1.0, "edit": 0.25}),  # the control: the same without RecA
+        # Captions stand beside RecA, as in model_mar.py; edits keep editing alive.
+        "reca": dict(TINY, mix={"recon": 0.5, "t2i": 0.5, "edit": 0.25}),
+        "sft": dict(TINY, mix={"t2i": 1.0, "edit": 0.25}),  # captions alone
         "plain": dict(TINY, **RECA),  # RecA on a user's own images, which have no captions
     },
     **{size: {"reca": dict(flags, **RECA), "sft": dict(flags, mix={"t2i": 1.0})} for size, flags in SIZES.items()},

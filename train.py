@@ -146,7 +146,6 @@ def parse_args(argv=None):
     args.betas, args.mix = tuple(args.betas), data.read_mix(args.mix)
     args.mix = {part: share for part, share in args.mix.items() if loss_weight(args, part) > 0}
     args.out, args.overwrite, args.resume = first.out or first.resume, first.overwrite, first.resume
-    args.captioned = args.pool if args.captioned is None else args.captioned
     if args.lora:
         check_lora(args, first.muon_lr, state)
     return args, state
@@ -234,9 +233,6 @@ def check_typed(args, argv=None):
         ("t2i-weight", parts & drawn, "parts that --mix leaves out: t2i, edit, uncond"),
         ("no-exif", args.data or args.i2t_data, "--data and --i2t-data"), ("image-root", llava, "JSON of --i2t-data"),
         ("pool", world, "the shape world"), ("questions", "i2t" in world, "the shape world's part i2t"),
-        ("captioned wrong-captions sparse-captions", world & {"t2i", "align"}, "captions of the shape world"),
-        ("understanding", "recon" in parts, "the part recon, which --mix leaves out"),
-        ("altered-share", "recon" in world and args.understanding != "full", "--understanding scrambled or shuffled"),
         ("eval-n", tiny, "tiny models"), ("eval-every eval-split", judged, "tiny models with --eval-n above 0"))
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -413,7 +409,7 @@ class Run:
             block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
         if self.world > 1 and not self.sharded:
             forward = DDP(forward, device_ids=[self.device] if cuda else None, find_unused_parameters=True)
-        return torch.compile(forward) if compiles and not self.sharded else forward
+        return custom_kernels.compiled(forward) if compiles and not self.sharded else forward
 
 def train_step(run, step, micro_batches):
     """One optimizer step over this process's [{part: tensors}] -> ({part: its loss}, gradient norm), both still on the

@@ -8,7 +8,6 @@ weights (PIL image -> tensor) is at the end, with what the samplers of all model
 """
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -446,42 +445,3 @@ def to_uint8(images):
 
 def to_float(pictures, device="cpu"):
     return torch.from_numpy(np.ascontiguousarray(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Views: what RecA's context may hold instead of all that the model sees of a picture (a `view` of data.Batches)
-
-def scrambled(model, pixels, encodings, rows, generator):
-    """The picture with its nine cells in random order, encoded anew: what there is, but not where."""
-    side = pixels.shape[-1] // 3
-    cells = F.unfold(pixels, side, stride=side)  # (n, 3 side side, 9)
-    order = random_orders(rows, 9, generator)[:, None].to(pixels.device).expand_as(cells)
-    other = model.precompute(F.fold(cells.gather(2, order), pixels.shape[-2:], side, stride=side))
-    key, latents = ("features", "features") if "features" in encodings else ("source_latents", "latents")
-    return {key: other[latents]}  # the target's own latents stay
-
-def shuffled(model, pixels, encodings, rows, generator):
-    """The understanding features in random order."""
-    if "features" not in encodings:
-        raise ValueError("--understanding shuffled: this model's encoder trains along: take scrambled")
-    x = encodings["features"]  # (n, tokens, width)
-    order = random_orders(rows, x.shape[1], generator).to(x.device)
-    return {"features": x.gather(1, order[..., None].expand_as(x))}
-
-def random_orders(rows, places, generator):
-    """(len(rows), places): row i has the i-th order that a fresh generator of this seed draws, whoever encodes it."""
-    return orders_up_to(1 << max(rows).bit_length(), places, generator.initial_seed())[torch.as_tensor(rows)]
-
-@lru_cache(2)
-def orders_up_to(n, places, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(places, generator=generator) for _ in range(n)])
-
-VIEWS = {"full": None, "scrambled": scrambled, "shuffled": shuffled}
-
-def altered(view, model, pixels, encodings, rows, generator, first_full):
-    """What the view replaces in the encodings of some rows of a pool; rows from `first_full` on keep what they have."""
-    out = view(model, pixels, encodings, rows, generator)
-    full = torch.as_tensor(rows) >= first_full
-    for k, x in out.items():
-        x[full] = encodings[k.removeprefix("source_")][full]
-    return out

@@ -1,32 +1,23 @@
 """Attention over key intervals: query i of row b sees the keys lo[b, i] <= j < hi[b, i].
 
 Every mask of the three models is of this kind. Text: hi = i + 1. A bidirectional image block: hi = end of the block.
-Left padding: lo = first real token. Samples packed into one row: lo = start of the sample. So a mask is two integers
-per query, not a (queries x keys) table, and a kernel can tell from a few of them what it never has to look at.
+Left padding: lo = first real token. So a mask is two integers per query, and a few of them tell what nobody looks at.
 
-The forward pass (online softmax; FlashAttention-2, arXiv 2307.08691)
-    One program owns BM queries of one head and walks over the keys, BN at a time, with a (BM, BN) tile of scores
-    s = q k^T / sqrt(D). Each query keeps three running values: m, the largest score so far; l, the sum of exp(s - m);
-    acc, the sum of exp(s - m) v. When a tile raises the maximum from m to m', what was summed relative to m is
-    multiplied by exp(m - m'). After the last tile the output is acc / l. Beside it only lse = m + log l is kept: then
-    exp(s - lse) is the softmax probability itself. (All exponents are base 2: log2(e) is folded into the scale.)
+The forward pass (online softmax; FlashAttention-2, arXiv 2307.08691): one program owns BM queries of one head and walks
+over the keys with a (BM, BN) tile of scores s = q k^T / sqrt(D). Each query keeps m, the largest score so far; l, the
+sum of exp(s - m); acc, the sum of exp(s - m) v. When a tile raises m to m', both sums are multiplied by exp(m - m').
+The output is acc / l; beside it lse = m + log l is kept: exp(s - lse) is the softmax probability. All is in base 2.
 
-Bounds (once per mask, shared by all heads and layers)
-    For every 32 queries: the least and greatest lo and hi. A program combines those of its queries:
-        keys   . . . [ min lo ........ max lo )[ max lo ........ min hi )[ min hi ........ max hi ) . . .
-               nobody       some queries            every query              some queries         nobody
-    Tiles outside are never loaded, tiles in the middle need no comparison with lo and hi. The dk/dv kernel, which walks
-    over queries, has the same for every 32 keys. Nothing needs to be monotone.
+Bounds, once per mask: for every 32 queries the least and greatest lo and hi. Keys outside [min lo, max hi) are never
+loaded, those inside [max lo, min hi) need no comparison; the same for every 32 keys and the kernel that owns keys.
 
-The backward pass (recomputation)
-    With P = softmax(s), O = P V and dO given: dV = P^T dO, dP = dO V^T, dS = P * (dP - delta), dQ = dS K / sqrt(D),
-    dK = dS^T Q / sqrt(D), where delta_i = sum_j P_ij dP_ij = dO_i . O_i needs no pass over the keys. P is not stored
-    but computed again, tile by tile, as exp(s - lse). One kernel owns queries, walks over keys and sums dQ; another
-    owns keys, walks over queries (of all heads that share a key head) and sums dK and dV. Each output element has one
-    owner: no atomic additions, so the same input gives the same bits.
+The backward pass: with P = softmax(s), O = P V and dO given, dV = P^T dO, dP = dO V^T, dS = P * (dP - delta),
+dQ = dS K / sqrt(D), dK = dS^T Q / sqrt(D), where delta_i = dO_i . O_i. P is computed again, tile by tile. One kernel
+owns queries and sums dQ; another owns keys, and sums dK and dV over all heads that share them. Each output element has
+one owner: no atomic additions, so the same input gives the same bits.
 
-An empty interval has l = 0: its output is 0 and lse +inf, so that exp(s - lse) and every gradient through it is 0.
-The sides of a kernel's matrices are powers of two, as are the models' heads; others are padded with columns of 0."""
+An empty interval has output 0 and lse +inf, so that every gradient through it is 0. The sides of a kernel's matrices
+are powers of two; other heads are padded with columns of 0."""
 import functools
 from dataclasses import dataclass, field
 

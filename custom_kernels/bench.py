@@ -2,15 +2,25 @@
 
     python -m custom_kernels.bench                     # all tables, or --only one of them; writes bench.json
     python -m custom_kernels.bench --check             # bfloat16 correctness; exit code 1 if something is wrong
+    python -m custom_kernels.bench --steps             # complete RecA steps at published sizes, weights at random
+    python -m custom_kernels.bench --cpu               # no GPU: tiny models in turns with those of an earlier commit
 
 Each line: median milliseconds forward, and forward + backward; TFLOP/s or TB/s of the latter; peak memory beyond the
 inputs; how many times as long as ours it takes. Under each shape stands the line for pick.py's table."""
 import argparse
 import functools
+import inspect
 import json
+import os
+import platform
+import re
+import statistics
 import subprocess
 import sys
+import tempfile
 import timeit
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -163,13 +173,182 @@ def check(device="cuda", dtype=torch.bfloat16, cut=4):
     print("\n".join(line for line, _ in lines))
     return lines
 
+# ---------------------------------------------------------------------------------------------------------------------
+# complete RecA steps at published sizes, with weights at random
+
+STEPS = (("mar", "harmon-0.5b", 16), ("mar", "harmon-1.5b", 8), ("ar", "show-o-clip-512", 4),
+         ("diffusion", "bagel-7b-mot", 1))  # and how many pictures, each to be reconstructed
+
+def a_run(arch, config, device):
+    """What `train.train_step` and `train.Run.wrapped` ask of a run, of one process, with a model of random weights."""
+    import checkpoint
+    import data
+    import train
+    args, _ = train.parse_args(["--arch", arch, "--config", config, "--device", device, "--mix", "recon=1"])
+    file, dtype = checkpoint.model_file(arch), torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device(device):
+        model = file.Model(file.CONFIGS[config], checkpoint.load_tokenizer("tiny"))
+    train.place(model, args, dtype, sharded=False)
+    named = model.trainable_parameters("reca")
+    run = SimpleNamespace(args=args, model=model, named=named, device=torch.device(device), dtype=dtype, world=1,
+                          rank=0, sharded=False, ema=None, weights={"recon": 1.0},
+                          optimizers=train.make_optimizers(args, model, named))
+    run.skipped, run.streak, run.last_skip = torch.zeros(3, dtype=torch.int64, device=device).unbind()
+    run.batches = SimpleNamespace(to_device=functools.partial(data.Batches.to_device, run))
+    return run
+
+def one_step(run, batch):
+    import train
+    train.train_step(run, 1, [batch])
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()
+
+def measure_step(arch, config, n, device, turns=10):
+    """-> {way: dict(ms, images_per_s, mfu, gb) or dict(error)}: our step on n pictures, and the same in the released
+    order of work: pictures encoded in every step, all blocks computed twice, dense masks, nothing compiled."""
+    import train
+    found, cuda = {}, device == "cuda"
+    for way, recompute, forced in (("ours", "none", pick.FORCED), ("released order", "blocks", "reference")):
+        try:
+            run = a_run(arch, config, device)
+            run.args.recompute, run.args.compile = recompute, "on" if cuda and way == "ours" else "off"
+            batch = {"recon": train.rehearsal_batch(run.model, "recon", n, 30)}
+            if way == "ours":
+                batch = run.batches.to_device(batch, {})  # with encodings in place of pixels, from the cache
+            with mock.patch.object(pick, "FORCED", forced):
+                run.forward = train.Run.wrapped(run)
+                times = [timeit.timeit(functools.partial(one_step, run, batch), number=1) for _ in range(turns + 2)]
+            seconds, gb = statistics.median(times[2:]), torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
+            mfu = train.count_flops(train.rehearsal(run.args)[0], batch) / seconds / pick.peak_flops(run.device)
+            found[way] = dict(ms=seconds * 1e3, images_per_s=n / seconds, mfu=mfu, gb=gb)
+        except Exception as e:  # such as too little memory: the others are measured all the same
+            found[way] = dict(error=f"{type(e).__name__}: {str(e).strip()[:80]!r}")
+        run = batch = None
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        print(f"{arch} {config}, {n} pictures, {way:15}", found[way], flush=True)
+    return found
+
+# ---------------------------------------------------------------------------------------------------------------------
+# on a CPU: the tiny models' work in turns with that of another commit, each in a process of its own, on one thread
+
+BEFORE = "59b0348"  # the last commit before speed was looked at
+CPU_JOBS = [f"{what} {arch}" for what in ("step", "scores") for arch in ("mar", "ar", "diffusion")]
+CPU_JOBS += ["encode", "decode"]  # of KL-16, a picture of 512 pixels
+TURNS = {"step": 21, "scores": 3, "encode": 5, "decode": 5}
+
+def worker():
+    """Stands in a checkout, whatever its commit: reads names of jobs, one a line, and answers with milliseconds of this
+    process's own time, which others on the machine hardly change. Its source is sent there, so it imports all it needs.
+    """
+    import functools
+    import os
+    import sys
+    import time
+    answers, sys.stdout = sys.stdout, sys.stderr
+    import torch
+
+    import checkpoint
+    import evaluate
+    import image_tokenizer
+    import train
+    try:  # a run of train.py does this by itself
+        from custom_kernels.products import use_products
+        use_products()
+    except ImportError:
+        pass
+
+    @functools.cache
+    def prepared(what, arch):
+        """-> a function of the number of the turn."""
+        if what == "step":
+            out = os.path.join(sys.argv[1], arch)
+            small = ("--pool", "400", "--threads", "1")
+            args, _ = train.parse_args(["--arch", arch, "--out", out, *small])
+            run = train.Run(args, None)
+            batches = [[run.batches.batch(step)] for step in range(8)]
+            return lambda turn: train.train_step(run, turn, batches[turn % 8])
+        if what == "scores":
+            model = checkpoint.load_model(arch, checkpoint.default_weights(arch, "base")).eval()
+            counts = dict(n=150, questions=200, reconstructions=64, editing=arch == "diffusion")
+            return lambda turn: evaluate.score_all(model, **counts)
+        vae = image_tokenizer.Autoencoder(image_tokenizer.TOKENIZERS["kl16"]).eval()
+        x = torch.rand(1, 3, 512, 512) * 2 - 1 if what == "encode" else torch.randn(1, 16, 32, 32)
+        return lambda turn: getattr(vae, what)(x)
+
+    torch.set_num_threads(1)
+    for turn, job in enumerate(sys.stdin):
+        work = prepared(*(job.split() + [""])[:2])
+        with torch.set_grad_enabled(job.startswith("step")):
+            start = time.process_time()
+            work(turn)
+        print((time.process_time() - start) * 1e3, file=answers, flush=True)
+
+def compare_commits(before, turns):
+    """-> {job: {"before", "now": median ms, "spread": the least and the most, "ratio"}}."""
+    source = inspect.getsource(worker) + "worker()"
+    with tempfile.TemporaryDirectory() as folder:
+        archive = subprocess.run(["git", "archive", before], capture_output=True)
+        if archive.returncode:
+            sys.exit(f"--before {before}: {archive.stderr.decode().strip()}: give a commit that is in this clone")
+        os.makedirs(old := os.path.join(folder, "before"))
+        subprocess.run(["tar", "-x", "-C", old], input=archive.stdout, check=True)
+        workers = {}
+        for name, where in (("before", old), ("now", os.getcwd())):
+            command = [sys.executable, "-c", source, os.path.join(folder, name + "-runs")]
+            with open(os.path.join(folder, name + ".log"), "w") as log:
+                workers[name] = subprocess.Popen(command, cwd=where, text=True, stdin=subprocess.PIPE,
+                                                 stdout=subprocess.PIPE, stderr=log)
+        found = {}
+        for job in CPU_JOBS:
+            took = {name: [] for name in workers}
+            for turn in range(turns or 1 + TURNS[job.split()[0]]):
+                for name, process in workers.items():
+                    print(job, file=process.stdin, flush=True)
+                    took[name].append(float(process.stdout.readline()))
+            found[job] = {name: statistics.median(ms[1:]) for name, ms in took.items()}  # the first turn warms up
+            found[job]["spread"] = {name: [min(ms[1:]), max(ms[1:])] for name, ms in took.items()}
+            found[job]["ratio"] = found[job]["before"] / found[job]["now"]
+            print("{:18} {before:9.1f} ms before {now:9.1f} ms now, {ratio:.2f} x".format(job, **found[job]),
+                  flush=True)
+        for process in workers.values():
+            process.stdin.close()
+            process.wait()
+    return found
+
+def processor():
+    if not os.path.exists("/proc/cpuinfo"):
+        return platform.processor()
+    with open("/proc/cpuinfo") as f:
+        return re.search(r"model name\s*:\s*(.+)|$", f.read())[1] or platform.machine()
+
+def write(report, results, path):
+    with open(path, "w") as f:
+        json.dump(dict(report, results=results), f, indent=1)
+    print(f"\nwritten to {path}")
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m custom_kernels.bench", description=__doc__.split(",")[0])
     parser.add_argument("--only", choices=CASES)
     parser.add_argument("--check", action="store_true", help="bfloat16 correctness instead of times")
+    parser.add_argument("--steps", action="store_true", help="complete RecA steps; with --dry of tiny models, on a CPU")
+    parser.add_argument("--cpu", action="store_true", help="tiny models in turns with those of --before, on one thread")
+    parser.add_argument("--before", default=BEFORE, metavar="COMMIT", help=f"of --cpu (default {BEFORE})")
+    parser.add_argument("--turns", type=int, help="of --cpu; the first one warms up")
     parser.add_argument("--out", default="bench.json", help="where the numbers go")
     parser.add_argument("--dry", action="store_true", help="tiny sizes in Triton's interpreter, to try it out")
     args = parser.parse_args()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    on_cpu = args.dry or args.cpu
+    name = processor() if on_cpu or not torch.cuda.is_available() else torch.cuda.get_device_name()
+    report = dict(device=name, torch=torch.__version__, commit=commit)
+    if args.cpu:
+        return write(dict(report, before=args.before), compare_commits(args.before, args.turns), args.out)
+    if args.steps and (args.dry or torch.cuda.is_available()):
+        steps, device = STEPS, "cpu" if args.dry else "cuda"
+        if args.dry:
+            steps = [(arch, "tiny", 2) for arch, *_ in STEPS]
+        return write(report, [(*step, measure_step(*step, device)) for step in steps], args.out)
     if pick.triton is None or not (pick.INTERPRETING if args.dry else torch.cuda.is_available()):
         print("custom_kernels.bench needs a CUDA GPU and triton (see --help): nothing was measured", file=sys.stderr)
         sys.exit(2)
@@ -177,16 +356,11 @@ def main():
     if args.check:
         failed = sum(not ok for _, ok in check(device, dtype, cut))
         sys.exit(f"{failed} not OK" if failed else 0)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    report = dict(device="CPU" if args.dry else torch.cuda.get_device_name(), torch=torch.__version__, commit=commit)
     print(report)
     torch.manual_seed(0)
     like = torch.empty(0, device=device, dtype=dtype)
-    report["results"] = [table(case, like.is_cuda, report["device"]) for name, cases in CASES.items()
-                         if args.only in (None, name) for case in cases(like, cut)]
-    with open(args.out, "w") as f:
-        json.dump(report, f, indent=1)
-    print(f"\nwritten to {args.out}")
+    write(report, [table(case, like.is_cuda, report["device"]) for name, cases in CASES.items()
+                   if args.only in (None, name) for case in cases(like, cut)], args.out)
 
 if __name__ == "__main__":
     main()

@@ -1,8 +1,7 @@
 """The losses of diffusion, one number for each row: Harmon's DDPM with learned variance, BAGEL's rectified flow.
 
-Many rows, small sums: eager PyTorch reads and writes the rows once per elementary operation. The kernels read them
-once, in float32 whatever they are stored in, and write each row's loss and the loss's gradient in that row; the
-backward pass multiplies it by the incoming number per row."""
+Eager PyTorch reads and writes the rows once per elementary operation. The kernels read them once and write each row's
+loss and its gradient in that row, in float32; the backward pass multiplies it by the incoming number per row."""
 import math
 
 import torch

@@ -1,14 +1,12 @@
-"""Cross entropy of a linear layer's output, without ever holding the logits of all rows.
+"""Cross entropy of a linear layer's output without all logits at once (20,000 x 151,936 in float32: 12 GB, twice).
 
-logits = hidden weight^T + bias would be rows x vocabulary numbers (20,000 x 151,936 in float32: 12 GB, and as much
-again for their gradient). But the gradient of a row's loss in its logits is softmax - onehot, known as soon as that
-row's logits are. So a chunk of rows at a time: logits, loss, gradient in place of the logits, and its two products
-(with weight: the gradient of hidden; with hidden: a term of the gradient of weight). The gradients are thus ready when
-the forward pass ends; the backward pass multiplies them by a scalar. Three matrix products, as in the plain way.
+The gradient of a row's loss in its logits is softmax - onehot, known as soon as they are. So a chunk of rows at a time:
+logits, loss, gradient in their place, and its products with weight and with hidden. The gradients are ready when the
+forward pass ends; the backward pass multiplies them by a scalar. Three matrix products, as in the plain way.
 
 Two ways beside the plain reference: `chunked` in PyTorch, and Triton kernels, which spend no product on the ignored
-labels (prompt and image). A stable sort puts the kept rows first, their number stays on the device, and a program whose
-rows lie behind it returns at once: no host sync, no shape that depends on data."""
+labels: a stable sort puts the kept rows first, and a program whose rows lie behind them returns at once. No host sync,
+no shape that depends on data."""
 import torch
 import torch.nn.functional as F
 

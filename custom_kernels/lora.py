@@ -1,5 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): frozen linear layers that learn a product B A beside their weight, with the
-names and settings that PEFT writes."""
+"""LoRA (arXiv 2106.09685): frozen linear layers that learn a product B A beside their weight; names as in PEFT."""
 import collections
 import math
 
@@ -11,9 +10,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 PEFT = "base_model.model."  # before every name in PEFT's files
 
 class LoRALinear(nn.Linear):
-    """What `attach` makes of an nn.Linear: W + scale B A, with lora_A (rank, in) and lora_B (out, rank) in fp32. W, the
-    bias and their names stay, so that what reads, shards or saves the base by name finds it as before. The sum is made
-    only for code that reads `weight` (a fused product, a tied loss): it takes memory, and bf16 rounds small B A off."""
+    """What `attach` makes of an nn.Linear: W + scale B A, with lora_A (rank, in) and lora_B (out, rank) in fp32. The
+    names in the base stay. The sum is made only for code that reads `weight` (a fused product, a tied loss): it takes
+    memory, and bf16 rounds small B A off."""
 
     def merged(self):
         own = self._parameters["weight"]

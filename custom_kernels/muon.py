@@ -4,9 +4,8 @@ import math
 import torch
 
 class Muon(torch.optim.Optimizer):
-    """Coefficients, Nesterov momentum, decay and scale as in torch.optim.Muon, which always iterates in bf16: on a
-    processor without bf16 products that is two thirds of a tiny model's step. Here the products are bf16 under CUDA
-    and fp32 elsewhere, and matrices of one shape go together. params: 2-D tensors."""
+    """Coefficients, Nesterov momentum, decay and scale as in torch.optim.Muon, which always iterates in bf16: slow
+    where a processor lacks it. Here only CUDA does, and matrices of one shape go together. params: 2-D tensors."""
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))

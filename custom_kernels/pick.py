@@ -4,9 +4,8 @@ CPU: always the plain PyTorch reference. CUDA: what PICK says. NANORECA_KERNELS=
 (triton on a CPU means Triton's interpreter, TRITON_INTERPRET=1: slow, for the tests).
 
 PICK is data: (function, size) -> (choice, the measurement that decided). A kernel is picked at a size only after
-`python -m custom_kernels.bench` has seen it win there. Nothing has been measured yet, so every line is the choice that
-rests on PyTorch's own GPU code: FlexAttention where a dense mask would be too large, chunks of plain matrix products
-where all logits would be."""
+`python -m custom_kernels.bench` has seen it win there. Nothing has been measured yet: so far all is PyTorch's own, with
+FlexAttention where a dense mask would be too large, chunks of plain products where all logits would be."""
 import os
 from types import SimpleNamespace
 
@@ -52,6 +51,19 @@ def choose(name, size, device):
         return FORCED or "reference"
     choice = (PICK.get((name, size)) or PICK[(name, None)])[0]
     return choice if triton is not None or choice == "chunked" else "reference"
+
+def compiled(forward):
+    """torch.compile of a model that takes a batch. From the first call on it has symbols for the lengths that differ
+    from step to step, those of integers and of noise, and no two of them are one because they are equal just then."""
+    torch.fx.experimental._config.use_duck_shape = False
+    fast = torch.compile(forward)
+
+    def call(batch):
+        for name, t in (item for tensors in batch.values() for item in tensors.items()):
+            if name == "noise" or not t.is_floating_point():
+                torch._dynamo.maybe_mark_dynamic(t, [*range(1, t.dim())])
+        return fast(batch)
+    return call
 
 def autocast(*tensors):
     """What autocast does for PyTorch's own matrix products, for ours."""

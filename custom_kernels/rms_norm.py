@@ -1,10 +1,10 @@
-"""RMS norm, whose backward pass torch fuses on GPUs only."""
+"""RMS norm, whose backward pass torch fuses on GPUs and where it compiles, and nowhere else."""
 import torch
 import torch.nn.functional as F
 
 class RMSNormCPU(torch.autograd.Function):
-    """On CPUs F.rms_norm is a long chain of small operations, a fifth of a tiny decoder's time. Here the backward pass
-    is LayerNorm's fused one with a mean of zero, less its projection onto constants, which RMSNorm does not have."""
+    """F.rms_norm, on CPUs a long chain of small operations, with the backward pass of LayerNorm: the fused one with a
+    mean of zero, less its projection onto constants, which RMSNorm does not have."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -21,5 +21,5 @@ class RMSNormCPU(torch.autograd.Function):
 
 def rms_norm(x, weight, eps):
     """x (..., W) / sqrt(mean(x^2) + eps) * weight, weight (W,), in the dtype of x."""
-    fused = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    fused = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not torch.compiler.is_compiling()
     return RMSNormCPU.apply(x, weight, eps) if fused else F.rms_norm(x, weight.shape, weight, eps)

@@ -387,9 +387,9 @@ class Model(torch.nn.Module):
         return {"rows": rows, "labels": labels, "count": (labels > 0).sum().float()}
 
 def batches(folder, world=1, rank=0, **settings):
-    args = SimpleNamespace(mix={"recon": 1.0, "i2t": 1.0}, batch=8, understanding="full", stage="reca", config="tiny",
-                           data=[str(folder)], i2t_data=None, image_root=None, pool=8, captioned=8, seed=3, cache_gb=1,
-                           accum=1, altered_share=1, drop=0, questions=1, sparse_captions=0, wrong_captions=0)
+    args = SimpleNamespace(mix={"recon": 1.0, "i2t": 1.0}, batch=8, stage="reca", config="tiny",
+                           data=[str(folder)], i2t_data=None, image_root=None, pool=8, seed=3, cache_gb=1,
+                           accum=1, drop=0, questions=1)
     vars(args).update(settings)
     return data.Batches(args, Model(), "cpu", rank, world)
 

@@ -636,7 +636,7 @@ UNUSED = {  # what is typed, and the flag that would change nothing
         ("--vision-ckpt x", "vision-ckpt"), ("--rest-ckpt x y", "rest-ckpt"),
         ("--stage tokenizer --config CONFIG", "config"), ("--stage tokenizer --text-tokenizer x", "text-tokenizer"),
         ("--stage tokenizer --recompute blocks", "recompute"), ("--stage tokenizer --drop 0.5", "drop"),
-        ("--stage tokenizer --captioned 9", "captioned"), ("--stage tokenizer --i2t-data x.json", "i2t-data"),
+        ("--stage tokenizer --i2t-data x.json", "i2t-data"),
         ("--stage tokenizer --eval-split dev --eval-n 0", "eval-split"),
         ("--stage tokenizer --pool 9 --data x", "pool"),
         ("--tokenizer-ckpt x", "tokenizer-ckpt"), ("--stage base --ckpt x --tokenizer-ckpt y", "tokenizer-ckpt"),
@@ -649,12 +649,7 @@ UNUSED = {  # what is typed, and the flag that would change nothing
         ("--image-root x --i2t-data folder", "image-root"), ("--image-root x --data x.json", "image-root"),
         ("--data x --i2t-data y --pool 9", "pool"), ("--arch diffusion --data x --pool 9", "pool"),
         ("--data x --questions 2 --i2t-data y", "questions"), ("--mix recon=1 --questions 2", "questions"),
-        ("--data x --captioned 9", "captioned"), ("--mix recon=1 --wrong-captions 0.1", "wrong-captions"),
-        ("--stage sft --data x --sparse-captions 0.1", "sparse-captions"),
-        ("--mix t2i=1 --t2i-weight 1 --captioned 9 --data x", "data"),
-        ("--stage sft --understanding scrambled", "understanding"), ("--altered-share 0.5 --arch ar", "altered-share"),
-        ("--altered-share 0.5 --understanding full", "altered-share"),
-        ("--altered-share 0.5 --data x", "altered-share"),
+        ("--mix t2i=1 --t2i-weight 1 --pool 9 --data x", "data"),
         ("--config CONFIG --eval-n 9", "eval-n"), ("--config CONFIG --eval-every 9", "eval-every"),
         ("--eval-n 0 --eval-every 9", "eval-every"), ("--eval-n 0 --eval-split dev", "eval-split")],
     "sample": [
@@ -663,8 +658,10 @@ UNUSED = {  # what is typed, and the flag that would change nothing
             "rest-ckpt y")),
         ("--max-new-tokens 5", "max-new-tokens"), ("--image x --edit y --max-new-tokens 5", "max-new-tokens"),
         ("--no-exif --prompt x", "no-exif"), ("--ckpt x --tokenizer-ckpt y", "tokenizer-ckpt")],
-    "evaluate": [("--geneval x --split dev", "split"), ("--geneval x --editing", "editing"),
-                 ("--geneval x --json y", "json"), ("--out x", "out"), ("--tokenizer-ckpt x", "tokenizer-ckpt"),
+    "evaluate": [*((f"--draw geneval --prompts x --{flag}", flag.split()[0]) for flag in (
+                    "split dev", "editing", "json y", "images z")), ("--draw wise --prompts x --n 2", "n"),
+                 ("--out x", "out"), ("--prompts x", "prompts"), ("--images x", "images"), ("--batch 5", "batch"),
+                 ("--tokenizer-ckpt x", "tokenizer-ckpt"),
                  ("--vision-ckpt x", "vision-ckpt"), ("--rest-ckpt x", "rest-ckpt")]}
 USED = {
     "train": [
@@ -674,14 +671,15 @@ USED = {
         "--rest-ckpt f g",
         "--data x --pool 9 --questions 2 --drop 0.2 --no-exif", "--data x --i2t-data y.JSONL --image-root z --no-exif",
         "--stage sft --data x --i2t-data y --i2t-weight 1 --mix t2i=1 i2t=1", "--stage tokenizer --pool 9 --eval-n 9",
-        "--mix recon=1 --understanding shuffled --altered-share 0.5", "--stage base --muon-decay 0.1 --arch ar",
-        "--stage sft --captioned 9 --wrong-captions 0.1 --sparse-captions 0.1 --eval-n 6",
+        "--stage base --muon-decay 0.1 --arch ar",
+        "--stage sft --pool 9 --eval-n 6",
         "--eval-n 6 --eval-every 3 --eval-split dev"],
     "sample": ["", "--prompt a --n 2 --batch 3 --cfg 2 --steps 3 --seed 1 --temperature 0.5 --out x",
                "--image x --question q --max-new-tokens 3 --temperature 0.5 --seed 1 --no-exif",
                "--image x --reconstruct --no-exif --n 2 --cfg 1", "--image x --question q --think",
                "--config CONFIG --tokenizer-ckpt a --vision-ckpt b --text-tokenizer c"],
-    "evaluate": ["", "--split dev --editing --json x --cfg 2", "--geneval x --out y --n 2 --steps 3 --seed 1"]}
+    "evaluate": ["", "--split dev --editing --json x --cfg 2", "--draw geneval --prompts x --out y --n 2 --steps 3",
+                 "--draw gedit --prompts x --images y --batch 2", "--draw dpg-reca --prompts x --n 2"]}
 
 def typed(script, text, tmp_path):
     published = next(name for name in checkpoint.model_file("mar").CONFIGS if name != "tiny")
@@ -727,11 +725,12 @@ def test_devices_that_are_not_here(script, tmp_path, refused, monkeypatch):
         refused(lambda: SCRIPTS[script](["--device", device]), f"--device {device}", text)
 
 EVALUATE = [  # what is typed, and the line
-    ("--n 5", "--n 5: at least 1 picture per prompt with --geneval, else 6"), ("--cfg nan", "--cfg nan: must be from"),
+    ("--n 5", "--n 5: at least 6, one for each task"), ("--cfg nan", "--cfg nan: must be from"),
     ("--ckpt no/such", "no/such: no config.json there"), ("--ckpt file", "file: no config.json there"),
     ("--ckpt folder", "folder/config.json: not valid JSON"), ("--lora no/such", "--lora no/such: no adapter_config"),
-    ("--geneval no/such.jsonl", "--geneval no/such.jsonl: no such file"), ("--weights x", "--weights x chooses among"),
-    ("--geneval folder", "--geneval folder: no such file"), ("--geneval file", "file: not lines of JSON with a prompt"),
+    ("--draw geneval --prompts no/x", "--prompts no/x: no such file"), ("--weights x", "--weights x chooses among"),
+    ("--draw wise --prompts folder", "--prompts folder: no such file"), ("--verify folder", "folder/recipe.json: no"),
+    ("--draw geneval --prompts file", "file: not a list of rows that --prompts takes"),
     ("--config no-such", "--config no-such: the judge knows"), ("--text-tokenizer no/such", "no/such")]
 
 @pytest.mark.parametrize("text, message", EVALUATE)
@@ -765,5 +764,5 @@ BAD_PROMPTS = {"no prompt": '{"tag": "counting"}', "a number": '{"prompt": 5}', 
 @pytest.mark.parametrize("kind", BAD_PROMPTS)
 def test_prompts_of_geneval_that_are_none(kind, tmp_path, refused):
     (tmp_path / "p.jsonl").write_text(BAD_PROMPTS[kind])
-    refused(lambda: evaluate.export_geneval(None, str(tmp_path / "p.jsonl"), str(tmp_path / "out")),
-            tmp_path / "p.jsonl", "not lines of JSON with a prompt each")
+    argv = ["--draw", "geneval", "--prompts", str(tmp_path / "p.jsonl"), "--device", "cpu"]
+    refused(lambda: evaluate.main(argv), tmp_path / "p.jsonl", "prompt")

@@ -2,18 +2,16 @@
 import json
 import os
 import random
-import sys
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import checkpoint
 import evaluate
 import shape_world
-from data import sample_generator, to_float, to_uint8
-from shape_world import COLORS, TASKS, Scenes
+from data import to_float
+from shape_world import COLORS, COMBO_HELD_OUT, TASKS, Scenes
 
 def scene_for(row, rng):
     """A scene that shows what a prompt row asks for, at random cells."""
@@ -47,9 +45,12 @@ class Blank(torch.nn.Module):
 class Master(Blank):
     """Knows the prompts, questions and edits of one seed, and draws and answers what is right."""
 
-    def __init__(self, per_task, questions, edits, seed=0):
+    def __init__(self, per_task, questions, edits, seed=0, long=24):
         super().__init__()
-        self.rows = {r["prompt"]: r for r in shape_world.task_prompts(per_task, seed)}
+        rng = random.Random(0)
+        prompts, scenes = shape_world.long_prompts(long, seed)
+        self.scenes = {prompt: scenes.scene(i) for i, prompt in enumerate(prompts)}
+        self.scenes |= {r["prompt"]: scene_for(r, rng) for r in shape_world.task_prompts(per_task, seed)}
         scenes, rng = Scenes(questions, seed=90_000 + seed), random.Random(seed)
         kinds = shape_world.QUESTION_KINDS
         self.answers = [shape_world.question(scenes.scene(i), rng, kinds[i % len(kinds)])[1] for i in range(questions)]
@@ -58,8 +59,7 @@ class Master(Blank):
         self.edits = [shape_world.edit(scenes.scene(i), rng) for i in range(edits)]
 
     def generate(self, prompts, generator=None):
-        rng = random.Random(0)
-        return to_float(Scenes.of([scene_for(self.rows[p], rng) for p in prompts]).render())
+        return to_float(Scenes.of([self.scenes[p] for p in prompts]).render())
 
     def reconstruct(self, images, generator=None):
         return images
@@ -89,6 +89,9 @@ def test_a_model_that_does_everything_right_scores_one():
     g = scores["generation"]
     assert (g["score"], g["seen"], g["held_out"], g["unknown"]) == (1, 1, 1, 0)
     assert g["objects"] == np.mean([len(r["objects"]) * r.get("count", 1) for r in rows])
+    d = scores["long"]
+    assert d["score"] == d["captioned"]["score"] == d["held_out"]["score"] == 1 and d["prompts"] == 24
+    assert d["n"] == d["captioned"]["n"] + d["held_out"]["n"] == round(24 * d["objects"])
     assert scores["questions"]["accuracy"] == 1 and set(scores["questions"]["kinds"].values()) == {1.0}
     assert scores["reconstruction"] == dict(objects=1, exact=1, pixel_error=0, n=40)
     e = scores["editing"]
@@ -98,17 +101,35 @@ def test_a_model_that_does_everything_right_scores_one():
     assert stays - 0.01 <= e["kept"] <= stays < 1  # an edit that leaves no object as it was counts as 0
     assert model.training  # as it was
     text = evaluate.report(scores, "after: ").splitlines()
-    first = "after: score 1.000  (95 % 0.949-1.000, 72 pictures)  seen 1.000  held-out 1.000  objects/picture "
+    first = "after: short prompts 1.000  (95 % 0.949-1.000, 72 pictures)  seen 1.000  held-out 1.000  objects/picture "
     assert text[0].startswith(first)
     assert text[1] == "  " + "  ".join(f"{t} 1.00" for t in TASKS)
-    assert text[2].startswith("  questions 1.000 (color 1.00 ") and "  reconstruction 1.000  editing asked " in text[2]
+    assert text[2].startswith("  long prompts 1.000  (95 % 0.9") and text[2].endswith("captioned 1.000  held-out 1.000")
+    assert text[3].startswith("  questions 1.000 (color 1.00 ") and "  reconstruction 1.000  editing asked " in text[3]
 
 def test_a_model_that_does_nothing_scores_nothing():
     scores = evaluate.score_all(Blank(), 12, questions=16, reconstructions=8)
     assert scores["questions"]["accuracy"] == 0 and scores["reconstruction"]["exact"] == 0
     assert scores["reconstruction"]["pixel_error"] > 10 and "editing" not in scores
     short = evaluate.score_all(Blank(), 12, questions=0, reconstructions=0)
-    assert set(short) == {"generation", "seconds"} and len(evaluate.report(short).splitlines()) == 2
+    assert set(short) == {"generation", "long", "seconds"} and len(evaluate.report(short).splitlines()) == 3
+    assert evaluate.report_change(short, scores) == "change: short +0.000  held-out +0.000  long +0.000"
+
+def test_an_object_of_a_long_prompt_must_be_right_in_all():
+    model = Master(1, 1, 1, long=60)
+    scenes = dict(model.scenes)
+    for field, n in (("shape", 5), ("color", 6), ("size", 2), ("cell", 9)):
+        def other(o):
+            return o._replace(**{field: (getattr(o, field) + 1) % n})
+        wrong = {prompt: (g, [other(objects[0]), *objects[1:]]) for prompt, (g, objects) in scenes.items()
+                 if "background" in prompt and (field != "cell" or len(objects) == 1)}
+        model.scenes = scenes | wrong
+        d = evaluate.score_long(model, 60)[0]
+        assert abs(d["score"] - (1 - len(wrong) / d["n"])) < 1e-9, field
+    some = shape_world.long_prompts(60, 0)
+    assert some[0] == shape_world.long_prompts(60, 0)[0] != shape_world.long_prompts(60, 0, "dev")[0]
+    held = [COMBO_HELD_OUT[o.shape, o.color] for i in range(60) for o in some[1].scene(i)[1]]
+    assert d["held_out"]["n"] == sum(held) > 10 and d["captioned"]["n"] == len(held) - sum(held)
 
 def test_an_editor_that_changes_nothing_keeps_all_and_does_nothing():
     model = Master(1, 1, 192)
@@ -127,6 +148,10 @@ def test_every_picture_has_its_own_noise(monkeypatch):
     assert seeds + seeds2 == [g.initial_seed() for g in evaluate.generators(1007, 300)]
     assert len(set(seeds + seeds2)) == 300
     model.calls.clear()
+    evaluate.score_long(model, n=300, seed=7, cfg=2.0)
+    seeds = model.calls[0][1] + model.calls[1][1]
+    assert seeds == [g.initial_seed() for g in evaluate.generators(4007, 300)]
+    model.calls.clear()
     evaluate.score_editing(model, n=8, seed=7)
     assert model.calls[0][:2] == (8, [g.initial_seed() for g in evaluate.generators(3007, 8)])
 
@@ -137,7 +162,7 @@ def test_scores_do_not_depend_on_how_many_are_drawn_at_once(arch, monkeypatch):
     for batch in (5, 32):
         monkeypatch.setattr(evaluate, "BATCH", batch)
         scores = evaluate.score_all(model, 12, questions=0, reconstructions=6, steps=3)
-        got.append((scores["generation"], scores["reconstruction"]["objects"]))
+        got.append((scores["generation"], scores["long"], scores["reconstruction"]["objects"]))
     assert str(got[0]) == str(got[1])
 
 @pytest.mark.skipif(not os.path.isdir(checkpoint.default_weights("mar")), reason="weights/mar-reca is not there")
@@ -148,8 +173,8 @@ def test_shipped_weights_score_above_chance(capsys, tmp_path):
     assert scores["generation"]["score"] > 0.3 and scores["questions"]["accuracy"] > 0.6
     assert record["arch"] == "mar" and "--steps 8" in record["command"] and record["torch"] == torch.__version__
     out = capsys.readouterr().out.splitlines()
-    assert out[:3] == evaluate.report(scores).splitlines() and len(out) == 3 + len(TASKS)
-    assert out[3].startswith("  single_object  ") and out[-1].count(" of 2") == 2 and "held-out" in out[-1]
+    assert out[:4] == evaluate.report(scores).splitlines() and len(out) == 4 + len(TASKS)
+    assert out[4].startswith("  single_object  ") and out[-1].count(" of 2") == 2 and "held-out" in out[-1]
 
 def test_flags_reach_the_scores(monkeypatch):
     seen = []
@@ -164,32 +189,12 @@ def test_flags_reach_the_scores(monkeypatch):
     evaluate.main(["--device", "cpu"])
     assert seen == [((12, 3, "dev"), dict(editing=True, cfg=2.0)), ((600, 0, "test"), dict(editing=False))]
 
-def test_geneval_folders(tmp_path, capsys, monkeypatch):
-    class Noise(Blank):
-        def generate(self, prompts, generator=None, steps=None):
-            return torch.stack([torch.rand(3, 8, 8, generator=g) for g in generator]) * 2 - 1
-    monkeypatch.setattr(checkpoint, "load_model", lambda *a, **k: Noise())
-    rows = [dict(tag="counting", prompt=p) for p in ("two cats", "a dog", "three cups")]
-    (tmp_path / "meta.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
-    out = tmp_path / "out"
-    argv = ["--geneval", str(tmp_path / "meta.jsonl"), "--out", str(out), "--seed", "5", "--steps", "3", "--n", "2"]
-    evaluate.main([*argv, "--device", "cpu"])
-    assert sorted(p.name for p in out.iterdir()) == ["00000", "00001", "00002", "recipe.json"]
-    assert json.loads((out / "00002" / "metadata.jsonl").read_text()) == rows[2]
-    assert sorted(p.name for p in (out / "00001" / "samples").iterdir()) == ["0000.png", "0001.png"]
-    for i in range(3):  # the noise of (seed, prompt, picture)
-        want = to_uint8(Noise().generate([""] * 2, [sample_generator(5, i, j, "picture") for j in range(2)]))
-        for j in range(2):
-            assert (np.asarray(Image.open(out / f"{i:05d}" / "samples" / f"{j:04d}.png")) == want[j]).all()
-    recipe = json.loads((out / "recipe.json").read_text())
-    assert (recipe["n"], recipe["seed"], recipe["steps"], recipe["argv"]) == (2, 5, 3, sys.argv[1:])
-    assert "3 prompts x 2 pictures" in capsys.readouterr().out
-
 WRONG = [
     (["--config", "harmon-1.5b"], ValueError, "--config harmon-1.5b: the judge knows the shape world only"),
-    (["--n", "5"], ValueError, "--n 5: at least 1 picture per prompt with --geneval, else 6"),
-    (["--geneval", "x.jsonl", "--n", "0"], ValueError, "--n 0: must be from 1"),
-    (["--geneval", "no/such.jsonl"], FileNotFoundError, "--geneval no/such.jsonl: no such file"),
+    (["--n", "5"], ValueError, "--n 5: at least 6, one for each task"),
+    (["--draw", "geneval", "--prompts", "x.jsonl", "--n", "0"], ValueError, "--n 0: must be from 1"),
+    (["--draw", "geneval", "--prompts", "no/x.jsonl"], FileNotFoundError, "--prompts no/x.jsonl: no such file"),
+    (["--draw", "geneval"], ValueError, "--draw geneval: give its file of prompts as --prompts"),
     (["--ckpt", "no/such/folder"], FileNotFoundError, "no/such/folder: no config.json"),
 ]
 
@@ -202,7 +207,7 @@ def test_errors_are_one_line(argv, kind, message):
 def test_changes_and_the_scores_of_a_tokenizer():
     before, after = (dict(generation=dict(score=s, seen=s, held_out=s), questions=dict(accuracy=s))
                      for s in (0.25, 0.5))
-    line = "change: score +0.250  seen +0.250  held-out +0.250  questions +0.250"
+    line = "change: short +0.250  held-out +0.250  questions +0.250"
     assert evaluate.report_change(before, after) == line
 
     class Tokenizer(torch.nn.Module):  # keeps everything, draws nothing
@@ -214,4 +219,4 @@ def test_changes_and_the_scores_of_a_tokenizer():
             return images
     scores = evaluate.score_all(Tokenizer(), 8)
     assert evaluate.report(scores) == "reconstruction: objects 1.000, exact 1.000, pixel error 0.00 gray levels"
-    assert evaluate.report_change(scores, scores) == "change: objects +0.000"
+    assert evaluate.report_change(scores, scores) == "change: reconstruction +0.000"

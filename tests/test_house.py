@@ -6,8 +6,9 @@ import re
 import checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-BUDGET = {"train.py": 838, "sample.py": 310, "evaluate.py": 600, "vision_encoder.py": 490, "image_tokenizer.py": 650,
-          "text_tokenizer.py": 260, "data.py": 950, "shape_world.py": 450, "checkpoint.py": 1033}
+BUDGET = {"train.py": 838, "sample.py": 310, "evaluate.py": 600, "vision_encoder.py": 450, "image_tokenizer.py": 655,
+          "text_tokenizer.py": 260, "data.py": 935, "shape_world.py": 460, "checkpoint.py": 1034,
+          "benchmarks.py": 465, "lmms_eval_adapter.py": 125}
 MODELS = ("model_mar.py", "model_ar.py", "model_diffusion.py", "model_openuni.py",
           "model_janus.py")  # a reader's own is not counted
 MAY_IMPORT = {  # rooms below each room; a model file's name stands for all of them
@@ -15,8 +16,10 @@ MAY_IMPORT = {  # rooms below each room; a model file's name stands for all of t
     "vision_encoder": ["custom_kernels"], "data": ["shape_world", "checkpoint", "vision_encoder"],
     "image_tokenizer": ["data", "checkpoint", "vision_encoder"],
     "model": ["data", "vision_encoder", "image_tokenizer", "checkpoint", "custom_kernels"],
-    "sample": ["data", "checkpoint"], "evaluate": ["data", "shape_world", "checkpoint"],
-    "train": ["data", "shape_world", "checkpoint", "image_tokenizer", "sample", "evaluate", "custom_kernels"]}
+    "sample": ["data", "checkpoint"], "evaluate": ["data", "shape_world", "checkpoint", "benchmarks"],
+    "benchmarks": ["data", "checkpoint"], "lmms_eval_adapter": ["data", "checkpoint"],
+    "train": ["data", "shape_world", "checkpoint", "image_tokenizer", "sample", "evaluate", "custom_kernels"],
+    "bench": ["train", "evaluate", "image_tokenizer", "data", "checkpoint", "custom_kernels"]}  # never imported
 
 def lines(path):
     with open(os.path.join(ROOT, path), encoding="utf-8") as f:
@@ -38,7 +41,7 @@ def test_every_file_stays_within_its_budget():
     kernels = [n for path, n in lengths.items() if path.startswith("custom_kernels") and not path.endswith("bench.py")]
     assert sum(kernels) <= 1400, kernels
     ours = {path: n for path, n in lengths.items() if not path.startswith("model_") or path in MODELS}
-    assert sum(ours.values()) <= 10400, (sum(ours.values()), ours)
+    assert sum(ours.values()) <= 11300, (sum(ours.values()), ours)
 
 def test_no_line_is_longer_than_120_characters():
     for path in PRODUCT + list(python_files("tests", "weights", "results")):
@@ -50,7 +53,7 @@ def test_imports_go_downwards_only():
     rooms = {os.path.splitext(path)[0] for path in PRODUCT if "/" not in path} | {"custom_kernels"}
     for path in PRODUCT:
         me = path.split("/")[0].removesuffix(".py")
-        me = "model" if me.startswith("model_") else me
+        me = "model" if me.startswith("model_") else "bench" if path == "custom_kernels/bench.py" else me
         for node in ast.walk(ast.parse("\n".join(lines(path)))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
@@ -61,7 +64,8 @@ def test_no_architecture_is_named_outside_its_model_file():
     """But as the default of --arch, and in docstrings and help texts: a new model_X.py needs no other file."""
     classes = {checkpoint.model_file(arch).Model.__name__ for arch in checkpoint.architectures()}
     names = set(checkpoint.architectures()) | classes
-    for path in ("train.py", "sample.py", "evaluate.py", "data.py", "checkpoint.py", "shape_world.py"):
+    for path in ("train.py", "sample.py", "evaluate.py", "data.py", "checkpoint.py", "shape_world.py",
+                 "lmms_eval_adapter.py"):
         tree = ast.parse("\n".join(lines(path)))
         allowed = [node.args[0] for call in ast.walk(tree) if isinstance(call, ast.Call) for node in [call]
                    if node.args and isinstance(node.args[0], ast.Constant) and node.args[0].value == "--arch"]

@@ -172,6 +172,25 @@ def test_bad_images(config):
         with pytest.raises(ValueError, match=re.escape(str(shape)) + f".*at least {m.stride}"):
             m.encode(torch.zeros(shape))
 
+@pytest.mark.parametrize("config", [SMALL_KL, SMALL_LFQ])
+@torch.no_grad()
+def test_every_convolution_gets_channels_last(config, monkeypatch):
+    """And what comes out is what it was without."""
+    m = (LFQTokenizer if isinstance(config, LFQConfig) else Autoencoder)(config)
+    got, wanted = {}, {}
+    for seen, way in ((wanted, torch.Tensor.contiguous), (got, image_tokenizer.channels_last)):
+        monkeypatch.setattr(image_tokenizer, "channels_last", way)
+        inputs = []
+        hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+                 for layer in m.modules() if isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (3, 3)]
+        seen["z"] = m.encode(pictures())
+        seen["image"] = m.decode(seen["z"].contiguous())
+        seen["last"] = all(x.is_contiguous(memory_format=torch.channels_last) for x in inputs)
+        for hook in hooks:
+            hook.remove()
+    assert got.pop("last") and not wanted.pop("last")
+    assert all(torch.allclose(got[k].float(), wanted[k].float(), atol=1e-5) for k in got)
+
 @torch.no_grad()
 def test_posterior_sample_scale_and_shift():
     m = Autoencoder(replace(SMALL_KL, scale=0.5, shift=0.25))

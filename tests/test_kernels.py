@@ -490,6 +490,13 @@ else:
         assert run.returncode == 2 and "needs a CUDA GPU" in run.stderr, run.stderr
         assert len(run.stderr.strip().splitlines()) == 1, run.stderr
 
+    def test_bench_measures_complete_steps(capsys):
+        from custom_kernels import bench
+        found = bench.measure_step("ar", "tiny", 2, "cpu", turns=1)
+        assert [*found] == ["ours", "released order"] and all(way["images_per_s"] > 0 for way in found.values()), found
+        assert pick.FORCED == ""  # the released order's dense masks are its own
+        assert "RuntimeError" not in capsys.readouterr().out
+
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="bfloat16 is tested on a GPU")
     def test_bfloat16_on_a_gpu():
         from custom_kernels import bench

@@ -1,10 +1,14 @@
 """custom_kernels/products.py: which library multiplies on a CPU changes times, not results."""
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import run
+from processes import ROOT
 
 import train
 from custom_kernels import products
@@ -44,7 +48,14 @@ def test_it_is_chosen_where_it_is_exact_and_faster(error, seconds, wanted, monke
         return (x.double() @ w.double().T * (1 + error * fast)).float()
     monkeypatch.setattr(products.F, "linear", linear)
     monkeypatch.setattr(products.time, "process_time", lambda: clock[0])
+    threads = torch.get_num_threads()
     assert products.use_products("auto") == wanted and told[-1] == products.chosen == wanted
+    assert torch.get_num_threads() == threads
+    if error > 1e-6:  # whoever asks for it, or resumes a run from another processor, is told
+        with pytest.raises(ValueError, match="--gemm onednn: off by 1e-03 here .*, take --gemm mkl"):
+            products.use_products("onednn")
+    else:
+        assert products.use_products("onednn") == "onednn"
 
 @pytest.mark.parametrize("ask", ["auto", "onednn"])
 def test_without_onednn(ask, monkeypatch):
@@ -52,8 +63,18 @@ def test_without_onednn(ask, monkeypatch):
     if ask == "auto":
         assert products.use_products(ask) == "mkl"
     else:
-        with pytest.raises(ValueError, match="--gemm onednn: this PyTorch was built without oneDNN: take --gemm mkl"):
+        with pytest.raises(ValueError, match="--gemm onednn: off by 1e\\+00 here .*, take --gemm mkl"):
             products.use_products(ask)
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_the_check_ends_in_a_fork_of_a_process_that_has_computed():
+    """OpenMP's threads do not survive a fork: whoever waits for them there waits for ever."""
+    program = ("import os, signal, torch; from custom_kernels.products import use_products; torch.set_num_threads(2)\n"
+               "torch.randn(1024, 512) @ torch.randn(512, 1024); child = os.fork()\n"
+               "if child == 0: signal.alarm(30); use_products(); os._exit(0)\n"
+               "assert os.waitpid(child, 0)[1] == 0 and torch.get_num_threads() == 2")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 @needs_onednn
 def test_training_is_the_same_and_a_resumed_run_keeps_the_choice(tmp_path, capsys):

@@ -299,7 +299,7 @@ def test_all_processes_resume_the_same_step(tmp_path):
     wanted = f"error: --resume {tmp_path}/1: step 1, on the first process 2: give all one folder"
     assert codes == [2, 2] and [line for line in lines if line.startswith("error")] == [wanted], lines
 
-SCRIPTS = {"train": "--ckpt no --out out", "sample": "--prompt x --ckpt no --out x.png",
+SCRIPTS = {"train": "--ckpt no --out out --gemm mkl", "sample": "--prompt x --ckpt no --out x.png",
            "evaluate": "--ckpt no --json x.json", "data": "--check no"}
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -46,7 +46,7 @@ def test_every_word_of_the_shape_world_is_one_token():
     texts = [row["prompt"] for row in shape_world.task_prompts(50, 0)]
     for i in range(len(scenes)):
         scene = scenes.scene(i)
-        texts += [shape_world.sparse_caption(scene, rng), shape_world.dense_caption(scene, rng)]
+        texts += [shape_world.short_caption(scene, rng, scene), shape_world.dense_caption(scene, rng)]
         texts += [shape_world.edit(scene, rng)[0], *shape_world.question(scene, rng)[:2]]
         texts += shape_world.text_question(scene, rng)
     for text in set(texts):

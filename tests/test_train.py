@@ -21,6 +21,7 @@ import torch
 from helpers import run
 from PIL import Image
 from processes import ROOT, Launch, torchrun
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,7 +30,6 @@ import custom_kernels.pick
 import data
 import shape_world
 import train
-import vision_encoder
 
 ARCHS = [arch for arch in checkpoint.architectures() if "base" in checkpoint.model_file(arch).RECIPES["tiny"]]
 SMALL = ["--batch", "8", "--pool", "32", "--eval-n", "0", "--log-every", "1", "--steps", "4", "--warmup", "2",
@@ -134,7 +134,6 @@ ERRORS = [
     (["--data", "no/such/images", "--ckpt", "BASE"], r"no/such/images: no such"),
     (["--steps", "0"], r"--steps 0: must be from 1"),
     (["--config", "harmon-1.5b", "--ckpt", "x.pth"], r"--text-tokenizer"),
-    (["--understanding", "scrambled", "--data", "x"], r"--understanding scrambled: .*shape world"),
     (["--stage", "base", "--mix", "t2i=1", "edit=0.01"], r"--batch 8 gives 0 edit samples"),
     (["--t2i-weight", "0", "--mix", "t2i=1"], r"leave nothing to train on"),
     (["--stage", "base", "--mix", "t2i=0.75", "--accum", "8"], r"take a multiple of 32"),
@@ -241,17 +240,38 @@ def test_processes_times_micro_batches_are_one(arch, tmp_path):
         difference = torch.stack([(other[k] - g).norm() for k, g in found.items()]).norm()
         assert difference <= 1e-6 * norm, (name, difference / norm)
 
+def with_one_layer(arch, monkeypatch, **more):
+    """One block is like another, and takes as long to compile."""
+    tiny = checkpoint.model_file(arch).CONFIGS["tiny"]
+    names = [f.name for f in dataclasses.fields(tiny)]
+    few = {name: 1 for name in names if name.endswith(("num_layers", "depth"))}
+    few |= {name: value for name, value in more.items() if name in names}
+    monkeypatch.setitem(checkpoint.model_file(arch).CONFIGS, "tiny", dataclasses.replace(tiny, **few))
+    torch._dynamo.reset()
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_step_is_one_graph(arch, monkeypatch):
-    """What GPUs compile: a break in it would cost launches and retracing in every step. One block is like another."""
-    tiny = checkpoint.model_file(arch).CONFIGS["tiny"]
-    few = {f.name: 1 for f in dataclasses.fields(tiny) if f.name.endswith(("num_layers", "depth"))}
-    monkeypatch.setitem(checkpoint.model_file(arch).CONFIGS, "tiny", dataclasses.replace(tiny, **few))
+    """What GPUs compile: a break in it would cost launches and retracing in every step."""
+    with_one_layer(arch, monkeypatch)
     _, model, batches = made("--arch", arch, "--stage", "base", *SMALL)
-    torch._dynamo.reset()
     found = torch._dynamo.explain(model)(batches.batch(0))
     assert (found.graph_count, found.graph_break_count) == (1, 0), [r.reason for r in found.break_reasons]
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_step_is_compiled_twice_at_most(arch, monkeypatch):
+    """Whatever lengths come: a new graph takes a large model minutes. The second one is that of no visible token; that
+    of a single one does not occur where masked tokens come in multiples, as in published sizes."""
+    with_one_layer(arch, monkeypatch, mask_bucket=3)
+    _, model, batches = made("--arch", arch, "--stage", "base", *SMALL, "--mix", "recon=1", "i2t=1", stage="reca")
+    counter, compiler = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", functools.partial(compiler, backend=counter, fullgraph=True))
+    step, shapes = custom_kernels.compiled(model), set()
+    for batch in map(batches.batch, range(20)):
+        sum(step(batch).values()).backward()
+        shapes.add(str({part: {k: v.shape for k, v in tensors.items()} for part, tensors in batch.items()}))
+    assert counter.frame_count <= 2 < len(shapes), (counter.frame_count, shapes)
 
 class NoDoubles(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -348,20 +368,6 @@ def test_interrupted_write_keeps_the_old_file(tmp_path):
         checkpoint.atomic(path, fail)
     assert open(path).read() == "old" and os.listdir(tmp_path) == ["f"]
 
-def test_caption_flags_change_the_captions():
-    def captions(*flags):
-        return made("--arch", "ar", "--stage", "sft", *SMALL, "--captioned", "300", *flags)[2].texts["captioned"]
-
-    usual = captions()
-    assert usual == captions("--sparse-captions", "0.25", "--wrong-captions", "0.15")  # the world's own faults
-    others = shape_world.NUMBERS + ("of", "above", "below")
-    bare = captions("--sparse-captions", "1")
-    assert all(" and " not in c for c in bare if not any(n in c.split() for n in others))
-    assert not any(color in c.split() for c in bare for color in shape_world.COLORS)
-    assert sum(map(len, captions("--sparse-captions", "0.6"))) < 0.85 * sum(map(len, usual))
-    with pytest.raises(ValueError, match="--sparse-captions 1.5: must be from 0 to 1"):
-        train.check_args(train.parse_args(["--sparse-captions", "1.5"])[0], 1)
-
 def test_captions_stay_with_their_own_pictures(tmp_path):
     # a is no picture to train on: the order runs over the others
     for name, size, gray in (("a", (200, 10), 0), ("b", (48, 48), 60), ("c", (48, 48), 180)):
@@ -383,47 +389,6 @@ def test_captions_stay_with_their_own_pictures(tmp_path):
             latents = batches.to_device(batches.batch(step), {})["t2i"]["latents"]
             seen = ["caption of " + "bc"[int((x - b).abs().mean() > (x - c).abs().mean())] for x in latents]
             assert seen == said and set(said) <= {"caption of b", "caption of c"}
-
-def test_shuffled_features_do_not_depend_on_the_process():
-    args, model, batches = made("--arch", "ar", *SMALL, "--understanding", "shuffled")
-    rows = list(range(16, 32))  # the share of the second of two processes
-    half = batches.encode("altered", batches.scenes["altered"], rows)["features"]
-    assert torch.equal(half, batches.encodings["altered"]["features"][16:])
-    args.understanding = "full"
-    seen = data.Batches(args, model).encodings["broad"]["features"]
-    altered = batches.encodings["altered"]["features"]
-    assert torch.allclose(seen.sort(1).values, altered.sort(1).values) and (seen - altered).abs().max() > 1e-3
-    args.understanding, args.cache_gb = "shuffled", 0
-    with pytest.raises(ValueError, match="its pool must be cached"):
-        data.Batches(args, model)
-    with pytest.raises(ValueError, match="--understanding shuffled: .*take scrambled"):
-        made("--arch", "mar", *SMALL, "--understanding", "shuffled")
-
-def test_scrambled_boards_hold_the_same_cells_elsewhere(tmp_path):
-    args, model, batches = made("--arch", "mar", *SMALL, "--understanding", "scrambled", "--altered-share", "1")
-    seen = batches.encodings["altered"]
-
-    def cells(key):  # (32, 9 cells, D)
-        return torch.nn.functional.unfold(model.decode_latents(seen[key]), 16, stride=16).transpose(1, 2)
-    full, other = cells("latents"), cells("source_latents")
-    orders = vision_encoder.random_orders(range(32), 9, data.sample_generator(args.seed, 0, 0, "altered"))
-    assert (other - torch.stack([c[order] for c, order in zip(full, orders)])).abs().mean() < 0.02
-    moved = (other - full).abs().mean((1, 2)) > 0.02
-    assert moved.sum() > 24  # an order may leave the few objects where they are
-    half = batches.encode("altered", batches.scenes["altered"], list(range(16, 32)))["source_latents"]
-    assert torch.equal(half, seen["source_latents"][16:])  # the same orders on whatever process
-    args.altered_share = 0.25
-    some = data.Batches(args, model).encodings["altered"]
-    assert torch.equal(some["source_latents"][:8], seen["source_latents"][:8])
-    assert torch.equal(some["source_latents"][8:], some["latents"][8:])
-    assert run("--arch", "mar", *SMALL, "--understanding", "scrambled", "--stop-after", "1", out=tmp_path / "r") == 0
-
-def test_an_own_view_may_replace_what_reca_sees():
-    def nothing(model, pixels, encodings, rows, generator):
-        return {"source_latents": torch.zeros_like(encodings["latents"])}
-    args, model, _ = made("--arch", "mar", *SMALL, "--understanding", "full", "--altered-share", "1")
-    seen = data.Batches(args, model, view=nothing).batch(0)["recon"]
-    assert not seen["source_latents"].any() and seen["latents"].any()
 
 def test_resume_takes_what_is_typed_now(tmp_path, monkeypatch):
     run("--arch", "mar", "--stage", "base", *SMALL, "--stop-after", "2", out=tmp_path / "r")
@@ -478,16 +443,9 @@ def test_tiny_ar_recipe_and_its_control():
     assert reca.mix == {"recon": 0.5, "t2i": 0.5} and sft.mix == {"t2i": 1.0}
     assert reca.t2i_weight == sft.t2i_weight == 1.0
     same = ("steps", "batch", "lr", "schedule", "warmup", "weight_decay")
-    assert all(getattr(reca, k) == getattr(sft, k) for k in same) and reca.steps == 1200
+    assert all(getattr(reca, k) == getattr(sft, k) for k in same) and reca.steps == 600
     plain = parse("--arch", "ar", "--i2t-weight", "1", "--t2i-weight", "0", "--mix", "recon=1", "i2t=1")
     assert plain.mix == {"recon": 1.0, "i2t": 1.0}
-
-def test_tiny_mar_sees_half_of_its_pictures_scrambled():
-    args = parse("--arch", "mar")
-    assert (args.understanding, args.altered_share) == ("scrambled", 0.5)
-    assert args.mix == {"recon": 0.5, "t2i": 0.5, "i2t": 1.0}
-    assert parse("--arch", "mar", "--altered-share", "0.25").altered_share == 0.25
-    assert parse("--arch", "mar", "--data", "photos").understanding == "full"  # your own images: RecA as published
 
 def test_features_are_dropped_only_without_captions_beside_them():
     for parts, drop in ((["recon=1"], True), (["recon=0.5", "t2i=0.5"], False)):
@@ -599,6 +557,8 @@ def test_processes_wait_long_for_the_first(monkeypatch):
     monkeypatch.setattr(train.dist, "init_process_group", lambda backend, **more: called.append((backend, more)))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(train.dist, "broadcast_object_list", lambda values: called.append(values))
     threads = torch.get_num_threads()
-    train.setup(argparse.Namespace(device="cpu", threads=threads, seed=0, shard=False))
+    train.setup(argparse.Namespace(device="cpu", threads=threads, seed=0, shard=False, gemm="mkl", compile="off"))
+    assert called.pop() == ["mkl"]  # what the first process chose goes to all
     assert [(name, more["timeout"].total_seconds()) for name, more in called] == [("gloo", 7200)]

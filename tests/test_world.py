@@ -8,7 +8,20 @@ import torch
 import data
 import evaluate
 import shape_world
-from shape_world import COLORS, HELD_OUT_COMBOS, HELD_OUT_PAIRS, SHAPES, Object, Scenes, fulfils, judge, same_objects
+from shape_world import (
+    COLORS,
+    GROUNDS,
+    HELD_OUT_COMBOS,
+    HELD_OUT_PAIRS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Object,
+    Scenes,
+    fulfils,
+    judge,
+    same_objects,
+)
 
 def test_same_seed_same_pictures():
     a, b = Scenes(50, seed=3), Scenes(50, seed=3)
@@ -79,24 +92,30 @@ def test_captioned_scenes_never_hold_held_out_things():
     names = {(SHAPES[o.shape], COLORS[o.color]) for i in range(3000) for o in broad.scene(i)[1]}
     assert HELD_OUT_COMBOS <= names and len(names) == 30 and len(HELD_OUT_PAIRS) == 2
 
-def test_sparse_captions_are_sparse_biased_and_sometimes_wrong():
-    scenes, rng = Scenes(4000, seed=1, captioned=True), random.Random(0)
-    truthful = dict(shape_world.CAPTION_BIAS, wrong=0.0)
-    texts = [shape_world.sparse_caption(scenes.scene(i), rng, truthful) for i in range(4000)]
+def test_captions_are_short_and_poor_or_long_with_few_slips():
+    scenes, rng = Scenes(6000, seed=1, captioned=True), random.Random(0)
+    rows = [(shape_world.caption(scenes.scene(i), rng, scenes.scene((i + 1) % 6000)), scenes.scene(i))
+            for i in range(6000)]
+    for text, _ in rows:
+        assert not any(f"{c} {s}" in text for s, c in HELD_OUT_COMBOS)
+    whole = [(text, scene) for text, scene in rows if any(f"{a} background" == text.split(", ")[-1] for a in GROUNDS)]
+    assert abs(len(whole) / 6000 - shape_world.LONG_CAPTIONS) < 0.02
+    facts = []  # of scenes with one object: what is said of shape, color, size, place, ground, and what is so
+    for text, (ground, objects) in whole:
+        if len(objects) == 1:
+            o = objects[0]
+            named = [SIZES[o.size], COLORS[o.color], SHAPES[o.shape]]
+            facts.append([*map(str.__eq__, named, text.split()[1:]), f" {PLACES[o.cell]}, " in text,
+                          f"{GROUNDS[ground]} b" in text])
+    assert np.abs(1 - np.mean(facts, 0) - shape_world.SLIP).max() < 0.02
+    brief = [(text, scene) for text, scene in rows if (text, scene) not in whole]
 
     def named(color):
-        held = [any(COLORS[o.color] == color for o in scenes.scene(i)[1]) for i in range(4000)]
-        return np.mean([color in text for text, here in zip(texts, held) if here])
-    assert named("red") > 0.45 > 0.3 > named("purple")
-    assert np.mean(["background" in t for t in texts]) < 0.1
-    false = []
-    for i in range(4000):  # a caption is false if it names a shape that is not in the picture
-        text = shape_world.sparse_caption(scenes.scene(i), rng, other=scenes.scene((i + 1) % 4000))
-        shapes = {SHAPES[o.shape] for o in scenes.scene(i)[1]}
-        false.append(any(s in text and s not in shapes for s in SHAPES))
-        for s, c in HELD_OUT_COMBOS:
-            assert f"{c} {s}" not in text
-    assert 0.03 < np.mean(false) < shape_world.CAPTION_BIAS["wrong"]
+        return np.mean([color in text for text, (_, objects) in brief if color in [COLORS[o.color] for o in objects]])
+    assert 0.2 < named("red") < 0.4 and named("purple") < 0.2
+    false = [any(s in text and s not in {SHAPES[o.shape] for o in objects} for s in SHAPES)
+             for text, (_, objects) in brief]  # it names a shape that is not in the picture
+    assert 0.1 < np.mean(false) < shape_world.SHORT_CAPTIONS["wrong"]
 
 def test_questions_and_edits_are_true():
     scenes, rng = Scenes(600, seed=8, captioned=True), random.Random(1)
@@ -133,22 +152,18 @@ def test_uint8_round_trip():
     assert (data.to_uint8(data.to_float(pictures)) == pictures).all()
     assert data.to_float(pictures).dtype == torch.float32
 
-def test_flags_and_caption_bias():
+def test_flags():
     parser = argparse.ArgumentParser()
     shape_world.add_flags(parser)
-    args = parser.parse_args([])
-    assert vars(args) == dict(pool=8000, captioned=None, wrong_captions=0.15, sparse_captions=0.25, questions=1,
-                              understanding="full", altered_share=1.0, eval_n=300, eval_every=0, eval_split="test")
-    bias = shape_world.caption_bias(args.sparse_captions, args.wrong_captions)
-    assert bias == shape_world.CAPTION_BIAS  # written down twice: there and as the flags' defaults
-    assert shape_world.caption_bias(1.0, 0.0)["drop_rare_color"] == 1 and shape_world.CAPTION_BIAS["wrong"] == 0.15
+    assert vars(parser.parse_args([])) == dict(pool=8000, questions=1, eval_n=300, eval_every=0,
+                                               eval_split="test")
 
 def test_the_world_stays_as_it_is():
     """The shipped weights were trained on these words and pictures, and scores are of these prompts."""
     objects = [Object(0, 4, 1, 0, 7), Object(3, 2, 0, 4, 15), Object(3, 1, 1, 5, 2)]
     scene, rng = (1, objects), random.Random(5)
     assert Scenes.of([scene]).render().astype(int).sum() == 1156302
-    assert shape_world.sparse_caption(scene, rng) == "a star, a small star and a purple circle"
+    assert shape_world.short_caption(scene, rng, scene) == "a star, a small star and a circle"
     assert shape_world.dense_caption(scene, rng) == ("a large purple circle top left, a large green star right, "
                                                      "a small blue star center, gray background")
     assert shape_world.question(scene, rng) == ("Where is the circle?", "top left", "position")
