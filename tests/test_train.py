@@ -73,7 +73,7 @@ def test_resume_is_exact_after_a_signal(arch, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_two_processes_equal_one_and_resume(arch, tmp_path):
-    mix = ["--mix", "t2i=1", "i2t=1", "edit=0.5", "text=0.5", "align=0.5", "words=0.5"]
+    mix = ["--mix", "t2i=1", "i2t=1", "edit=0.5", "text=0.5", "words=0.5"]
     common = ["--arch", arch, "--stage", "base", *SMALL, "--lr", "1e-4", "--muon-lr", "0.002",
               "--batch", "16", *mix, "--preview", str(4 * (arch == "mar"))]
     two = Launch(2, *common, "--out", tmp_path / "two")
