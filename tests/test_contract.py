@@ -55,7 +55,7 @@ def model(arch):
 def batches(arch, model, stage, parts=PARTS):
     mix = [f"{part}=1" for part in parts]
     args, _ = train.parse_args(["--arch", arch, "--stage", stage, "--batch", "4", "--pool", "16", "--i2t-weight", "1",
-                                "--t2i-weight", "1", "--understanding", "full", "--device", "cpu", "--mix", *mix])
+                                "--t2i-weight", "1", "--device", "cpu", "--mix", *mix])
     model.trainable_parameters(stage)
     return data.Batches(args, model)
 
