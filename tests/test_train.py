@@ -1,7 +1,6 @@
 """The loop: exact resume, N processes = one, errors in one line, what a run leaves behind. On the tiny models,
 freshly initialised."""
 import argparse
-import dataclasses
 import functools
 import io
 import json
@@ -21,7 +20,6 @@ import torch
 from helpers import run
 from PIL import Image
 from processes import ROOT, Launch, torchrun
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -239,39 +237,6 @@ def test_processes_times_micro_batches_are_one(arch, tmp_path):
         assert torch.allclose(losses, other_losses, rtol=1e-6, atol=0), name
         difference = torch.stack([(other[k] - g).norm() for k, g in found.items()]).norm()
         assert difference <= 1e-6 * norm, (name, difference / norm)
-
-def with_one_layer(arch, monkeypatch, **more):
-    """One block is like another, and takes as long to compile."""
-    tiny = checkpoint.model_file(arch).CONFIGS["tiny"]
-    names = [f.name for f in dataclasses.fields(tiny)]
-    few = {name: 1 for name in names if name.endswith(("num_layers", "depth"))}
-    few |= {name: value for name, value in more.items() if name in names}
-    monkeypatch.setitem(checkpoint.model_file(arch).CONFIGS, "tiny", dataclasses.replace(tiny, **few))
-    torch._dynamo.reset()
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("arch", ARCHS)
-def test_a_step_is_one_graph(arch, monkeypatch):
-    """What GPUs compile: a break in it would cost launches and retracing in every step."""
-    with_one_layer(arch, monkeypatch)
-    _, model, batches = made("--arch", arch, "--stage", "base", *SMALL)
-    found = torch._dynamo.explain(model)(batches.batch(0))
-    assert (found.graph_count, found.graph_break_count) == (1, 0), [r.reason for r in found.break_reasons]
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("arch", ARCHS)
-def test_a_step_is_compiled_twice_at_most(arch, monkeypatch):
-    """Whatever lengths come: a new graph takes a large model minutes. The second one is that of no visible token; that
-    of a single one does not occur where masked tokens come in multiples, as in published sizes."""
-    with_one_layer(arch, monkeypatch, mask_bucket=3)
-    _, model, batches = made("--arch", arch, "--stage", "base", *SMALL, "--mix", "recon=1", "i2t=1", stage="reca")
-    counter, compiler = CompileCounterWithBackend("aot_eager"), torch.compile
-    monkeypatch.setattr(torch, "compile", functools.partial(compiler, backend=counter, fullgraph=True))
-    step, shapes = custom_kernels.compiled(model), set()
-    for batch in map(batches.batch, range(20)):
-        sum(step(batch).values()).backward()
-        shapes.add(str({part: {k: v.shape for k, v in tensors.items()} for part, tensors in batch.items()}))
-    assert counter.frame_count <= 2 < len(shapes), (counter.frame_count, shapes)
 
 class NoDoubles(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
