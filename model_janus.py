@@ -306,7 +306,7 @@ class Janus(nn.Module):
     def forward(self, batch):
         """{part: tensors of precompute, collate} -> {part: loss}. `source_` encodings are of a picture to be edited."""
         own, losses = {"recon": self.reca_loss, "edit": self.reca_loss, "i2t": self.i2t_loss, "text": self.i2t_loss,
-                       "align": self.align_loss, "words": partial(self.align_loss, kind="presence")}, {}
+                       "words": self.words_loss}, {}
         for part, tensors in batch.items():
             kept = {name: t for name, t in tensors.items() if not name.startswith("source_")}
             if part == "edit":
@@ -501,7 +501,7 @@ class Janus(nn.Module):
         """Samples (dicts) -> ids (B, T), pads (B,), for dialogues also labels (B, k) of the last k places; count of the
         targets. T: the longest row rounded up to pad_multiple; of dialogues at most the config's maximum, or pad_to, on
         top of which come a picture's slots. Nothing is random here."""
-        if part in ("align", "words"):
+        if part == "words":
             return {"words": vision.caption_words(self.tokenizer, [sample["caption"] for sample in samples])}
         c, step = self.config, self.config.pad_multiple
         if part not in ("i2t", "text"):
@@ -572,10 +572,9 @@ class Janus(nn.Module):
 
     # ---- base training from nothing
 
-    def align_loss(self, words, features=None, pixels=None, kind="contrast", **_):
-        """What SigLIP brings from its pre-training, see word_alignment. kind "presence": captions say all there is to
-        say (part `words`)."""
+    def words_loss(self, words, features=None, pixels=None, **_):
+        """What SigLIP brings from its pre-training, see vision.words_loss."""
         embeddings = self.language_model.model.embed_tokens.weight[:words.shape[1]]
-        return vision.word_alignment(self.see(features, pixels), words, embeddings, kind)
+        return vision.words_loss(self.see(features, pixels), words, embeddings)
 
 Model = Janus

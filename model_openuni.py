@@ -423,7 +423,7 @@ class OpenUni(nn.Module):
     def forward(self, batch):
         """{part: tensors of precompute, collate} -> {part: loss}. `source_` encodings are of a picture to be edited."""
         own, losses = {"recon": self.reca_loss, "edit": self.reca_loss, "i2t": self.i2t_loss, "text": self.i2t_loss,
-                       "align": self.align_loss, "words": partial(self.align_loss, kind="presence")}, {}
+                       "words": self.words_loss}, {}
         for part, row in batch.items():
             seen, pixels = ("source_" * (part == "edit") + name for name in ("features", "pixels"))
             features = row.get(seen)
@@ -611,7 +611,7 @@ class OpenUni(nn.Module):
         """Samples (dicts) -> ids (B, W), pads (B,), and either u (B,) and noise (B, C, h, w), row b drawn from
         generators[b], or labels (B, A) of the last A positions; count of the targets. W: the longest row rounded up to
         pad_multiple, at most the config's maximum; or pad_to. An image's tokens come on top of these two."""
-        if part in ("align", "words"):
+        if part == "words":
             return {"words": vision.caption_words(self.tokenizer, [sample["caption"] for sample in samples])}
         c, step, image = self.config, self.config.pad_multiple, part not in ("t2i", "uncond", "text")
         if part not in ("i2t", "text"):
@@ -677,10 +677,9 @@ class OpenUni(nn.Module):
 
     # ---- base training from nothing
 
-    def align_loss(self, words, features, kind="contrast", **_):
-        """What InternViT brings from its pre-training, see word_alignment. kind "presence": captions say all there is
-        to say (part `words`)."""
+    def words_loss(self, words, features, **_):
+        """What InternViT brings from its pre-training, see vision.words_loss."""
         embeddings = self.lmm.language_model.model.embed_tokens.weight[:words.shape[1]]
-        return vision.word_alignment(features, words, embeddings, kind)
+        return vision.words_loss(features, words, embeddings)
 
 Model = OpenUni
