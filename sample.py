@@ -4,6 +4,7 @@
     python sample.py --prompt "a red star above a blue circle" --n 8 --cfg 3
     python sample.py --image photo.png --reconstruct              # through the model's own understanding and back
     python sample.py --image photo.png --question "What color is the star?"
+    python sample.py --explain "a red star above a blue circle"   # how this picture comes about, in one PNG
     python sample.py --arch diffusion --image photo.png --edit "Make the star blue."
     python sample.py --arch ar --image photo.png --inpaint mask.png --prompt "a red star"
     python sample.py --arch mar --config harmon-1.5b --ckpt harmon_1.5b.pth --tokenizer-ckpt kl16.ckpt \\
@@ -14,13 +15,16 @@ more pictures or another --batch change none. --out name.png makes name_0.png, n
 name.png, a sheet of all (more than 64 go into further ones, name-2.png ...), and name.json, which says how they were
 made, as the text in each PNG does. --out DIR/ makes DIR/00000.png ..., DIR/sheet.png and DIR/sheet.json. Published
 checkpoints load by --config and their original files, run folders of any size by --ckpt alone. --inpaint, --extrapolate
-and --think are not for every --arch.
+and --think are not for every --arch. --explain shows the picture after each step, what is still open hatched; then, for
+each word, which of the places that are drawn look at it (a share of their attention, the mean of layers, heads and
+steps); and with --image and --edit or --reconstruct, where each drawn place looks in that picture.
 """
 import argparse
 import inspect
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +44,7 @@ DEFAULT_PROMPTS = [
     "a star below a triangle", "a purple star", "two green crosses"]
 LINE_COLORS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75))
 GRAY, PALE = (90, 90, 90), (225, 225, 225)
+FRAMES, WORDS, CELLS = 16, 24, 16  # steps, words and places in the picture of --explain, at most
 SHEET, SIDE = 64, 2000  # pictures in a sheet, and its pixels a side, at most: memory has a bound, and viewers open it
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,6 +148,53 @@ def before_after(before, after, now="after"):
                 [f"{name}: {captions[i]}" if i < n else "" for name, i in places], columns,
                 scale=max(1, 120 // pictures.shape[1]))
 
+def box(picture, place):
+    """The part of a picture (h, w, 3) at a place (row, column, rows, columns) of a grid, as a view."""
+    (row, column, rows, columns), (h, w, _) = place, picture.shape
+    return picture[row * h // rows:(row + 1) * h // rows, column * w // columns:(column + 1) * w // columns]
+
+def hatched(picture, masked):
+    """A copy of a picture with stripes where masked (rows, columns) is True."""
+    out = picture.copy()
+    for row, column in np.argwhere(masked):
+        part = box(out, (row, column, *masked.shape))
+        part[...] = np.where(np.add(*np.indices(part.shape[:2])) // 2 % 3 == 0, 128, 225)[..., None]
+    return out
+
+def lit(picture, places, weights):
+    """A copy of a picture: dark at the place of the least weight, as it is at that of the largest."""
+    out = picture // 6
+    for place, weight in zip(places, (weights - weights.min()) / max(np.ptp(weights), 1e-9)):
+        box(out, place)[...] = box(picture, place) * (1 + 5 * weight) / 6
+    return out
+
+def some(items, n):
+    """n of the items, evenly, with the first and the last; all, if they are fewer."""
+    return [items[round(i)] for i in np.linspace(0, len(items) - 1, n)] if len(items) > n else list(items)
+
+def explanation(trace, source=None):
+    """What a model's `trace` noted while it drew one picture, and the source uint8 (h, w, 3), if there is one -> PIL
+    image: the steps, what looks at each word, and where each drawn place looks in the source."""
+    slots, *steps = trace
+    pictures = [data.to_uint8(step["picture"])[0] for step in steps]
+    frames = [(hatched(picture, step["masked"].cpu().numpy()) if step["masked"] is not None else picture, step["title"])
+              for picture, step in zip(pictures, steps)]
+    shown, last = some(frames, FRAMES), pictures[-1]
+    looks = torch.stack([step["looks"][:, :len(slots)].float() for step in steps]).nanmean(0).cpu().numpy()
+    n = len(looks)  # places
+    columns = round((n * last.shape[1] / last.shape[0]) ** 0.5)
+    places = [(i // columns, i % columns, n // columns, columns) for i in range(n)]
+    words = [(j, slot) for j, slot in enumerate(slots) if isinstance(slot, str) and re.fullmatch(r"[^\w<]*\w+[^\w>]*", slot)]
+    for j, word in some(words, WORDS):
+        shown.append((lit(last, places, looks[:, j]), f"{word.strip()}: {looks[:, j].mean():.1%}"))
+    seen = [j for j, slot in enumerate(slots) if isinstance(slot, tuple)]
+    for i in some(range(n), CELLS) if seen else ():
+        title = f"row {places[i][0] + 1}, column {places[i][1] + 1}: {looks[i, seen].sum():.1%}"
+        shown.append((lit(source, [slots[j] for j in seen], looks[i, seen]), title))
+    shape = last.shape[1], last.shape[0]
+    shown = [(np.asarray(Image.fromarray(picture).resize(shape, Image.NEAREST)), title) for picture, title in shown]
+    return grid(*zip(*shown), columns=min(9, len(frames)), scale=max(1, 144 // last.shape[0]))
+
 def save_png(image, path, about=None):
     """Atomic: a reader never sees half a picture. about: {key: value} for the file's text. Makes the folder; returns
     the path."""
@@ -167,6 +219,8 @@ def parse_args(argv=None):
     checkpoint.add_flags(p)
     p.add_argument("--lora", dest="adapters", metavar="RUN", help="adapters of a run with --lora, trained on --ckpt")
     p.add_argument("--prompt", action="append", help="what to draw; may be repeated, but not with --image")
+    p.add_argument("--explain", nargs="?", const="", metavar="PROMPT", help="how one picture comes about: for PROMPT, "
+                   "or, without it, for --image and --edit or --reconstruct")
     p.add_argument("--image", help="picture for one of the next five flags")
     p.add_argument("--no-exif", action="store_true", help="do not turn --image as its EXIF says, as published")
     job = p.add_mutually_exclusive_group()
@@ -187,13 +241,17 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     checkpoint.check_ranges(args)
     checkpoint.choose(args)
-    painting = args.inpaint or args.extrapolate
+    painting, explains = args.inpaint or args.extrapolate, args.explain is not None
+    if explains and (bool(args.explain) == bool(args.edit or args.reconstruct) or args.prompt or args.question):
+        p.error("--explain takes a prompt of its own, or goes with --image and one of --edit, --reconstruct")
+    args.prompt = [args.explain] if args.explain else args.prompt
     if bool(args.image) != bool(args.question or args.edit or args.reconstruct or painting):
         p.error("--image FILE and one of --question, --edit, --reconstruct, --inpaint, --extrapolate need each other")
     if args.image and len(args.prompt or ()) != bool(painting):
         p.error("one --prompt goes with --inpaint and --extrapolate, none with the other uses of --image")
     checkpoint.refuse_unused(
         p, argv, ("n batch steps cfg out", not args.question, "pictures, not for --question"),
+        ("n batch", not explains, "several pictures, not for --explain"),
         ("seed", not args.question or args.temperature, "pictures, and for answers with a --temperature above 0"),
         ("max-new-tokens", args.question, "--question"), ("no-exif", args.image, "--image"),
         ("tokenizer-ckpt vision-ckpt", args.config != "tiny", "published models"),
@@ -260,11 +318,18 @@ def main(argv=None):
         answers = call(model, args, "answer", picture, [args.question], max_new_tokens=args.max_new_tokens,
                        generator=picture_generators(args.seed, args.n, [0]), **options)
         return print(answers[0])
+    if args.explain is not None and not hasattr(model, "trace"):
+        raise ValueError(f"--explain: --arch {args.arch} has no such mode")
     source, captions, draw = drawing(model, args)
     about = dict(arch=args.arch, config=args.config, seed=args.seed, commit=checkpoint.git_commit())
     job = next((job for job in ("edit", "reconstruct", "inpaint", "extrapolate") if getattr(args, job)), "generate")
     about |= dict(cfg=model.config.cfg, steps=model.sampling_steps(job), temperature=1.0) | options
     hashed = ThreadPoolExecutor(1).submit(checkpoint.weights_hash, args.ckpt or checkpoint.default_weights(args.arch))
+    if args.explain is not None:
+        model.trace = []
+        draw(captions, generator=picture_generators(args.seed, 1, [0]), **options)
+        about |= dict(prompt=captions[0], weights=hashed.result())
+        return print(save_png(explanation(model.trace, source), out_path(args.out), about))
     shown, titles, paths, rows = [], [], [], []  # of the sheet that is being filled; all sheets; all pictures
     if source is not None:
         shown, titles = [source], ["source"]
