@@ -184,7 +184,8 @@ def explanation(trace, source=None):
     n = len(looks)  # places
     columns = round((n * last.shape[1] / last.shape[0]) ** 0.5)
     places = [(i // columns, i % columns, n // columns, columns) for i in range(n)]
-    words = [(j, slot) for j, slot in enumerate(slots) if isinstance(slot, str) and re.fullmatch(r"[^\w<]*\w+[^\w>]*", slot)]
+    texts = [(j, slot) for j, slot in enumerate(slots) if isinstance(slot, str)]
+    words = [(j, text) for j, text in texts if re.search(r"\w", text) and not text.startswith("<|")]
     for j, word in some(words, WORDS):
         shown.append((lit(last, places, looks[:, j]), f"{word.strip()}: {looks[:, j].mean():.1%}"))
     seen = [j for j, slot in enumerate(slots) if isinstance(slot, tuple)]

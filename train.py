@@ -23,7 +23,8 @@ products bf16 (autocast) where the GPU has it, and Muon's inside too.
 
 The run folder gets model.safetensors + config.json (for sample.py, on any machine: your own text tokenizer is copied to
 text_tokenizer.json), checkpoint.pt (for --resume), result.json (command, commit, scores), log.jsonl, loss.png,
-before_after.png, preview-STEP.png (--preview-every). Ctrl-C, SIGTERM and SIGHUP save a checkpoint first.
+before_after.png, preview-STEP.png (--preview-every), report.html (all of this on one page). Ctrl-C, SIGTERM and SIGHUP
+save a checkpoint first.
 """
 import argparse
 import collections
@@ -56,6 +57,7 @@ import custom_kernels
 import data
 import evaluate
 import image_tokenizer
+import report
 import sample
 import shape_world
 from custom_kernels import Muon, add_lora, count_flops, init_lora, merge_lora, peak_bytes, peak_flops, step_if
@@ -579,6 +581,8 @@ def finish(run, before, sheet, started):
         run.log.say(evaluate.report_change(before, after))
     save_preview(run, sheet, pictures(run), "before_after.png")
     if run.rank == 0:
+        planned = args.plan or (args.config == "tiny" and args.eval_n)  # of large models it takes a minute or two
+        report.write(args.out, plan(args, machine_of(args)) if planned else ())
         run.log.say(f"run folder: {args.out} ({', '.join(sorted(os.listdir(args.out)))})")
 
 def export(args, state):
