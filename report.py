@@ -68,6 +68,7 @@ def write(folder, plan=()):
                 "Plan": f"<pre>{said(chr(10).join(plan) or 'Give --plan to have it here.')}</pre>"}
     title = said(f"{result['arch']}, {result['stage']}: {folder.resolve().name}")
     body = "".join(f"<h2>{name}</h2>{text}" for name, text in sections.items() if text)
-    checkpoint.write_text(str(folder / "report.html"), f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-                          f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>{body}</body></html>\n")
+    head = f'<head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>'
+    checkpoint.write_text(str(folder / "report.html"),
+                          f'<!DOCTYPE html><html lang="en">{head}<body><h1>{title}</h1>{body}</body></html>\n')
     return str(folder / "report.html")

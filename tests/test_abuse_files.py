@@ -655,7 +655,8 @@ UNUSED = {  # what is typed, and the flag that would change nothing
     "sample": [
         *((f"--image x --question q --{flag}", flag.split()[0]) for flag in (
             "n 3", "batch 8", "steps 5", "cfg 2", "out x.png", "seed 1", "tokenizer-ckpt y", "vision-ckpt y")),
-        ("--explain x --n 2", "n"), ("--explain x --batch 2", "batch"), ("--max-new-tokens 5", "max-new-tokens"), ("--image x --edit y --max-new-tokens 5", "max-new-tokens"),
+        ("--explain x --n 2", "n"), ("--explain x --batch 2", "batch"),
+        ("--max-new-tokens 5", "max-new-tokens"), ("--image x --edit y --max-new-tokens 5", "max-new-tokens"),
         ("--no-exif --prompt x", "no-exif"), ("--ckpt x --tokenizer-ckpt y", "tokenizer-ckpt")],
     "evaluate": [*((f"--draw geneval --prompts x --{flag}", flag.split()[0]) for flag in (
                     "split dev", "editing", "json y", "images z")), ("--draw wise --prompts x --n 2", "n"),
