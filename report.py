@@ -50,7 +50,7 @@ def curve(name, steps, values, color):
             f'<text x="{right}" y="{height - 22}">{steps[-1]}</text></svg></figure>')
 
 def write(folder, plan=()):
-    """Makes folder/report.html of its result.json, log.jsonl and PNGs, and of the lines of --plan -> its path."""
+    """Makes folder/report.html of its result.json, log.jsonl and PNGs, and of the lines of --plan."""
     folder, said, drawn = pathlib.Path(folder), html.escape, []
     result = checkpoint.read_json(str(folder / "result.json"))
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -71,4 +71,3 @@ def write(folder, plan=()):
     head = f'<head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>'
     checkpoint.write_text(str(folder / "report.html"),
                           f'<!DOCTYPE html><html lang="en">{head}<body><h1>{title}</h1>{body}</body></html>\n')
-    return str(folder / "report.html")

@@ -16,8 +16,8 @@ name.png, a sheet of all (more than 64 go into further ones, name-2.png ...), an
 made, as the text in each PNG does. --out DIR/ makes DIR/00000.png ..., DIR/sheet.png and DIR/sheet.json. Published
 checkpoints load by --config and their original files, run folders of any size by --ckpt alone. --inpaint, --extrapolate
 and --think are not for every --arch. --explain shows the picture after each step, what is still open hatched; then, for
-each word, which of the places that are drawn look at it (a share of their attention, the mean of layers, heads and
-steps); and with --image and --edit or --reconstruct, where each drawn place looks in that picture.
+each word, which of the places that are drawn look at it (red: most; the share of their attention is a mean of layers,
+heads and steps); and with --image and --edit or --reconstruct, where each drawn place looks in that picture.
 """
 import argparse
 import inspect
@@ -161,12 +161,15 @@ def hatched(picture, masked):
         part[...] = np.where(np.add(*np.indices(part.shape[:2])) // 2 % 3 == 0, 128, 225)[..., None]
     return out
 
-def lit(picture, places, weights):
-    """A copy of a picture: dark at the place of the least weight, as it is at that of the largest."""
-    out = picture // 6
-    for place, weight in zip(places, (weights - weights.min()) / max(np.ptp(weights), 1e-9)):
-        box(out, place)[...] = box(picture, place) * (1 + 5 * weight) / 6
-    return out
+def heated(picture, places, weights):
+    """A pale copy of a picture, red where the weights of these places are large beside each other."""
+    heat = np.zeros(picture.shape[:2])
+    for place, weight in zip(places, weights):  # of several grids, perhaps
+        part = box(heat[..., None], place)
+        part += weight / part.size
+    heat = 0.65 * (heat - heat.min())[..., None] / max(np.ptp(heat), 1e-9)
+    pale = 160 + 0.35 * picture.mean(-1, keepdims=True)
+    return (pale * (1 - heat) + np.array([215, 30, 30]) * heat).round().astype(np.uint8)
 
 def some(items, n):
     """n of the items, evenly, with the first and the last; all, if they are fewer."""
@@ -174,27 +177,30 @@ def some(items, n):
 
 def explanation(trace, source=None):
     """What a model's `trace` noted while it drew one picture, and the source uint8 (h, w, 3), if there is one -> PIL
-    image: the steps, what looks at each word, and where each drawn place looks in the source."""
+    image: rows of the steps, of what looks at each word, and of where each drawn place looks in the source."""
     slots, *steps = trace
     pictures = [data.to_uint8(step["picture"])[0] for step in steps]
-    frames = [(hatched(picture, step["masked"].cpu().numpy()) if step["masked"] is not None else picture, step["title"])
+    frames = [(picture if step["masked"] is None else hatched(picture, step["masked"].cpu().numpy()), step["title"])
               for picture, step in zip(pictures, steps)]
-    shown, last = some(frames, FRAMES), pictures[-1]
-    looks = torch.stack([step["looks"][:, :len(slots)].float() for step in steps]).nanmean(0).cpu().numpy()
-    n = len(looks)  # places
-    columns = round((n * last.shape[1] / last.shape[0]) ** 0.5)
+    last, looks = pictures[-1], torch.stack([step["looks"][:, :len(slots)].float() for step in steps])
+    looks = looks.nanmean(0).cpu().numpy()  # (places, slots)
+    n, (h, w, _) = len(looks), last.shape
+    columns = round((n * w / h) ** 0.5)
     places = [(i // columns, i % columns, n // columns, columns) for i in range(n)]
-    texts = [(j, slot) for j, slot in enumerate(slots) if isinstance(slot, str)]
-    words = [(j, text) for j, text in texts if re.search(r"\w", text) and not text.startswith("<|")]
-    for j, word in some(words, WORDS):
-        shown.append((lit(last, places, looks[:, j]), f"{word.strip()}: {looks[:, j].mean():.1%}"))
+    words = [j for j, slot in enumerate(slots) if isinstance(slot, str) and re.search(r"\w", slot) and slot[:2] != "<|"]
     seen = [j for j, slot in enumerate(slots) if isinstance(slot, tuple)]
+    kinds = [some(frames, FRAMES), [], []]
+    for j in some(words, WORDS):
+        title = f"attention to {slots[j].strip()}: {looks[:, j].mean():.1%}"
+        kinds[1].append((heated(last, places, looks[:, j]), title))
     for i in some(range(n), CELLS) if seen else ():
-        title = f"row {places[i][0] + 1}, column {places[i][1] + 1}: {looks[i, seen].sum():.1%}"
-        shown.append((lit(source, [slots[j] for j in seen], looks[i, seen]), title))
-    shape = last.shape[1], last.shape[0]
-    shown = [(np.asarray(Image.fromarray(picture).resize(shape, Image.NEAREST)), title) for picture, title in shown]
-    return grid(*zip(*shown), columns=min(9, len(frames)), scale=max(1, 144 // last.shape[0]))
+        title = f"of row {places[i][0] + 1}, column {places[i][1] + 1}: {looks[i, seen].sum():.1%}"
+        kinds[2].append((heated(source, [slots[j] for j in seen], looks[i, seen]), title))
+    across = min(9, len(kinds[0]))
+    blank = np.full_like(last, 255), ""
+    shown = [each for kind in kinds for each in kind + [blank] * (-len(kind) % across)]  # each kind begins a row
+    shown = [(np.asarray(Image.fromarray(picture).resize((w, h), Image.NEAREST)), title) for picture, title in shown]
+    return grid(*zip(*shown), columns=across, scale=max(1, 144 // h))
 
 def save_png(image, path, about=None):
     """Atomic: a reader never sees half a picture. about: {key: value} for the file's text. Makes the folder; returns

@@ -77,8 +77,8 @@ def test_a_browser_shows_it(folder, tmp_path):
     common = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000",
               f"--user-data-dir={tmp_path}/profile", "--window-size=1000,1600"]
     shot = tmp_path / "shot.png"
-    done = subprocess.run([*common, "--enable-logging=stderr", f"--screenshot={shot}", f"file://{tmp_path}/report.html"],
-                          capture_output=True, text=True, timeout=300)
+    command = [*common, "--enable-logging=stderr", f"--screenshot={shot}", f"file://{tmp_path}/report.html"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert shot.exists() and not re.search(r"CONSOLE|ERR_", done.stderr), done.stderr[-2000:]
     colors = Image.open(shot).convert("RGB").getcolors(1 << 22)
     assert len(colors) > 50 and max(n for n, _ in colors) < 0.98 * 1000 * 1600  # text, curves and pictures
