@@ -128,7 +128,7 @@ def test_the_tour_keeps_its_budget():
 
 PATCHES = sorted(os.path.basename(path) for path in glob.glob(os.path.join(ROOT, "tests", "exercises", "*.patch")))
 SMALL = {"train.py": "--steps 2 --batch 8 --pool 8 --eval-n 0 --preview 0 --threads 1 --device cpu --gemm mkl",
-         "evaluate.py": "--n 6 --device cpu --gemm mkl"}
+         "evaluate.py": "--n 6 --steps 2 --device cpu --gemm mkl"}
 
 def commands():
     """{patch: the commands of its exercise in TOUR.md, each an argv}."""
