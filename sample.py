@@ -326,7 +326,7 @@ def main(argv=None):
                        generator=picture_generators(args.seed, args.n, [0]), **options)
         return print(answers[0])
     if args.explain is not None and not hasattr(model, "trace"):
-        raise ValueError(f"--explain: --arch {args.arch} has no such mode: its model has no trace (tests/test_contract.py)")
+        raise ValueError(f"--explain: --arch {args.arch} has no such mode: no trace (see tests/test_contract.py)")
     source, captions, draw = drawing(model, args)
     about = dict(arch=args.arch, config=args.config, seed=args.seed, commit=checkpoint.git_commit())
     job = next((job for job in ("edit", "reconstruct", "inpaint", "extrapolate") if getattr(args, job)), "generate")
