@@ -604,7 +604,7 @@ class Cache:
 with open(os.path.join(HERE, "weights", "templates.txt"), encoding="utf-8") as lines:
     RECA_TEMPLATES = lines.read().splitlines()
 
-PARTS = ("recon", "t2i", "i2t", "edit", "text", "uncond", "align", "words", "images")  # what a step may be made of
+PARTS = ("recon", "t2i", "i2t", "edit", "text", "uncond", "words", "images")  # what a step may be made of
 
 def read_mix(mix):
     """["recon=1", ...], or the dictionary itself -> {part: share of --batch}. Raises ValueError."""
@@ -648,7 +648,7 @@ class Batches:
         """-> {pool: Scenes, uint8 pictures or Images} and {pool of the shape world: texts}; sets pool_of."""
         args, captioned = self.args, self.args.stage in ("sft", "base")
         self.pool_of = {"recon": "broad", "i2t": "broad", "words": "broad", "uncond": "broad", "t2i": "captioned",
-                        "align": "captioned", "edit": "edits", "images": "crowded"}
+                        "edit": "edits", "images": "crowded"}
         own, self.weights = {"captioned" if captioned else "real"} if args.data else set(), {}
         if weights := getattr(args, "data_weights", None):
             if len(weights) != len(args.data or ()) or not all(0 < weight < float("inf") for weight in weights):
@@ -656,7 +656,7 @@ class Batches:
                                  f"{len(args.data or ())} paths of --data; give one above 0 for each")
             self.weights = dict.fromkeys(own, weights)
         for name in own:
-            parts = ("t2i", "align", "words", "uncond") if captioned else ("recon", "images")
+            parts = ("t2i", "words", "uncond") if captioned else ("recon", "images")
             self.pool_of |= dict.fromkeys(parts, name)
         if args.i2t_data:
             self.pool_of["i2t"] = "understanding"
@@ -804,7 +804,7 @@ class Batches:
             return {"caption": "", "drop": True}
         if part == "edit":
             return {"instruction": self.texts[pool][i], "drop": False}
-        if part in ("align", "words"):
+        if part == "words":
             return {"caption": sample.caption if sample else self.texts[pool][i]}
         if part == "i2t" and sample:  # all turns of a dialogue are one row: later ones refer to what was said before
             return {"turns": list(sample.turns) or [(RECA_TEMPLATES[0], sample.caption)]}

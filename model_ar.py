@@ -103,7 +103,7 @@ SIZES = {"show-o-256": dict(PUBLISHED, batch=40, accum=20, horizon=10 ** 6),
          "show-o-clip-512": dict(PUBLISHED, batch=10, accum=5, horizon=10 ** 6)}
 RECIPES = {
     "tiny": {
-        # Muon, because AdamW alone needs twice the samples. `align` and strong decay together cost it drawing: neither.
+        # Muon, because AdamW alone needs twice the samples.
         "base": dict(lr=1e-3, muon_lr=0.02, warmup=100, steps=5500, batch=48, pool=40000,
                      mix={"t2i": 1.0, "i2t": 0.75, "edit": 0.75, "text": 0.25}),
         # Captions stand beside RecA, as in model_mar.py. No image-to-text: this model forgets little without it.
@@ -407,8 +407,7 @@ class ShowO(nn.Module):
     def forward(self, batch):
         """{part: tensors} -> {part: loss}, all parts in one forward."""
         losses = {"recon": self.reca_loss, "edit": self.edit_loss, "t2i": self.t2i_loss, "i2t": self.i2t_loss,
-                  "text": self.i2t_loss, "uncond": self.t2i_loss, "align": self.align_loss,
-                  "words": partial(self.align_loss, kind="presence")}
+                  "text": self.i2t_loss, "uncond": self.t2i_loss, "words": self.words_loss}
         return {part: losses[part](**tensors) for part, tensors in batch.items()}
 
     # ---- samplers
@@ -696,7 +695,7 @@ class ShowO(nn.Module):
         """Samples (dicts), a generator for each -> what a loss needs beside the encodings. ids (B, T): right-padded to
         pad_to, or to a multiple of pad_multiple. Texts that are too long are cut. u (B,): how many codes are masked,
         r (B, N): which. count (): how many labels the loss has."""
-        if part in ("align", "words"):
+        if part == "words":
             return {"words": vision.caption_words(self.tokenizer, [s["caption"] for s in samples])}
         if part == "uncond":
             part, samples = "t2i", [{"caption": "", "drop": True}] * len(samples)
@@ -754,10 +753,9 @@ class ShowO(nn.Module):
 
     # ---- base training from nothing
 
-    def align_loss(self, words, features=None, pixels=None, kind="contrast", **_):
-        """For a CLIP that did not come pre-trained: see word_alignment. words (B, V): 1 where the caption has the id.
-        "contrast" is the part align, "presence" the part words, whose captions say all there is to say."""
+    def words_loss(self, words, features=None, pixels=None, **_):
+        """For a CLIP that did not come pre-trained: see vision.words_loss. words (B, V): 1 where the caption has it."""
         embeddings = self.showo.model.embed_tokens.weight[:words.shape[1]]
-        return vision.word_alignment(self.project(features, pixels), words, embeddings, kind)
+        return vision.words_loss(self.project(features, pixels), words, embeddings)
 
 Model = ShowO

@@ -24,7 +24,6 @@ import math
 import os
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -438,8 +437,7 @@ class Bagel(nn.Module):
 
     def forward(self, batch):
         """{part: tensors of precompute, collate} -> {part: loss}. `source_` encodings are of a picture to be edited."""
-        own, losses = {"recon": self.reca_loss, "i2t": self.i2t_loss, "text": self.i2t_loss, "align": self.align_loss,
-                       "words": partial(self.align_loss, kind="presence")}, {}
+        losses, own = {}, dict(recon=self.reca_loss, i2t=self.i2t_loss, text=self.i2t_loss, words=self.words_loss)
         for part, row in batch.items():
             row, source = dict(row), "source_" * ("source_moments" in row)
             row["features"] = row.get(source + "features")
@@ -688,7 +686,7 @@ class Bagel(nn.Module):
     def collate(self, part, samples, generators, shared, pad_to=None):
         """Samples (dicts) -> tensors of `layout`, count of the targets; u, noise, posterior (B, G, P), row b drawn from
         generators[b]. Texts are cut to `pad_to` tokens (None: the config's maximum, 0: room for the longest)."""
-        if part in ("align", "words"):
+        if part == "words":
             return {"words": vision.caption_words(self.tokenizer, [sample["caption"] for sample in samples])}
         limit = min(pad_to or self.text_limit[part], self.text_limit[part])
         vit, side = self.vit_side, self.config.image_size // self.stride
@@ -754,13 +752,13 @@ class Bagel(nn.Module):
 
     # ---- base training from nothing
 
-    def align_loss(self, words, patches, kind="contrast", **_):
-        """For a SigLIP that did not come pre-trained, see word_alignment. kind "presence": captions say everything."""
+    def words_loss(self, words, patches, **_):
+        """For a SigLIP that did not come pre-trained, see vision.words_loss."""
         side = math.isqrt(patches.shape[1])
         grid = vision.grid_ids(side, side, self.vit_pos_embed.side, patches.device)
         seen = self.connector(self.vit_model(patches / 127.5 - 1, grid))
         seen = seen + self.vit_pos_embed(grid).mean(0)  # without places: the connector's bias starts at minus this mean
         embeddings = self.language_model.model.embed_tokens.weight[:words.shape[1]]
-        return vision.word_alignment(seen, words, embeddings, kind)
+        return vision.words_loss(seen, words, embeddings)
 
 Model = Bagel

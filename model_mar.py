@@ -38,7 +38,7 @@ from custom_kernels.diffusion_process import T, diffusion_step, kept_steps, tabl
 from custom_kernels.products import sdpa
 from custom_kernels.watch import boxes, watching
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig
-from vision_encoder import caption_words, preprocess_pad, preprocess_stretch, to_pixels, word_alignment
+from vision_encoder import caption_words, preprocess_pad, preprocess_stretch, to_pixels, words_loss
 
 IMAGE = -200  # the id that marks where an image goes into a text row
 IGNORE = -100  # label of a position that is not trained
@@ -479,8 +479,7 @@ class Harmon(nn.Module):
     def forward(self, batch):
         """{part: tensors} -> {part: loss}, all parts in one forward."""
         losses = {"recon": self.reca_loss, "edit": self.reca_loss, "t2i": self.t2i_loss, "i2t": self.i2t_loss,
-                  "text": self.i2t_loss, "uncond": self.t2i_loss, "align": self.align_loss,
-                  "words": partial(self.align_loss, kind="presence")}
+                  "text": self.i2t_loss, "uncond": self.t2i_loss, "words": self.words_loss}
         return {part: losses[part](**tensors) for part, tensors in batch.items()}
 
     # ---- samplers
@@ -691,7 +690,7 @@ class Harmon(nn.Module):
     def collate(self, part, samples, generators, shared, pad_to=None):
         """Samples (dicts) -> ids (B, W), pads (B,), labels (B, A) of the last A positions or `randomness`, count of the
         targets. W: pad_to, or the longest row rounded up to pad_multiple, at most the config's maximum."""
-        if part in ("align", "words"):
+        if part == "words":
             return {"words": caption_words(self.tokenizer, [sample["caption"] for sample in samples])}
         c, dialogue = self.config, part in ("i2t", "text")
         limit, step = pad_to or (c.max_dialogue if dialogue else c.max_prompt), c.pad_multiple
@@ -761,10 +760,10 @@ class Harmon(nn.Module):
 
     # ---- base training from nothing
 
-    def align_loss(self, words, latents, kind="contrast"):
-        """What published encoders bring from their pre-training, see word_alignment. words (B, vocabulary): 1 where the
-        caption has the id; latents (B, m, n, C). kind "presence": captions say all there is to say (part `words`)."""
+    def words_loss(self, words, latents):
+        """What published encoders bring from their pre-training, see vision_encoder.words_loss. words (B, vocabulary):
+        1 where the caption has the id; latents (B, m, n, C)."""
         seen = self.visual_features(latents)[1][:, :latents.shape[1] * latents.shape[2]]  # buffers are no places
-        return word_alignment(seen, words, self.llm.model.embed_tokens.weight[:words.shape[1]], kind)
+        return words_loss(seen, words, self.llm.model.embed_tokens.weight[:words.shape[1]])
 
 Model = Harmon

@@ -57,7 +57,6 @@ import custom_kernels
 import data
 import evaluate
 import image_tokenizer
-import report
 import sample
 import shape_world
 from custom_kernels import Muon, add_lora, count_flops, init_lora, merge_lora, peak_bytes, peak_flops, step_if
@@ -65,8 +64,6 @@ from custom_kernels.products import use_products
 
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # no block writes into what another returned
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is, in one process
-
-ALIGN_WEIGHT = 0.25  # a contrast over a batch of 48 starts at log 48, several times the other losses, far from 0
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -190,7 +187,7 @@ def recipe(args):
 
 def loss_weight(args, part):
     drawing = dict.fromkeys(("t2i", "edit", "uncond"), args.t2i_weight)
-    return (drawing | dict(i2t=args.i2t_weight, align=ALIGN_WEIGHT)).get(part, 1.0)
+    return (drawing | {"i2t": args.i2t_weight}).get(part, 1.0)
 
 def check_args(args, world):
     checkpoint.check_ranges(args)
@@ -200,8 +197,6 @@ def check_args(args, world):
         raise ValueError(f"--stage {args.stage} --mix {' '.join(args.mix)}: the tokenizer stage trains images alone")
     if not args.mix:
         raise ValueError("--mix and the weights of the losses leave nothing to train on")
-    if "align" in args.mix and args.accum > 1:
-        raise ValueError(f"--accum {args.accum}: align contrasts a whole batch: --accum 1, or a --mix without it")
     for part, share in args.mix.items():
         n = round(args.batch * share)
         if n < 1:
@@ -215,7 +210,7 @@ def check_args(args, world):
 def check_typed(args, argv=None):
     """ValueError for a flag that is typed and would change nothing: it was meant to change something."""
     parts, tokenizer, tiny = set(args.mix), args.stage == "tokenizer", args.config == "tiny"
-    own = {"t2i", "align", "words", "uncond"} if args.stage in ("sft", "base") else {"recon", "images"}
+    own = {"t2i", "words", "uncond"} if args.stage in ("sft", "base") else {"recon", "images"}
     world = parts - (own if args.data else set()) - ({"i2t"} if args.i2t_data else set())  # has its pictures from there
     judged, drawn = tiny and args.eval_n, {"t2i", "edit", "uncond"}
     if lost := sorted(set(data.read_mix(parser().parse_args(argv).mix or {})) - parts):
@@ -582,7 +577,7 @@ def finish(run, before, sheet, started):
     save_preview(run, sheet, pictures(run), "before_after.png")
     if run.rank == 0:
         planned = args.plan or (args.config == "tiny" and args.eval_n)  # of large models it takes a minute or two
-        report.write(args.out, plan(args, machine_of(args)) if planned else ())
+        sample.write_report(args.out, plan(args, machine_of(args)) if planned else ())
         run.log.say(f"run folder: {args.out} ({', '.join(sorted(os.listdir(args.out)))})")
 
 def export(args, state):

@@ -315,44 +315,23 @@ def caption_words(tokenizer, captions):
         row[tokenizer.encode_ordinary(caption)] = 1
     return words
 
-def word_alignment(seen, words, embeddings, kind="contrast", scale=None):
-    """The words of a picture's caption should find a place in the picture that looks like them. As the words are the
-    language model's own embeddings, pictures and text come to be read alike.
+def words_loss(seen, words, embeddings):
+    """Is a word in a picture's caption, each word for itself (SigLIP's sigmoid loss, arXiv 2303.15343, with a fixed
+    scale and offset). As the words are the language model's own embeddings, pictures and text come to be read alike.
 
-    seen (B, A, D): picture tokens as the language model gets them. words (B, V): 1 where the caption has the word, see
-    caption_words. embeddings (V, D). A word is as like a picture as it is (cosine) to the place that fits it best. With
-    several processes the batch is that of all of them. -> a mean, 0-dim.
-    "contrast", for captions that leave things out: cross entropy of a word over the pictures of the batch (FILIP, arXiv
-    2111.07783). Words of more than half of the captions say nothing, nor do pictures without a caption.
-    "presence", for captions that say everything: is the word in this picture's caption, each for itself (SigLIP's
-    sigmoid loss, arXiv 2303.15343, with a fixed offset). Words of all or none of the captions are not asked for."""
-    everybody = words
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        everybody = gather(words, gradient=False)
-        if kind == "contrast":  # the other processes' pictures are in it too
-            seen, words = gather(seen), everybody
+    seen (B, A, D): picture tokens as the language model gets them. words (B, V): 1 where the caption, which must say
+    everything, has the word, see caption_words. embeddings (V, D). A word is as like a picture as it is (cosine) to the
+    place that fits it best. Words of all or none of the captions, on all processes, are not asked for. -> 0-dim mean"""
     seen, embeddings = F.normalize(seen.float(), dim=-1), F.normalize(embeddings.float(), dim=-1)
     with torch.autocast(seen.device.type, enabled=False):  # these products stay float32
         likeness = torch.stack([place @ embeddings.T for place in seen.unbind(1)]).amax(0)  # (B, V)
-    share = everybody.mean(0)  # (V,): of the captions that have the word
-    if kind == "presence":
-        asked = ((share > 0) & (share < 1)).float().expand_as(words)
-        logits = (scale or 20.0) * (likeness - 0.3)
-        loss = F.binary_cross_entropy_with_logits(logits, words, weight=asked, reduction="sum")
-        return loss / asked.sum().clamp(min=1)
-    words, likeness = words * (share < 0.5), (scale or 10.0) * likeness
-    likeness = likeness.masked_fill(words.sum(1, keepdim=True) == 0, -1e4)
-    return -(words * likeness.log_softmax(0)).sum() / words.sum().clamp(min=1)
-
-def gather(x, gradient=True):
-    """The global batch of a tensor. Gradients reach this process's own rows, scaled up for DDP's mean."""
-    world = dist.get_world_size()
-    own = x.detach().contiguous()
-    parts = [torch.empty_like(own) for _ in range(world)]
-    dist.all_gather(parts, own)
-    if gradient:
-        parts[dist.get_rank()] = x * world - (x * (world - 1)).detach()
-    return torch.cat(parts)
+    share = words.mean(0)  # (V,): of the captions that have the word
+    if dist.is_initialized():
+        dist.all_reduce(share)
+        share /= dist.get_world_size()
+    asked = ((share > 0) & (share < 1)).float().expand_as(words)
+    loss = F.binary_cross_entropy_with_logits(20 * (likeness - 0.3), words, weight=asked, reduction="sum")
+    return loss / asked.sum().clamp(min=1)
 
 def to_uint8(images):
     """Pictures in [-1, 1] (n, 3, h, w) -> uint8 (n, h, w, 3)."""

@@ -263,7 +263,7 @@ def worker():
         """-> a function of the number of the turn."""
         if what == "step":
             out = os.path.join(sys.argv[1], arch)
-            small = ("--pool", "400", "--captioned", "400", "--threads", "1")
+            small = ("--pool", "400", "--threads", "1")
             args, _ = train.parse_args(["--arch", arch, "--out", out, *small])
             run = train.Run(args, None)
             batches = [[run.batches.batch(step)] for step in range(8)]

@@ -17,7 +17,7 @@ What train.py calls
     collate(part, samples, generators, shared, pad_to) -> {name: tensor}: what a loss needs besides: token rows,
         randomness (a generator for each sample, `shared` for what a batch has in common) and "count", by which its sum
         is divided. samples: dicts, by part: recon {prompt, drop}; t2i {caption, drop}; i2t and text {question, answer}
-        or {turns}; edit {instruction, drop}; in base training also uncond (a t2i row), align and words {caption}.
+        or {turns}; edit {instruction, drop}; in base training also uncond (a t2i row), words {caption}.
     forward({part: tensors}) -> {part: loss}, whatever the mixture, in one forward.
 
 What sample.py and evaluate.py call. generator: None, or one torch.Generator for each row (a list; one row: itself),
@@ -60,7 +60,7 @@ def model(arch):
 def batches(arch, model, stage, parts=PARTS):
     mix = [f"{part}=1" for part in parts]
     args, _ = train.parse_args(["--arch", arch, "--stage", stage, "--batch", "4", "--pool", "16", "--i2t-weight", "1",
-                                "--t2i-weight", "1", "--understanding", "full", "--device", "cpu", "--mix", *mix])
+                                "--t2i-weight", "1", "--device", "cpu", "--mix", *mix])
     model.trainable_parameters(stage)
     return data.Batches(args, model)
 
@@ -112,7 +112,7 @@ def test_batches_and_losses_are_functions_of_their_generators(arch, model, stage
     assert all(loss.shape == () and torch.isfinite(loss) for loss in again.values())
 
 def test_any_mixture_gives_the_same_losses(arch, model):
-    batch = batches(arch, model, "base", PARTS + ("uncond", "align", "words")).batch(0)
+    batch = batches(arch, model, "base", PARTS + ("uncond", "words")).batch(0)
     whole = model(batch)
     assert set(whole) == set(batch)
     for part in batch:

@@ -219,14 +219,13 @@ if INTERPRETING:
         compare("compiled", torch.compile(model, backend="aot_eager", fullgraph=True), model, (q, k, v, w), 1e-6)
 
 else:
-    def test_kernels_in_the_interpreter():
+    EARLY = {"test_kernels_in_the_interpreter": (
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", os.path.abspath(__file__)],
+        {"TRITON_INTERPRET": "1", "NANORECA_KERNELS": "triton", "OMP_NUM_THREADS": "1"})}
+
+    def test_kernels_in_the_interpreter(early):
         pytest.importorskip("triton", reason="triton is not installed (pip install --no-deps triton==3.7.1)")
-        env = os.environ | {"TRITON_INTERPRET": "1", "NANORECA_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--durations=5",
-                   os.path.abspath(__file__)]
-        run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
-        print(run.stdout[-2000:])
-        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+        assert early.returncode == 0, early.stdout[-6000:] + early.stderr[-2000:]
 
     @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
     @pytest.mark.parametrize("kind, R", [("random", 2), ("random", 1), ("causal", 2), ("packed", 1), ("full", 1)])

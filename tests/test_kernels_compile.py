@@ -132,13 +132,14 @@ def main(everything):
     print(f"{bad} not OK")
     return bad
 
-def test_kernels_compile_for_a100_and_h100():
+EARLY = {"test_kernels_compile_for_a100_and_h100": (
+    [sys.executable, os.path.abspath(__file__)],
+    {"NANORECA_KERNELS": "triton", "TRITON_INTERPRET": "0", "PYTHONPATH": ROOT})}
+
+def test_kernels_compile_for_a100_and_h100(early):
     pytest.importorskip("triton", reason="triton is not installed (pip install --no-deps triton==3.7.1)")
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"NANORECA_KERNELS": "triton", "PYTHONPATH": ROOT}
-    run = subprocess.run([sys.executable, os.path.abspath(__file__)], env=env, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-3000:]
-    assert run.stdout.count("  OK\n") > 40, run.stdout
+    assert early.returncode == 0, early.stdout[-6000:] + early.stderr[-3000:]
+    assert early.stdout.count("  OK\n") > 40, early.stdout
 
 if __name__ == "__main__":
     sys.exit(1 if main("all" in sys.argv[1:]) else 0)

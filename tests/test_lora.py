@@ -26,7 +26,7 @@ SMALL = ["--batch", "4", "--pool", "16", "--eval-n", "0", "--log-every", "1", "-
 
 def tiny(arch, **settings):
     """(a model with untrained weights, none of them exactly 0; args; a batch of every part that its RecA trains)"""
-    args, _ = train.parse_args(["--arch", arch, *SMALL, "--understanding", "full", "--i2t-weight", "1",
+    args, _ = train.parse_args(["--arch", arch, *SMALL, "--i2t-weight", "1",
                                 "--t2i-weight", "1", "--mix", "recon=1", "t2i=1", "i2t=1"])
     file = checkpoint.model_file(arch)
     torch.manual_seed(0)

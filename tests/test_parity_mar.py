@@ -722,8 +722,7 @@ def tiny_batch(n=6, parts=("recon", "i2t", "t2i", "edit", "text")):
                "text": [{"question": "two stars. how many?", "answer": "two"},
                         {"question": "a?", "answer": "no, a large one"}],
                "uncond": [{"caption": "", "drop": True}],
-               "words": [{"caption": "a red circle"}, {"caption": "a blue star"}],
-               "align": [{"caption": "a star"}, {"caption": "two"}]}
+               "words": [{"caption": "a red circle"}, {"caption": "a blue star"}]}
     batch = {}
     for part in parts:
         rows = [samples[part][i % len(samples[part])] for i in range(n)]
@@ -737,7 +736,7 @@ def tiny_batch(n=6, parts=("recon", "i2t", "t2i", "edit", "text")):
 
 def test_all_parts_in_one_forward():
     """The parts that only a base from nothing trains stand beside the others, and count=None counts."""
-    model, batch = tiny(), tiny_batch(parts=("recon", "i2t", "t2i", "edit", "text", "uncond", "align", "words"))
+    model, batch = tiny(), tiny_batch(parts=("recon", "i2t", "t2i", "edit", "text", "uncond", "words"))
     losses = model(batch)
     assert list(losses) == list(batch) and all(torch.isfinite(v) for v in losses.values())
     for part, tensors in batch.items():

@@ -10,7 +10,7 @@ from helpers import run
 from PIL import Image
 
 import evaluate
-import report
+import sample
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -63,11 +63,11 @@ def test_a_finished_run_has_a_report_that_needs_nothing_else(folder):
 def test_before_after_and_change():
     before, after = ({"long": {"score": value, "interval": (value - 0.1, value + 0.1),
                                "held_out": {"score": value / 2, "interval": (0.0, 0.5)}}} for value in (0.25, 0.5))
-    text = report.table(before, after)
+    text = sample.score_table(before, after)
     cells = ["long prompts", "0.250 (0.150 to 0.350)", "0.500 (0.400 to 0.600)", "+0.250"]
     assert f"<tr><td>{'</td><td>'.join(cells)}</td></tr>" in text and Page(text).rows == 3
-    assert "<td>long prompts</td><td></td><td>0.500" in report.table(None, after)
-    assert report.table(None, None) == "<p>Nothing was judged (--eval-n).</p>"
+    assert "<td>long prompts</td><td></td><td>0.500" in sample.score_table(None, after)
+    assert sample.score_table(None, None) == "<p>Nothing was judged (--eval-n).</p>"
 
 def test_a_browser_shows_it(folder, tmp_path):
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)

@@ -194,8 +194,6 @@ def test_places_where_nothing_can_be_written(kind, tmp_path, monkeypatch):
     assert (tmp_path / "file").read_text() == "mine"
 
 @pytest.mark.parametrize("argv, message", [
-    ("--mix align=1 --accum 2", "--accum 2: align contrasts a whole batch"),
-    ("--mix t2i=1 align=0.5 --accum 4", "--accum 4: align"), ("--mix align=1 i2t=1 --accum 8", "--accum 8: align"),
     ("--mix images=1", "--stage base --mix images: the tokenizer stage trains images alone"),
     ("--stage tokenizer --mix t2i=1", "--stage tokenizer --mix t2i: the tokenizer stage"),
     ("--stage tokenizer --mix images=1 t2i=1", "--stage tokenizer --mix images t2i: the tokenizer stage"),

@@ -6,15 +6,14 @@ import os
 import pathlib
 import pickle
 import shutil
-import subprocess
-import sys
 import types
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train import ARCHS, ROOT, SMALL, losses, run
+from processes import Launch
+from test_train import ARCHS, SMALL, losses, run
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 import checkpoint
@@ -88,17 +87,14 @@ def folders(tmp_path_factory):
     for i in range(16):
         noise = np.random.default_rng(i).integers(256, size=(48, 48, 3), dtype=np.uint8)
         Image.fromarray(noise).save(top / "pictures" / f"{i}.png")
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=ROOT)
     assert run("--arch", "mar", *FLAGS, "--stop-after", "2", out=out["mar"] / "one") == 0
     for arch, folder in out.items():
         os.makedirs(folder, exist_ok=True)
-        argv = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), arch, str(folder),
-                *FLAGS, "--data", str(top / "pictures"), "--mix", "recon=1", "--cache", str(folder / "cache")]
-        launched[arch] = subprocess.Popen([sys.executable, *argv], cwd=ROOT, env=environment, text=True,
-                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    for arch, process in launched.items():
-        said = process.communicate(timeout=400)[0]
-        assert process.returncode == 0, said[-3000:]
+        argv = [arch, folder, *FLAGS, "--data", top / "pictures", "--mix", "recon=1", "--cache", folder / "cache"]
+        launched[arch] = Launch(2, *argv, script=script)
+    for process in launched.values():
+        code, said = process.wait()
+        assert code == 0, said[-3000:]
     return out
 
 @pytest.mark.parametrize("arch", ARCHS)

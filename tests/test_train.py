@@ -1,7 +1,6 @@
 """The loop: exact resume, N processes = one, errors in one line, what a run leaves behind. On the tiny models,
 freshly initialised."""
 import argparse
-import dataclasses
 import functools
 import io
 import json
@@ -21,7 +20,6 @@ import torch
 from helpers import run
 from PIL import Image
 from processes import ROOT, Launch, torchrun
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -73,7 +71,7 @@ def test_resume_is_exact_after_a_signal(arch, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_two_processes_equal_one_and_resume(arch, tmp_path):
-    mix = ["--mix", "t2i=1", "i2t=1", "edit=0.5", "text=0.5", "align=0.5", "words=0.5"]
+    mix = ["--mix", "t2i=1", "i2t=1", "edit=0.5", "text=0.5", "words=0.5"]
     common = ["--arch", arch, "--stage", "base", *SMALL, "--lr", "1e-4", "--muon-lr", "0.002",
               "--batch", "16", *mix, "--preview", str(4 * (arch == "mar"))]
     two = Launch(2, *common, "--out", tmp_path / "two")
@@ -240,39 +238,6 @@ def test_processes_times_micro_batches_are_one(arch, tmp_path):
         difference = torch.stack([(other[k] - g).norm() for k, g in found.items()]).norm()
         assert difference <= 1e-6 * norm, (name, difference / norm)
 
-def with_one_layer(arch, monkeypatch, **more):
-    """One block is like another, and takes as long to compile."""
-    tiny = checkpoint.model_file(arch).CONFIGS["tiny"]
-    names = [f.name for f in dataclasses.fields(tiny)]
-    few = {name: 1 for name in names if name.endswith(("num_layers", "depth"))}
-    few |= {name: value for name, value in more.items() if name in names}
-    monkeypatch.setitem(checkpoint.model_file(arch).CONFIGS, "tiny", dataclasses.replace(tiny, **few))
-    torch._dynamo.reset()
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("arch", ARCHS)
-def test_a_step_is_one_graph(arch, monkeypatch):
-    """What GPUs compile: a break in it would cost launches and retracing in every step."""
-    with_one_layer(arch, monkeypatch)
-    _, model, batches = made("--arch", arch, "--stage", "base", *SMALL)
-    found = torch._dynamo.explain(model)(batches.batch(0))
-    assert (found.graph_count, found.graph_break_count) == (1, 0), [r.reason for r in found.break_reasons]
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("arch", ARCHS)
-def test_a_step_is_compiled_twice_at_most(arch, monkeypatch):
-    """Whatever lengths come: a new graph takes a large model minutes. The second one is that of no visible token; that
-    of a single one does not occur where masked tokens come in multiples, as in published sizes."""
-    with_one_layer(arch, monkeypatch, mask_bucket=3)
-    _, model, batches = made("--arch", arch, "--stage", "base", *SMALL, "--mix", "recon=1", "i2t=1", stage="reca")
-    counter, compiler = CompileCounterWithBackend("aot_eager"), torch.compile
-    monkeypatch.setattr(torch, "compile", functools.partial(compiler, backend=counter, fullgraph=True))
-    step, shapes = custom_kernels.compiled(model), set()
-    for batch in map(batches.batch, range(20)):
-        sum(step(batch).values()).backward()
-        shapes.add(str({part: {k: v.shape for k, v in tensors.items()} for part, tensors in batch.items()}))
-    assert counter.frame_count <= 2 < len(shapes), (counter.frame_count, shapes)
-
 class NoDoubles(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -412,7 +377,7 @@ def test_own_images_get_plain_reca():
     for arch in ("mar", "ar", "diffusion"):
         plain, own = parse("--arch", arch, "--data", "photos"), parse("--arch", arch)
         assert set(plain.mix) == ({"recon"} if arch == "diffusion" else {"recon", "i2t"})
-        assert plain.understanding == "full" and plain.t2i_weight == 0 and "t2i" in own.mix
+        assert plain.t2i_weight == 0 and "t2i" in own.mix
 
 def test_muon_takes_the_matrices_inside_blocks():
     args, model, _ = made("--arch", "ar", "--stage", "base", *SMALL)
@@ -427,7 +392,7 @@ def test_muon_takes_the_matrices_inside_blocks():
     assert {"showo.lm_head.weight", "showo.model.embed_tokens.weight"} <= names(adam)
     assert args.muon_lr == 0.02 and parse("--arch", "ar").muon_lr == 0  # RecA itself is AdamW, as published
     assert muon.param_groups[0]["weight_decay"] == 0.02
-    assert parse("--arch", "diffusion", "--stage", "base").muon_decay == 0.3
+    assert parse("--arch", "diffusion", "--stage", "base").muon_decay == 0.1
     assert parse("--arch", "ar", "--stage", "sft", "--muon-decay", "0.1").muon_decay == 0.1
 
 def test_tiny_diffusion_recipe_and_plain_reca():

@@ -31,7 +31,7 @@ from vision_encoder import (
     patchify,
     square_pixels,
     to_pixels,
-    word_alignment,
+    words_loss,
 )
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -278,27 +278,6 @@ def test_caption_words():
         assert row.nonzero().flatten().tolist() == sorted(set(tokenizer.encode_ordinary(caption)))
     assert words.max() == 1 and words[2].sum() > 1 and words[2, tokenizer.encode("<|im_end|>")] == 0
 
-def test_word_alignment_finds_words_at_their_places():
-    g = torch.Generator().manual_seed(0)
-    embeddings = torch.randn(20, 8, generator=g)
-    named = torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]])  # two words a caption, and word 0 in all
-    words = torch.zeros(4, 20).scatter(1, named, 1.0)
-    words[:, 0] = 1
-    seen = torch.randn(4, 3, 8, generator=g)
-    told = seen.clone()
-    told[:, 0] = 50 * embeddings[named[:, 0]]  # at different places, of any length
-    told[:, 2] = 0.01 * embeddings[named[:, 1]]
-    assert word_alignment(told, words, embeddings, scale=30.0) < 0.1
-    assert word_alignment(seen, words, embeddings, scale=30.0) > 0.1
-    # by hand: a word's cross entropy over the pictures, each taken where it fits best; word 0, in every caption, is not
-    # asked for
-    like = 10 * F.cosine_similarity(seen[:, :, None], embeddings[None, None], dim=-1).amax(1)  # (B, V)
-    want = torch.stack([-like[:, w].log_softmax(0)[i] for i in range(4) for w in named[i]]).mean()
-    torch.testing.assert_close(word_alignment(seen, words, embeddings), want)
-    # a picture without a caption is neither asked for nor in the contrast
-    more = torch.cat([seen, told[:1]]), torch.cat([words, torch.zeros(1, 20)])
-    torch.testing.assert_close(word_alignment(*more, embeddings), want)
-
 def test_words_of_dense_captions_each_for_itself():
     g = torch.Generator().manual_seed(0)
     embeddings, seen = torch.randn(20, 8, generator=g), torch.randn(4, 3, 8, generator=g)
@@ -308,9 +287,9 @@ def test_words_of_dense_captions_each_for_itself():
         words[i, [1 + i, 5 + i]] = 1
     like = 20 * (F.cosine_similarity(seen[:, :, None], embeddings[None, None], dim=-1).amax(1) - 0.3)[:, 1:9]
     want = -(words[:, 1:9] * F.logsigmoid(like) + (1 - words[:, 1:9]) * F.logsigmoid(-like)).mean()
-    torch.testing.assert_close(word_alignment(seen, words, embeddings, "presence"), want)
+    torch.testing.assert_close(words_loss(seen, words, embeddings), want)
     told = torch.zeros(4, 3, 20)  # pictures that hold, each word at a place of its own, what their captions say
     for i in range(4):
         told[i, 0, 1 + i] = told[i, 1, 5 + i] = told[i, 2, 0] = 1
-    assert word_alignment(told, words, torch.eye(20), "presence") < 0.01
-    assert word_alignment(told[[1, 2, 3, 0]], words, torch.eye(20), "presence") > 0.01
+    assert words_loss(told, words, torch.eye(20)) < 0.01
+    assert words_loss(told[[1, 2, 3, 0]], words, torch.eye(20)) > 0.01
