@@ -273,8 +273,7 @@ def write_report(folder, plan=()):
     for i, part in enumerate(["loss", *result["args"]["mix"]]):
         logged = [(row["step"], row[part]) for row in rows if part in row]
         drawn += [svg_curve(part, *zip(*logged), LINE_COLORS[i % len(LINE_COLORS)])] if logged else []
-    about = [f"{key}: {result[key]}" for key in ("command", "resumed_by", "commit", "torch", "device") if key in result]
-    about.append(f"time: {result['seconds'] / 60:.1f} minutes")
+    about = [f"{k}: {result[k]}" for k in "command resumed_by commit torch device seconds".split() if k in result]
     pictures = [f'<h3>{said(path.name)}</h3><img alt="{said(path.name)}" src="data:image/png;base64,'
                 f'{base64.b64encode(path.read_bytes()).decode()}">'
                 for path in sorted(folder.glob("*.png"), key=os.path.getmtime) if path.name != "loss.png"]

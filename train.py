@@ -576,9 +576,15 @@ def finish(run, before, sheet, started):
         run.log.say(evaluate.report_change(before, after))
     save_preview(run, sheet, pictures(run), "before_after.png")
     if run.rank == 0:
-        planned = args.plan or (args.config == "tiny" and args.eval_n)  # of large models it takes a minute or two
-        sample.write_report(args.out, plan(args, machine_of(args)) if planned else ())
+        sample.write_report(args.out, planned(args))
         run.log.say(f"run folder: {args.out} ({', '.join(sorted(os.listdir(args.out)))})")
+
+def planned(args):
+    """The lines of --plan for the page of a run, where they were asked for or take no time."""
+    try:
+        return plan(args, machine_of(args)) if args.plan or args.config == "tiny" and args.eval_n else ()
+    except Exception as e:  # an own model that needs real numbers: no reason to end a finished run with an error
+        return [f"no plan: {checkpoint.reason_of(e)}"]
 
 def export(args, state):
     """Writes the model of a run, with averaged weights where it has them, as one piece."""
