@@ -5,7 +5,6 @@ import subprocess
 
 import pytest
 
-import train
 from custom_kernels.products import use_products
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -15,12 +14,6 @@ POOL, STARTED = concurrent.futures.ThreadPoolExecutor(1), {}
 def plain_products():
     """Before each test PyTorch multiplies as it does by itself, whatever a run in this process chose."""
     use_products("mkl")
-
-@pytest.fixture(autouse=True)
-def pages_without_plan(request, monkeypatch):
-    """The plan on a run's page takes a second, and there are many runs; test_report.py looks at it."""
-    if request.module.__name__ != "test_report":
-        monkeypatch.setattr(train, "planned", lambda args: ())
 
 def pytest_collection_finish(session):
     """Tests that only wait for another process find it in EARLY of their file: {test: (command, environment)}. These
