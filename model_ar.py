@@ -27,6 +27,7 @@ import torch.nn.functional as F
 import vision_encoder as vision
 from checkpoint import atomic, load_strict, read_weights, write_text
 from custom_kernels import attention, attention_plan, linear_cross_entropy
+from custom_kernels.watch import boxes, watching
 from image_tokenizer import TOKENIZERS, LFQConfig, LFQTokenizer
 
 IGNORE = -100  # label of a position that is not trained
@@ -284,6 +285,7 @@ class ShowO(nn.Module):
     a string. A context is a pair (embeddings, layout) of rows whose target picture is still to be put in front."""
     image_tokenizer = "vq"  # the frozen tokenizer: this submodule, and its config in ShowOConfig
     encoders = ("vq", "clip")  # the submodules that precompute uses
+    trace = None  # or a list, to which contexts and `paint` add how a picture comes about
     device = property(lambda self: self.showo.lm_head.weight.device)
 
     def __init__(self, config, tokenizer=None):
@@ -429,7 +431,8 @@ class ShowO(nn.Module):
         model(context, layout.part(slice(S, None)), cache=cache, slots=slots[:, S:])  # once: it never sees the target
         for k in range(steps):
             x = self.with_target(image).repeat(rows // b, 1, 1)
-            hidden = model(x, layout.part(slice(S)), slice(1, N + 1), cache, slots[:, :S])
+            with watching(trace is not None) as watch:
+                hidden = model(x, layout.part(slice(S)), slice(1, N + 1), cache, slots[:, :S])
             logits = self.logits(hidden, codebook)  # (rows, N, codebook): a mask predicts itself
             if rows > b:
                 logits = (1 + guidance) * logits[:b] - guidance * logits[b:]
@@ -449,7 +452,10 @@ class ShowO(nn.Module):
             masked = score < score.sort(dim=1).values.gather(1, count)
             image = (codes + c.image_offset).masked_fill(masked, c.mask_id)
             if trace is not None:
-                trace.append(dict(hidden=hidden, confidence=confidence, masked=masked, temperature=temperature))
+                looks = torch.stack([each[0, -N - 1:-1] if each.shape[1] > N else each[0] for each in watch.seen])
+                looks = looks.mean(0)[:, S:].masked_fill(~unknown[0, :, None], math.nan)  # (N, context)
+                trace.append(dict(hidden=hidden, confidence=confidence, masked=masked, temperature=temperature,
+                                  codes=codes, looks=looks))
         return codes
 
     def paint(self, context, image, cfg=None, steps=None, temperature=1.0, generator=None):
@@ -459,13 +465,30 @@ class ShowO(nn.Module):
         cfg, steps = vision.guidance(cfg, c.cfg), steps or c.mask_steps
         if cfg != 1:
             context = stack_rows(context, self.context([""] * b, h * w))
-        return self.sample(*context, image.flatten(1), cfg - 1, steps, temperature, generator).view(b, h, w)
+        trace = None if self.trace is None else []
+        codes = self.sample(*context, image.flatten(1), cfg - 1, steps, temperature, generator, trace=trace)
+        for k, step in enumerate(trace or ()):  # the last one masks a code again, which no step looks at
+            masked = step["masked"][0].view(h, w) & (k + 1 < steps)
+            looks = step["looks"][:, :len(self.trace[0])]
+            self.trace.append(dict(picture=self.decode_codes(step["codes"][:1].view(1, h, w)), looks=looks,
+                                   masked=masked, title=f"step {k + 1}"))
+        return codes.view(b, h, w)
 
     @torch.no_grad()
     def context(self, prompts, N):
         """Texts -> context of text-to-image."""
         prompts = [t2i_prompt(self.encode(p), self.config) for p in prompts]
+        self.note(prompts[0])
         return self.t2i_context(*pad_rows(prompts, self.config.pad, device=self.device), N)
+
+    def note(self, ids, seen=None):
+        """Says once, in the trace, what stands in the slots of a context: pieces of text, places of a picture."""
+        if self.trace != []:  # None, or it was said: what follows is the row that guidance leads away from
+            return
+        words = ["" if i >= self.config.text_vocab else self.tokenizer.decode([i]) for i in ids]
+        picture = [] if seen is None else boxes(*[math.isqrt(seen.shape[1])] * 2)
+        before = 0 if self.config.w_clip_vit else 2  # features stand before the text, codes in it
+        self.trace.append([*words[:before], *picture, *words[before:]])
 
     def logits(self, hidden, ids=slice(None)):
         """hidden (..., D) -> float32 logits of a slice of the vocabulary."""
@@ -505,7 +528,9 @@ class ShowO(nn.Module):
         pad_rows([self.prompt_ids("edit", sample, math.inf)[0] for sample in samples], c.pad, c.max_request)
         request = self.collate("edit", samples, [torch.Generator()] * len(samples), None)
         request = {k: v.to(self.device) for k, v in request.items()}
-        context = self.reca_context(**request, N=self.side ** 2, **self.understand(images.to(self.device)))
+        seen = self.understand(images.to(self.device))
+        context = self.reca_context(**request, N=self.side ** 2, **seen)
+        self.note(request["ids"][0].tolist(), *seen.values())
         image = torch.full((len(images), self.side, self.side), c.mask_id, device=self.device)
         return self.decode_codes(self.paint(context, image, cfg, steps or self.sampling_steps("edit"),
                                              temperature, generator))

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 import vision_encoder as vision
 from checkpoint import cast, check_keys, load_strict, read_weights, remark, write_safetensors
 from custom_kernels import attention, attention_plan, flow_loss_rows, linear_cross_entropy, rms_norm
+from custom_kernels.watch import boxes, watching
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig
 
 IGNORE = -100  # label of a position that is not trained
@@ -316,6 +317,7 @@ Cache = namedtuple("Cache", "kv start rope")
 class Bagel(nn.Module):
     image_tokenizer = "vae"  # the frozen autoencoder's name, here and in the configuration
     encoders = ("vae", "vit_model")  # the submodules that precompute uses
+    trace = None  # or a list, to which `paint` and `sample` add how a picture comes about
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -473,8 +475,13 @@ class Bagel(nn.Module):
         for t, after in zip(times, times[1:]):
             context, rows, view, kv = branches[low < t <= high]
             m = len(context) // B
-            v = self.velocity(context, x.repeat(m, 1, 1), torch.full((m * B, 1), t, device=device), rows, view, kv)
+            with watching(self.trace is not None) as watch:
+                v = self.velocity(context, x.repeat(m, 1, 1), torch.full((m * B, 1), t, device=device), rows, view, kv)
             v = v if m == 1 else guide(*v.chunk(m), cfg=cfg, cfg_image=cfg_image, **how)
+            if watch:  # of each layer but the last the markers look first; x - v t is where a straight path would end
+                looks = torch.stack([*watch.seen[1:-1:2], watch.seen[-1]]).mean(0)[0, :, :past]
+                self.trace.append(dict(picture=self.decode_latents((x - v * t)[:1], grid), looks=looks, masked=None,
+                                       title=f"time {t:.2f}"))
             x = x - v * (t - after)
         return x
 
@@ -537,12 +544,22 @@ class Bagel(nn.Module):
         before, texts = [("text", self.encode(THINK_PAINT))] * think, [("text", self.encode(text)) for text in texts]
         full = [[*before, *pictures, text] for text in texts]
         full = self.think(full, features=features, latents=latents) if think else full
+        if self.trace is not None:
+            self.trace.append(self.labels(full[0]))
         contexts = [full, [[*before, *pictures]] * len(full), [[*before, text] for text in texts]]
         contexts = contexts[:1 + (cfg > 1) + (cfg > 1 and cfg_image > 1)]
         seen = (x if x is None else x.repeat(len(contexts), 1, 1) for x in (features, latents))
         cache = self.context(sum(contexts, []), *seen)
         noise = temperature * self.randn(generators, grid[0] * grid[1])
         return self.decode_latents(self.sample(cache, noise, grid, cfg, cfg_image, steps, **how), grid).clamp(-1, 1)
+
+    def labels(self, sample):
+        """What stands in the slots of a context, see `layout`: pieces of text, places of a picture, "" for a marker."""
+        out = []
+        for kind, content in sample:
+            words = [self.tokenizer.decode([i]) for i in content] if kind == "text" else []
+            out += ["", *words, ""] if kind == "text" else ["", "", *boxes(*content)]
+        return out
 
     def randn(self, generators, tokens):
         weight = self.llm2vae.weight

@@ -36,6 +36,7 @@ from checkpoint import atomic, load_strict, read_weights
 from custom_kernels import add_noise, attention, attention_plan, diffusion_loss_rows, linear_cross_entropy, rms_norm
 from custom_kernels.diffusion_process import T, diffusion_step, kept_steps, tables_on
 from custom_kernels.products import sdpa
+from custom_kernels.watch import boxes, watching
 from image_tokenizer import TOKENIZERS, Autoencoder, AutoencoderConfig
 from vision_encoder import caption_words, preprocess_pad, preprocess_stretch, to_pixels, words_loss
 
@@ -374,6 +375,7 @@ def left_pad(rows, width, fill=0):
 class Harmon(nn.Module):
     image_tokenizer = "vae"  # the frozen autoencoder: this submodule, and its config in HarmonConfig
     encoders = ("vae",)  # the submodules that precompute uses
+    trace = None  # or a list, to which `paint` and `sample` add how a picture comes about
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -512,8 +514,10 @@ class Harmon(nn.Module):
             visible = orders[:, masked_now:].sort(1).values
             predicted = orders[:, left:masked_now].sort(1).values  # raster order, in which the noise is counted
             past = [t[..., :read + visible.shape[1] + self.config.buffer_size, :] for t in kv]
-            x = self.fuse(tokens.view(n, *grid, -1), visible[:n], pads, past=past)
-            z = self.mar.decode(x, visible, torch.cat([orders[:, :left], predicted], 1), grid)[:, left - masked_now:]
+            with watching(self.trace is not None) as watch:
+                x = self.fuse(tokens.view(n, *grid, -1), visible[:n], pads, past=past)
+                z = self.mar.decode(x, visible, torch.cat([orders[:, :left], predicted], 1), grid)
+            z = z[:, left - masked_now:]
             scale = cfg if schedule == "constant" else 1 + (cfg - 1) * (L - masked_next) / L
             if noise is None:
                 drawn = vision.draw_rows(torch.randn, generators, 1 + times, predicted.shape[1], C)  # (n, .., k, C)
@@ -522,8 +526,22 @@ class Harmon(nn.Module):
             new = self.mar.diffloss.sample(z.flatten(0, 1), temperature, scale, step_noise)
             new = new.view(R, -1, C)[:n]
             tokens = tokens.scatter(1, predicted[:n, :, None].expand_as(new), new)
+            if watch:
+                looks = torch.full((L, read), math.nan, device=device)
+                looks[predicted[0]] = self.looks(watch.seen, read, predicted.shape[1])
+                masked = torch.zeros(L, dtype=torch.bool, device=device).index_fill(0, orders[0, :left], True)
+                self.trace.append(dict(picture=self.decode_latents(tokens[:1].view(1, *grid, -1)), looks=looks,
+                                       masked=masked.view(grid), title=f"step {s + 1}"))
             masked_now = left
         return tokens.view(n, *grid, -1)
+
+    def looks(self, seen, width, k):
+        """Attention of one pass (`Watch.seen`) -> (k, width): where the k latents that are drawn look in the context,
+        through the visible latents and the buffers, which alone have read it. A mean over layers."""
+        c, S = self.config, self.config.buffer_size
+        llm = torch.stack(seen[c.encoder_depth:-c.decoder_depth]).mean(0)[0, :, :width]  # (V + S, width)
+        mar = torch.stack(seen[-c.decoder_depth:]).mean(0)[0, -k:, :len(llm)]  # (k, S + V)
+        return mar @ torch.cat([llm[-S:], llm[:-S]])
 
     def generate(self, prompts, cfg=None, steps=None, temperature=1.0, generator=None, size=None, schedule="constant"):
         """Captions -> images (B, 3, H, W) in [-1, 1]. size: pixels, one number or (H, W), multiples of self.stride."""
@@ -568,6 +586,10 @@ class Harmon(nn.Module):
         of the row that guidance leads away from (None: "Generate an image."); it never has an image."""
         cfg = vision.guidance(cfg, self.config.cfg)
         context, pads = self.context(rows, images)
+        if self.trace is not None:
+            picture = [] if images is None else boxes(*(side // self.stride for side in images.shape[2:]))
+            picture += [None] * self.config.buffer_size
+            self.trace.append([x for i in rows[0] for x in (picture if i == IMAGE else [self.tokenizer.decode([i])])])
         if cfg != 1:
             empty = unconditional or self.prompt_ids("uncond", {"drop": True})[0]
             other = self.context([empty] * len(rows), width=context.shape[1])

@@ -23,7 +23,8 @@ products bf16 (autocast) where the GPU has it, and Muon's inside too.
 
 The run folder gets model.safetensors + config.json (for sample.py, on any machine: your own text tokenizer is copied to
 text_tokenizer.json), checkpoint.pt (for --resume), result.json (command, commit, scores), log.jsonl, loss.png,
-before_after.png, preview-STEP.png (--preview-every). Ctrl-C, SIGTERM and SIGHUP save a checkpoint first.
+before_after.png, preview-STEP.png (--preview-every), report.html (all of this on one page). Ctrl-C, SIGTERM and SIGHUP
+save a checkpoint first.
 """
 import argparse
 import collections
@@ -575,7 +576,15 @@ def finish(run, before, sheet, started):
         run.log.say(evaluate.report_change(before, after))
     save_preview(run, sheet, pictures(run), "before_after.png")
     if run.rank == 0:
+        sample.write_report(args.out, planned(args))
         run.log.say(f"run folder: {args.out} ({', '.join(sorted(os.listdir(args.out)))})")
+
+def planned(args):
+    """The lines of --plan for the page of a run, where they were asked for or take no time."""
+    try:
+        return plan(args, machine_of(args)) if args.plan or args.config == "tiny" and args.eval_n else ()
+    except Exception as e:  # an own model that needs real numbers: no reason to end a finished run with an error
+        return [f"no plan: {checkpoint.reason_of(e)}"]
 
 def export(args, state):
     """Writes the model of a run, with averaged weights where it has them, as one piece."""

@@ -656,6 +656,7 @@ UNUSED = {  # what is typed, and the flag that would change nothing
         *((f"--image x --question q --{flag}", flag.split()[0]) for flag in (
             "n 3", "batch 8", "steps 5", "cfg 2", "out x.png", "seed 1", "tokenizer-ckpt y", "vision-ckpt y",
             "rest-ckpt y")),
+        ("--explain x --n 2", "n"), ("--explain x --batch 2", "batch"),
         ("--max-new-tokens 5", "max-new-tokens"), ("--image x --edit y --max-new-tokens 5", "max-new-tokens"),
         ("--no-exif --prompt x", "no-exif"), ("--ckpt x --tokenizer-ckpt y", "tokenizer-ckpt")],
     "evaluate": [*((f"--draw geneval --prompts x --{flag}", flag.split()[0]) for flag in (
@@ -676,6 +677,7 @@ USED = {
         "--eval-n 6 --eval-every 3 --eval-split dev"],
     "sample": ["", "--prompt a --n 2 --batch 3 --cfg 2 --steps 3 --seed 1 --temperature 0.5 --out x",
                "--image x --question q --max-new-tokens 3 --temperature 0.5 --seed 1 --no-exif",
+               "--explain x --cfg 2 --steps 3 --seed 1 --out y", "--image x --explain --edit y --no-exif",
                "--image x --reconstruct --no-exif --n 2 --cfg 1", "--image x --question q --think",
                "--config CONFIG --tokenizer-ckpt a --vision-ckpt b --text-tokenizer c"],
     "evaluate": ["", "--split dev --editing --json x --cfg 2", "--draw geneval --prompts x --out y --n 2 --steps 3",

@@ -28,6 +28,11 @@ What sample.py and evaluate.py call. generator: None, or one torch.Generator for
     load_published(path, config, tokenizer_path, vision_path, tokenizer, device, dtype): strict
     published_state() -> {name: tensor} as the published file of weights has it, also of a model on the meta device
     save_published(folder that exists) -> paths: the files that the original implementation loads, without frozen ones
+    trace (optional, for --explain): None; or a list, to which generate, reconstruct and edit of one picture add first
+        what stands in the slots of the context, a list: a piece of text, a place (row, column, rows, columns) of the
+        picture that is seen, or None; then for each step a dict: picture (1, 3, H, W) so far, masked (h, w) bool, what
+        is still open, or None; looks (places drawn, slots): attention of those to these, nan where a place is not
+        drawn in this step; title
 """
 import inspect
 
@@ -151,6 +156,27 @@ def test_samplers(arch, model):
     for images in (pictures, None):
         answers = model.answer(images, ["What?", "Is there a star?"], max_new_tokens=3)
         assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
+
+def test_a_trace_tells_how_a_picture_comes_about(arch, model):
+    """It changes no picture. What a place looks at are shares; text and places of the source are where they stand."""
+    if not hasattr(model, "trace"):
+        pytest.skip(f"--arch {arch} has no trace")
+    shown = data.to_float(shape_world.Scenes(1, seed=1).render())
+    for name, *inputs in (("generate", ["a red star"]), ("reconstruct", shown), ("edit", shown, ["a red star"])):
+        def draw():
+            return getattr(model, name)(*inputs, cfg=2.0, steps=3, generator=torch.Generator().manual_seed(1))
+        plain, model.trace = draw(), []
+        traced, (slots, *steps), model.trace = draw(), model.trace, None
+        assert torch.equal(plain, traced) and 1 <= len(steps) <= 9, name
+        assert torch.equal(steps[-1]["picture"].clamp(-1, 1), traced), name
+        places = [slot for slot in slots if isinstance(slot, tuple)]
+        assert ("red" in "".join(slot for slot in slots if isinstance(slot, str))) == (name != "reconstruct")
+        assert len(set(places)) == (0 if name == "generate" else 9), (name, places)
+        for step in steps:
+            drawn = step["looks"][~step["looks"].isnan().any(1)]
+            assert step["looks"].shape == (9, len(slots)) and len(drawn) and step["title"]
+            assert drawn.min() >= 0 and 0.01 < drawn.sum(1).min() and drawn.sum(1).max() < 1 + 1e-5, name
+        assert steps[-1]["masked"] is None or not steps[-1]["masked"].any()
 
 def test_blocks(arch, model):
     blocks = model.blocks()

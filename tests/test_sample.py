@@ -258,6 +258,29 @@ def test_think_goes_to_models_that_can(run, capsys):
         with pytest.raises(ValueError, match="^--think: --arch mar has no such mode$"):
             run(model, *flags, "--think")
 
+def test_explain_is_one_picture(run, tmp_path, capsys):
+    """Steps with what is open hatched, then what looks at a word, then where the drawn places look in the source."""
+    class Telling(Fake):
+        trace = None
+
+        def reconstruct(self, images, **how):
+            self.trace.append(["red", "<|end|>", (0, 0, 2, 1), (1, 0, 2, 1)])
+            for masked in ([[True], [False]], [[False], [False]]):
+                looks = torch.tensor([[0.5, 0.1, 0.0, 0.4], [0.1, 0.1, 0.6, 0.2]])
+                self.trace.append(dict(picture=images, masked=torch.tensor(masked), looks=looks, title="step"))
+            return images
+
+    sheet = run(Telling(), "--image", "PICTURE", "--reconstruct", "--explain")
+    assert sheet.shape == (3 * (144 + 26 + 6) + 6, 2 * (144 + 6) + 6, 3) and os.listdir(tmp_path).count("out.png") == 1
+    first, last, word, _, one, other = (sheet[y + 26:y + 170, x:x + 144].astype(int)
+                                        for y in (6, 182, 358) for x in (6, 156))
+    assert set(np.unique(first[:72])) == {128, 225} and (first[72:] == last[72:]).all()
+    for picture, bright in ((word, slice(72)), (one, slice(72, None)), (other, slice(72))):  # red, and pale
+        dark = slice(72) if bright.start else slice(72, None)
+        assert (picture[bright, :, 0] > picture[bright, :, 1] + 80).all() and np.ptp(picture[dark], axis=2).max() == 0
+    with pytest.raises(ValueError, match="^--explain: --arch mar has no such mode: no trace [^\\n]*$"):
+        run(Fake(), "--explain", "a star")
+
 WRONG = [
     (["--question", "what?"], "--image FILE and one of"),
     (["--image", "x.png"], "--image FILE and one of"),
@@ -267,6 +290,10 @@ WRONG = [
     (["--image", "x.png", "--reconstruct", "--edit", "a"], "not allowed with"),
     (["--image", "x.png", "--extrapolate", "behind", "--prompt", "a"], "left"),
     (["--arch", "none"], "invalid choice"),
+    (["--explain"], "--explain takes a prompt of its own"),
+    (["--explain", "a", "--prompt", "b"], "--explain takes a prompt of its own"),
+    (["--explain", "a", "--image", "x.png", "--edit", "b"], "--explain takes a prompt of its own"),
+    (["--explain", "--image", "x.png", "--question", "b"], "--explain takes a prompt of its own"),
 ]
 
 @pytest.mark.parametrize("argv, message", WRONG, ids=[" ".join(w[0]) for w in WRONG])

@@ -101,7 +101,7 @@ def test_reca_run_leaves_everything_and_learns(tmp_path, monkeypatch):
     assert run("--arch", "mar", *SMALL, "--eval-n", "6", "--ema", "0.9", "--cfg", "2.5", out=tmp_path / "r") == 0
     files = set(os.listdir(tmp_path / "r"))
     assert files == {"model.safetensors", "config.json", "checkpoint.pt", "log.jsonl", "loss.png", "before_after.png",
-                     "result.json", "run.lock", "checkpoint.pt.sha256"}
+                     "result.json", "run.lock", "checkpoint.pt.sha256", "report.html"}
     meta = json.load(open(tmp_path / "r" / "config.json"))
     assert 0 <= meta["scores_before"]["generation"]["score"] <= 1 and meta["scores_after"]["generation"]["n"] == 6
     model = checkpoint.load_model("mar", str(tmp_path / "r"))
