@@ -30,6 +30,7 @@ import torch.nn.functional as F
 import vision_encoder as vision
 from checkpoint import atomic, load_strict, read_weights, remark, write_text
 from custom_kernels import attention, attention_plan, linear_cross_entropy, rms_norm
+from custom_kernels.watch import boxes, watching
 from image_tokenizer import TOKENIZERS, LFQConfig, VQConfig, build
 
 IGNORE = -100  # label of a position that is not trained
@@ -223,6 +224,7 @@ class Janus(nn.Module):
     image_tokenizer = "gen_vision_model"  # the frozen tokenizer: this submodule, and its config in JanusConfig
     encoders = ("gen_vision_model", "vision_model")  # the submodules that precompute uses
     device = property(lambda self: self.language_model.lm_head.weight.device)
+    trace = None  # or a list, to which `paint` adds how a picture comes about
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -367,8 +369,24 @@ class Janus(nn.Module):
         if cfg != 1:
             context = torch.cat([context, self.embed(self.without_condition(ids, pads))])
         u = vision.draw_rows(torch.rand, generators, math.prod(grid), device=self.device)
-        codes = self.sample(context, pads.repeat(len(context) // len(pads)), u, cfg, temperature)
+        with watching(self.trace is not None) as watch:
+            codes = self.sample(context, pads.repeat(len(context) // len(pads)), u, cfg, temperature)
+        if watch:
+            self.tell(watch.seen, ids[0], codes[0], grid)
         return self.gen_vision_model.decode(codes.unflatten(1, grid)).float().clamp(-1, 1)
+
+    def tell(self, seen, ids, codes, grid):
+        """Adds to the trace what stands in a context, ids (P,); then for each row of the grid the codes (N,) up to it,
+        and where those of this row looked. seen: attention of each layer at each code, (rows, queries, keys)."""
+        places = iter(boxes(*[math.isqrt(self.seen)] * 2))
+        self.trace.append([next(places) if i == self.marks.slot else "" if i in self.marks
+                           else self.tokenizer.decode([i]) for i in ids.tolist()])
+        looks = torch.stack([each[0, -1, :len(ids)] for each in seen]).unflatten(0, (len(codes), -1)).mean(1)  # (N, P)
+        at = torch.arange(len(codes), device=codes.device) // grid[1]  # the row of each code
+        for row in range(grid[0]):
+            picture = self.gen_vision_model.decode(codes.masked_fill(at > row, 0).view(1, *grid)).float()
+            self.trace.append(dict(picture=picture, looks=looks.masked_fill((at != row)[:, None], math.nan),
+                                   masked=(at > row).view(*grid), title=f"row {row + 1}"))
 
     def generate(self, prompts, cfg=None, steps=None, temperature=1.0, generator=None, size=None):
         """Captions -> images (B, 3, height, width) in [-1, 1]. size: pixels, one number or (height, width), multiples

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 import vision_encoder as vision
 from checkpoint import atomic, load_strict, read_weights, remark
 from custom_kernels import attention, attention_plan, flow_loss_rows, linear_cross_entropy, rms_norm
+from custom_kernels.watch import boxes, watching
 from image_tokenizer import TOKENIZERS, AutoencoderConfig, DCAutoencoderConfig, GatedConv, build, relu_attention
 
 IGNORE = -100  # label of a position that is not trained
@@ -312,6 +313,7 @@ def left_pad(rows, width, fill=0):
 class OpenUni(nn.Module):
     image_tokenizer = "vae"  # the frozen autoencoder: this submodule, and its config in OpenUniConfig
     encoders = ("vae", "lmm")  # the submodules that precompute uses
+    trace = None  # or a list, to which `paint` and `sample` add how a picture comes about
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -440,18 +442,23 @@ class OpenUni(nn.Module):
         return self.config.flow_steps
 
     @torch.no_grad()
-    def sample(self, caption, noise, cfg=1.0, steps=None):
+    def sample(self, caption, noise, cfg=1.0, steps=None, reads=None):
         """Captions (B, Q, caption_channels) and noise (B, C, h, w) -> latents. With cfg != 1 there are 2 B captions, of
-        which the second half is what guidance leads away from."""
+        which the second half is what guidance leads away from. reads (Q, W), for the trace: the queries' attention."""
         sigmas = sampling_sigmas(steps or self.config.flow_steps, self.config.shift)
         z, before = noise.to(caption.device, torch.float32), None
         for i, sigma in enumerate(sigmas[:-1]):
             t = torch.full((len(caption),), float(int(T * sigma)), device=z.device)  # whole numbers, as published
-            v = self.transformer(z.repeat(len(caption) // len(z), 1, 1, 1), t, caption)
+            with watching(reads is not None) as watch:
+                v = self.transformer(z.repeat(len(caption) // len(z), 1, 1, 1), t, caption)
             if len(caption) > len(z):
                 wanted, other = v.chunk(2)
                 v = other + cfg * (wanted - other)
             image = z - sigma * v
+            if watch:  # a place looks at queries, and these have looked at the prompt
+                looks = torch.stack([each[0] for each in watch.seen]).mean(0) @ reads  # (h*w, W)
+                self.trace.append(dict(picture=self.decode_latents(image[:1]), looks=looks, masked=None,
+                                       title=f"noise {sigma:.2f}"))
             z, before = solver_step(z, image, before, (sigmas[i - 1], sigma, sigmas[i + 1])), image
         return z
 
@@ -489,8 +496,19 @@ class OpenUni(nn.Module):
         features = None if images is None else self.see(images).repeat(len(rows) // len(samples), 1, 1)
         grid = [side // self.stride for side in size]
         noise = vision.draw_rows(torch.randn, generators, self.config.vae.z_channels, *grid, device=device)
-        z = self.sample(self.condition(ids, pads, features), temperature * noise, cfg, steps)
+        with watching(self.trace is not None) as watch:
+            caption = self.condition(ids, pads, features)
+        reads = self.tell(watch.seen, ids[0], int(pads[0])) if watch else None
+        z = self.sample(caption, temperature * noise, cfg, steps, reads)
         return self.decode_latents(z).clamp(-1, 1)
+
+    def tell(self, seen, ids, pads):
+        """Adds to the trace what stands in the slots of a prompt, ids (W,) -> what the queries attend to there, (Q, W),
+        a mean over layers. seen: attention of each layer, (rows, queries, keys), of the prompt itself first."""
+        places, L = iter(boxes(*[math.isqrt(self.seen)] * 2)), self.config.num_layers
+        self.trace.append([next(places) if i == self.marks[4] else "" if k < pads or i in self.marks
+                           else self.tokenizer.decode([i]) for k, i in enumerate(ids.tolist())])
+        return torch.stack([each[0, :, :len(ids)] for each in seen[L:2 * L]]).mean(0)
 
     @torch.no_grad()
     def decode_latents(self, z):
