@@ -79,6 +79,21 @@ def slots_of_diffusion(monkeypatch):
     names += ["latents, noisy"] * row["gen_pos"].shape[1]
     return [names[i] for i in order.tolist()], lo, hi, range(int(row["start"]), len(names))
 
+def slots_of_openuni(monkeypatch):
+    model, row, seen = masks_of("openuni", monkeypatch)
+    slots = [id == model.marks[4] for id in row["ids"][0].tolist()]
+    names = ["InternViT features" if slot else "request, <img>" if True in slots[:i] else "<|im_start|> user <img>"
+             for i, slot in enumerate(slots)] + ["queries"] * model.config.queries
+    (lo, hi), (after, before) = seen[0], next(pair for pair in seen if len(pair[0]) == model.config.queries)
+    return names, torch.cat([lo, after]), torch.cat([hi, before]), range(int(row["pads"]), len(names))
+
+def slots_of_janus(monkeypatch):
+    model, row, [(lo, hi), *_] = masks_of("janus", monkeypatch)
+    slots = [id == model.marks.slot for id in row["ids"][0].tolist()]
+    names = ["SigLIP features" if slot else "[end] request [begin]" if True in slots[:i] else "bos user [begin]"
+             for i, slot in enumerate(slots)] + ["codes but the last"] * (row["codes"].shape[1] - 1)
+    return names, lo, hi, range(int(row["pads"]), len(names))
+
 def drawn(names, lo, hi, order):
     """A table of the kinds of slots in a row's order: does each see all of a kind (#), itself and what is before (/),
     or nothing (.)?"""
@@ -96,7 +111,8 @@ def drawn(names, lo, hi, order):
         lines.append(f"{letter}  {f'{len(places[kind]):3d} {kind}':37s}" + " ".join(cells))
     return "\n".join(lines)
 
-SLOTS = {"mar": slots_of_mar, "ar": slots_of_ar, "diffusion": slots_of_diffusion}
+SLOTS = {"mar": slots_of_mar, "ar": slots_of_ar, "diffusion": slots_of_diffusion, "openuni": slots_of_openuni,
+         "janus": slots_of_janus}
 
 @pytest.mark.parametrize("arch", SLOTS)
 def test_what_sees_what_is_drawn_as_it_is(arch, monkeypatch):
