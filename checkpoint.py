@@ -197,7 +197,7 @@ def end_with_launcher():
 
 def git_commit():
     try:
-        command = ["git", "-C", HERE, "rev-parse", "--short", "HEAD"]
+        command = ["git", "-C", HERE, "describe", "--always", "--dirty", "--exclude=*"]  # dirty: with changes
         return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or "unknown"
     except OSError:
         return "unknown"
@@ -723,7 +723,8 @@ def describe(args, state=None):
     device = f"{os.cpu_count()} CPU cores"
     if args.device.startswith("cuda"):
         device = torch.cuda.get_device_name(args.device)
-    command = f"torchrun{f' --nproc_per_node={world}' * (world > 1)} train.py {shlex.join(sys.argv[1:])}"
+    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
+    command = f"{launcher}{f' --nproc_per_node={world}' * (world > 1)} train.py {shlex.join(sys.argv[1:])}"
     here = dict(commit=git_commit(), torch=torch.__version__, world=world, device=device)
     commands = dict(command=state["command"], resumed_by=command) if state else dict(command=command)
     return dict(arch=args.arch, stage=args.stage, seed=args.seed, **commands, **here, args=vars(args))

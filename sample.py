@@ -194,7 +194,7 @@ def explanation(trace, source=None):
     seen = [j for j, slot in enumerate(slots) if isinstance(slot, tuple)]
     kinds = [some(frames, FRAMES), [], []]
     for j in some(words, WORDS):
-        title = f"attention to {slots[j].strip()}: {looks[:, j].mean():.1%}"
+        title = f'attention to "{slots[j].strip()}": {looks[:, j].mean():.1%}'
         kinds[1].append((heated(last, places, looks[:, j]), title))
     for i in some(range(n), CELLS) if seen else ():
         title = f"of row {places[i][0] + 1}, column {places[i][1] + 1}: {looks[i, seen].sum():.1%}"
@@ -233,6 +233,8 @@ PAGE_SCORES = {  # row of the table: where its number stands in what evaluate.sc
     "short prompts, held-out": "generation held_out", "objects in a picture": "generation objects",
     "long prompts": "long score", "long prompts, held-out": "long held_out score", "questions": "questions accuracy",
     "reconstruction": "reconstruction objects", "edits: asked": "editing asked", "edits: kept": "editing kept"}
+PAGE_NOTE = """<p>Short prompts: GenEval's six tasks. Long: objects that are right in shape, color, size and place.
+Held-out: what no caption shows. Reconstruction: how much of objects comes back through understanding.</p>"""
 CURVE_SIZE, MARGIN = (470, 180), 40  # of a curve on the page, in pixels
 
 def score_table(before, after):
@@ -250,7 +252,7 @@ def score_table(before, after):
         cells.append(f"{numbers[1] - numbers[0]:+.3f}" if len(numbers) == 2 else "")
         lines += ["<tr><td>" + "</td><td>".join(cells) + "</td></tr>"] * bool(numbers)
     head = "<tr><th></th><th>before</th><th>after</th><th>change</th></tr>"
-    return f"<table>{head}{''.join(lines)}</table>" if lines else "<p>Nothing was judged (--eval-n).</p>"
+    return f"<table>{head}{''.join(lines)}</table>{PAGE_NOTE}" if lines else "<p>Nothing was judged (--eval-n).</p>"
 
 def svg_curve(name, steps, values, color):
     """A line of numbers as inline SVG, from 0 to the largest."""

@@ -570,7 +570,7 @@ def finish(run, before, sheet, started):
         save_weights(run, step=args.steps, scores_before=before, scores_after=after)
     if run.rank == 0:
         curve = [(r["step"], r["scores"]) for r in run.history if "scores" in r]
-        result = dict(run.about, seconds=time.time() - started, curve=curve, scores=after)
+        result = dict(run.about, seconds=round(time.time() - started, 1), curve=curve, scores=after)
         checkpoint.write_text(os.path.join(args.out, "result.json"), json.dumps(result, indent=1, default=str))
     if before and after:
         run.log.say(evaluate.report_change(before, after))
@@ -809,7 +809,7 @@ def plan(args, machine):
     each = ", ".join(f"{part} {n / 1e12:,.3g} T" for part, n in flops.items())
     lines = [f"plan of {args.arch} {args.config}, stage {args.stage}, on {machine.name}: computed, not measured",
              f"  parameters: {trained / 1e6:,.1f} million train, {(whole - trained) / 1e6:,.1f} million are frozen",
-             f"  operations, forward and backward: {each} per sample; {step / 1e12:,.5g} T per step of "
+             f"  operations, forward and backward: {each} per sample; {step / 1e12:,.5g} TFLOP per step of "
              + " + ".join(f"{n} {part}" for part, n in samples.items()),
              f"  memory of one process, 1/{args.accum * machine.world} of a step at a time, texts of full length, GB:"]
     lines += [f"    {name:24s}{n / 1e9:9.3f}" for name, n in items.items()]

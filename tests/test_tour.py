@@ -151,7 +151,8 @@ def commands():
     found = {}
     for section in re.split(r"^\*\*\d+\. ", TOUR, flags=re.M)[1:]:
         [patch] = re.findall(r"`tests/exercises/([\w-]+\.patch)`", section)
-        found[patch] = [shlex.split(line) for line in re.findall(r"^    (?:python|torchrun) (.*)$", section, re.M)]
+        lines = re.findall(r"^    (?:OMP_NUM_THREADS=1 )?(?:python|torchrun) (.*)$", section, re.M)
+        found[patch] = [shlex.split(line) for line in lines]
     return found
 
 def test_ten_exercises_of_at_most_15_lines():
