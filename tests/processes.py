@@ -61,6 +61,10 @@ def alive(pid):
     except FileNotFoundError:
         return False
 
+def alone(*argv, **env):
+    """The finished process of a script of its own, which does not start from what others have imported."""
+    return subprocess.run([sys.executable, *argv], env=os.environ | env, cwd=ROOT, capture_output=True, text=True)
+
 def torchrun(n, *argv, **more):
     """What a launch says that must succeed."""
     code, said = Launch(n, *argv, **more).wait()

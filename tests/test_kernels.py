@@ -17,6 +17,8 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("NAN
 if INTERPRETING:
     pytest.importorskip("triton")
 
+from processes import alone  # noqa: E402
+
 import custom_kernels as ck  # noqa: E402
 from custom_kernels import pick  # noqa: E402
 from custom_kernels.muon import orthogonalize  # noqa: E402
@@ -219,13 +221,11 @@ if INTERPRETING:
         compare("compiled", torch.compile(model, backend="aot_eager", fullgraph=True), model, (q, k, v, w), 1e-6)
 
 else:
-    EARLY = {"test_kernels_in_the_interpreter": (
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", os.path.abspath(__file__)],
-        {"TRITON_INTERPRET": "1", "NANORECA_KERNELS": "triton", "OMP_NUM_THREADS": "1"})}
-
-    def test_kernels_in_the_interpreter(early):
+    def test_kernels_in_the_interpreter():
         pytest.importorskip("triton", reason="triton is not installed (pip install --no-deps triton==3.7.1)")
-        assert early.returncode == 0, early.stdout[-6000:] + early.stderr[-2000:]
+        done = alone("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", os.path.abspath(__file__),
+                     TRITON_INTERPRET="1", NANORECA_KERNELS="triton", OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
     @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
     @pytest.mark.parametrize("kind, R", [("random", 2), ("random", 1), ("causal", 2), ("packed", 1), ("full", 1)])

@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+from processes import alone
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that one block can have
@@ -132,14 +133,11 @@ def main(everything):
     print(f"{bad} not OK")
     return bad
 
-EARLY = {"test_kernels_compile_for_a100_and_h100": (
-    [sys.executable, os.path.abspath(__file__)],
-    {"NANORECA_KERNELS": "triton", "TRITON_INTERPRET": "0", "PYTHONPATH": ROOT})}
-
-def test_kernels_compile_for_a100_and_h100(early):
+def test_kernels_compile_for_a100_and_h100():
     pytest.importorskip("triton", reason="triton is not installed (pip install --no-deps triton==3.7.1)")
-    assert early.returncode == 0, early.stdout[-6000:] + early.stderr[-3000:]
-    assert early.stdout.count("  OK\n") > 40, early.stdout
+    done = alone(os.path.abspath(__file__), NANORECA_KERNELS="triton", TRITON_INTERPRET="0", PYTHONPATH=ROOT)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    assert done.stdout.count("  OK\n") > 40, done.stdout
 
 if __name__ == "__main__":
     sys.exit(1 if main("all" in sys.argv[1:]) else 0)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from processes import alone
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -137,18 +138,15 @@ def measure(arch):
     print((kilobytes("VmHWM") - before) * 1024)
 
 # The C library keeps what is freed in small blocks, which at published sizes are large ones and returned.
-EARLY = {f"test_memory_is_within_15_percent_of_measured[{arch}]": (
-    [sys.executable, os.path.abspath(__file__), arch],
-    {"MALLOC_MMAP_THRESHOLD_": "1000000", "PYTHONPATH": checkpoint.HERE}) for arch in SIZES}
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux says what a process holds")
 @pytest.mark.parametrize("arch", SIZES)
-def test_memory_is_within_15_percent_of_measured(arch, early):
+def test_memory_is_within_15_percent_of_measured(arch):
     file, args = middle(arch)
     items, _, _, _, whole = train.needs(args, train.machine_of(args), train.LONGEST)
     assert 4 * whole > 300e6
-    assert early.returncode == 0, early.stderr
-    measured = int(early.stdout.split()[-1])
+    done = alone(os.path.abspath(__file__), arch, MALLOC_MMAP_THRESHOLD_="1000000", PYTHONPATH=checkpoint.HERE)
+    assert done.returncode == 0, done.stderr
+    measured = int(done.stdout.split()[-1])
     assert abs(sum(items.values()) / measured - 1) < 0.15, (items, measured)
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """torch.compile of a training step, traced with aot_eager: no break in the graph, and few graphs whatever lengths come,
-as each takes a large model minutes. It runs in a process of its own beside other tests, see conftest.EARLY."""
+as each takes a large model minutes. It runs in a process of its own."""
 import dataclasses
 import functools
 import os
@@ -8,15 +8,12 @@ import warnings
 
 import pytest
 import torch
+from processes import alone
 from test_train import ARCHS, SMALL, made
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import checkpoint
 import custom_kernels
-
-EARLY = {f"test_a_step_is_one_graph_compiled_twice_at_most[{arch}]": (
-    [sys.executable, os.path.abspath(__file__), arch], {"PYTHONPATH": checkpoint.HERE, "OMP_NUM_THREADS": "1"})
-    for arch in ARCHS}
 
 def count(arch):
     """Prints how many graphs 20 steps took, and how many shapes they had. One block is like another."""
@@ -37,11 +34,12 @@ def count(arch):
     print(counter.frame_count, len(shapes))
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_a_step_is_one_graph_compiled_twice_at_most(arch, early):
+def test_a_step_is_one_graph_compiled_twice_at_most(arch):
     """The second graph is that of no visible token; that of a single one does not occur where masked tokens come in
     multiples, as in published sizes."""
-    assert early.returncode == 0, early.stderr[-3000:]
-    graphs, shapes = map(int, early.stdout.split()[-2:])
+    done = alone(os.path.abspath(__file__), arch, PYTHONPATH=checkpoint.HERE, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    graphs, shapes = map(int, done.stdout.split()[-2:])
     assert graphs <= 2 < shapes
 
 if __name__ == "__main__":
