@@ -9,8 +9,8 @@ import tempfile
 import time
 
 import pytest
-import torch
 
+os.environ["OMP_NUM_THREADS"] = "1"  # models are tiny, and threads that wait for each other take the other core's time
 import checkpoint
 from custom_kernels.products import use_products
 
@@ -26,12 +26,10 @@ def plain_products():
 def pytest_runtestloop(session):
     files = [list(items) for _, items in itertools.groupby(session.items, lambda item: item.path)]
     if FOLDER:
-        torch.set_num_threads(1)
         run_files(session, files, FOLDER, reversed(range(len(files))))
     elif len(files) <= FEW or session.config.option.collectonly or session.config.option.usepdb:
         return None  # as pytest does by itself
     else:
-        torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:
             run_with_another(session, files, folder)
     return True
@@ -88,7 +86,7 @@ def run_with_another(session, files, folder):
     command = [sys.executable, "-m", "pytest", *config.invocation_params.args, "-o", f"cache_dir={folder}/cache"]
     with open(f"{folder}/said", "w+") as said:
         other = subprocess.Popen(command, cwd=config.invocation_params.dir, stdout=said, stderr=said,
-                                 env=os.environ | {"NANORECA_TESTS": folder, "OMP_NUM_THREADS": "1"})
+                                 env=os.environ | {"NANORECA_TESTS": folder})
         try:
             run_files(session, files, folder, range(len(files)), tell)
             while other.poll() is None:

@@ -3,7 +3,7 @@ import gzip
 import io
 import json
 import os
-import subprocess
+import runpy
 import sys
 import tarfile
 from types import SimpleNamespace
@@ -254,17 +254,22 @@ def test_captions_in_utf_16_are_read_where_they_are_marked(tmp_path):
     pack(tmp_path / "s.tar", [(k, v.encode() if isinstance(v, str) else v) for k, v in sorted(files.items())])
     assert [s.caption for s in data.Images(tmp_path / "s.tar", captions=True).samples] == want
 
-def test_names_are_printable_on_any_terminal(tmp_path):
+def test_names_are_printable_on_any_terminal(tmp_path, monkeypatch, capsys):
     for name in (b"\xff\xfe.png", "zw\u00f6lf.png".encode(), b"two\nlines.png", b"esc\x1b[2J.png"):
         with open(os.path.join(os.fsencode(tmp_path), name), "wb") as f:
             f.write(picture() if name[:1] == b"z" else b"broken")
     images = data.Images(tmp_path, max_broken=1)
     assert len(images) == 4 and all(s.name.isprintable() for s in images.samples)
     assert sum(images.read(i) is not None for i in range(4)) == 1 and images.summary(1).isprintable()
-    command = [sys.executable, os.path.join(ROOT, "data.py"), "--check", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii:strict"})
-    assert done.returncode == 2 and b"4 samples: 1 good, 3 broken" in done.stdout and b"Traceback" not in done.stderr
-    assert rb"\udcff\udcfe.png" in done.stdout and rb"two\nlines.png" in done.stdout and b"\x1b" not in done.stdout
+    path, terminal = os.path.join(ROOT, "data.py"), io.TextIOWrapper(io.BytesIO(), "ascii", "strict")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as e:
+        patch.setattr(sys, "argv", [path, "--check", str(tmp_path)])
+        patch.setattr(sys, "stdout", terminal)
+        runpy.run_path(path, run_name="__main__")
+    terminal.flush()
+    said = terminal.buffer.getvalue()
+    assert e.value.code == 2 and b"4 samples: 1 good, 3 broken" in said and not capsys.readouterr().err
+    assert rb"\udcff\udcfe.png" in said and rb"two\nlines.png" in said and b"\x1b" not in said
 
 # ------------------------------------------------------------------------------------------------ tars
 def test_names_with_dots_and_several_pictures_of_a_key(tmp_path):

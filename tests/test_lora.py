@@ -6,10 +6,12 @@ import json
 import os
 import re
 import signal
+import sys
 import types
 
 import pytest
 import torch
+from processes import torchrun
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -115,9 +117,9 @@ def test_a_bf16_base_keeps_what_is_smaller_than_its_rounding():
     assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.norm() > 0 for _, p in named)
     assert layer._parameters["weight"].grad is None
 
-def sharded(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+def sharded(folder):
+    """In each of two processes."""
+    torch.distributed.init_process_group("gloo")
     for arch in ARCHS:
         model, _, batch = tiny(arch)
         named = adapted(model)
@@ -131,13 +133,13 @@ def sharded(rank, folder):
         fresh = lora_state(model)
         load_lora(model, state, "state")
         same = all(torch.equal(state[k], v) for k, v in lora_state(model).items())
-        if rank == 0:
+        if torch.distributed.get_rank() == 0:
             torch.save((found, state, fresh, same, len(named)), f"{folder}/{arch}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 def test_two_sharded_processes_have_the_gradients_of_one(tmp_path):
-    torch.multiprocessing.spawn(sharded, (str(tmp_path),), nprocs=2)
+    torchrun(2, tmp_path, script=os.path.abspath(__file__))
     for arch in ARCHS:
         found, state, fresh, same, count = torch.load(tmp_path / f"{arch}.pt")
         model, _, batch = tiny(arch)
@@ -266,3 +268,6 @@ def test_recomputed_blocks_change_nothing(arch):
         assert torch.equal(loss, other) and all(torch.equal(wanted[k], g) for k, g in got.items()), name
         assert n > calls and wanted.keys() == got.keys()
     assert found["3"][1] < found["blocks"][1]
+
+if __name__ == "__main__":
+    sharded(sys.argv[1])

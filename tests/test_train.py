@@ -312,8 +312,9 @@ def test_learning_rate_schedule():
     assert train.learning_rate(args, 60, 1.0) == pytest.approx(0.5) and train.learning_rate(args, 109, 1.0) < 0.01
 
 def test_tokenizer_stage_trains_and_calibrates(tmp_path):
-    small = ["--steps", "12", "--pool", "64", "--batch", "16", "--eval-n", "8", "--log-every", "1", "--warmup", "2"]
-    assert run("--arch", "mar", "--stage", "tokenizer", *small, "--device", "cpu", out=tmp_path / "t") == 0
+    small = ["--steps", "12", "--pool", "64", "--batch", "16", "--eval-n", "8", "--log-every", "1", "--warmup", "2",
+             "--device", "cpu", "--threads", "1"]
+    assert run("--arch", "mar", "--stage", "tokenizer", *small, out=tmp_path / "t") == 0
     rows = losses(tmp_path / "t")
     assert rows[12]["images"] < 0.8 * rows[1]["images"]
     assert run("--arch", "mar", "--stage", "tokenizer", *small, "--ckpt", str(tmp_path / "t"), out=tmp_path / "u") == 0
