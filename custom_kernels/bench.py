@@ -191,7 +191,7 @@ def a_run(arch, config, device):
     train.place(model, args, dtype, sharded=False)
     named = model.trainable_parameters("reca")
     run = SimpleNamespace(args=args, model=model, named=named, device=torch.device(device), dtype=dtype, world=1,
-                          rank=0, sharded=False, ema=None, weights={"recon": 1.0},
+                          rank=0, sharded=False, ema=None, weights={"recon": 1.0}, stream=None,
                           optimizers=train.make_optimizers(args, model, named))
     run.skipped, run.streak, run.last_skip = torch.zeros(3, dtype=torch.int64, device=device).unbind()
     run.batches = SimpleNamespace(to_device=functools.partial(data.Batches.to_device, run))
