@@ -229,6 +229,19 @@ def measure_step(arch, config, n, device, turns=10):
         print(f"{arch} {config}, {n} pictures, {way:15}", found[way], flush=True)
     return found
 
+def measure_drawing(arch, config, n, device):
+    """-> {way: median seconds} of n guided pictures: with the CUDA graph of a sampler, and without."""
+    model, file, found = a_run(arch, config, device).model.eval(), sys.modules[f"model_{arch}"], {}
+
+    def draw():
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            model.generate(["a red star"] * n, generator=[torch.Generator() for _ in range(n)]).cpu()
+    for way, graphed in (("CUDA graph", file.graphed), ("no graph", lambda *_: None)):
+        with mock.patch.object(file, "graphed", graphed):
+            found[way] = statistics.median(timeit.repeat(draw, number=1, repeat=4)[1:])
+        print(f"{arch} {config}, {n} pictures drawn, {way}: {found[way]:.2f} s", flush=True)
+    return found
+
 # ---------------------------------------------------------------------------------------------------------------------
 # on a CPU: the tiny models' work in turns with that of another commit, each in a process of its own, on one thread
 
@@ -348,7 +361,10 @@ def main():
         steps, device = STEPS, "cpu" if args.dry else "cuda"
         if args.dry:
             steps = [(arch, "tiny", 2) for arch, *_ in STEPS]
-        return write(report, [(*step, measure_step(*step, device)) for step in steps], args.out)
+        measured = [(*step, measure_step(*step, device)) for step in steps]
+        measured += [("draw", *size, measure_drawing(*size, device)) for arch, config, _ in steps if arch == "mar"
+                     for size in ((arch, config, 1), (arch, config, 16))]
+        return write(report, measured, args.out)
     if pick.triton is None or not (pick.INTERPRETING if args.dry else torch.cuda.is_available()):
         print("custom_kernels.bench needs a CUDA GPU and triton (see --help): nothing was measured", file=sys.stderr)
         sys.exit(2)
