@@ -4,11 +4,13 @@ import warnings
 import torch
 from torch.distributed.tensor import DTensor
 
+from . import pick
+
 def graphed(function, module, device):
     """A function of tensors and numbers that reads a module's weights -> itself, Recorded; or None where it is to be
     called as it is: without CUDA, with gradients, or sharded, as weights are then gathered on the way."""
-    sharded = any(isinstance(p, DTensor) for p in module.parameters())
-    return None if device.type != "cuda" or sharded or torch.is_grad_enabled() else Recorded(function)
+    plain = device.type != "cuda" or torch.is_grad_enabled() or pick.FORCED == "reference"
+    return None if plain or any(isinstance(p, DTensor) for p in module.parameters()) else Recorded(function)
 
 class Recorded:
     """Records a function once for each shape of its inputs, then replays it on buffers of its own. A graph keeps the

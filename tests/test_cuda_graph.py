@@ -178,7 +178,10 @@ def test_where_there_is_a_graph(monkeypatch):
     with torch.no_grad():
         assert isinstance(graphed(loss.denoise, loss, cuda), Recorded)
         assert all(graphed(loss.denoise, loss, torch.device(name)) is None for name in ("cpu", "mps"))
-        monkeypatch.setattr(cuda_graph, "DTensor", torch.nn.Parameter)  # as if it were sharded
+        with monkeypatch.context() as context:
+            context.setattr(cuda_graph, "DTensor", torch.nn.Parameter)  # as if it were sharded
+            assert graphed(loss.denoise, loss, cuda) is None
+        monkeypatch.setattr(cuda_graph.pick, "FORCED", "reference")
         assert graphed(loss.denoise, loss, cuda) is None
 
 def test_a_picture_takes_two_graphs_at_most(gpu, monkeypatch):
