@@ -16,6 +16,7 @@ import warnings
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from itertools import count, islice
 from typing import NamedTuple
@@ -619,6 +620,19 @@ def read_mix(mix):
                          f"1000, of {', '.join(PARTS)}, each at most once") from origin(e)
     return out
 
+def sent(batch, device, stream=None):
+    """A batch {part: {name: tensor}} on the device. stream: of CUDA, for these copies alone. A step is asked for while
+    the one before is still computed, and then its copies need not stand in line behind that."""
+    with torch.cuda.stream(stream) if stream else nullcontext():
+        batch = {part: {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
+                 for part, tensors in batch.items()}
+    if stream:
+        here = torch.cuda.current_stream(device)
+        here.wait_stream(stream)
+        for t in (t for tensors in batch.values() for t in tensors.values()):
+            t.record_stream(here)  # until then the copies' stream must not use this memory again
+    return batch
+
 class Batches:
     """`batch(step)` -> {part: {name: tensor}}, what this process trains on in one micro-batch: frozen encodings, token
     rows, randomness. A part takes its images from a pool (`pool_of`), whose encodings are computed once and kept in
@@ -629,6 +643,7 @@ class Batches:
         self.device, self.rank, self.world = torch.device(device), rank, world
         self.samples = {part: round(args.batch * share) for part, share in self.parts.items()}  # of all processes
         self.workers = worker_count(args, device)
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # of copies to it
         sources, self.texts = self.sources()
         self.encodings, self.uncached, self.size = {}, {}, {"text": args.pool}
         self.cut, self.answered = {}, False  # names of samples of which no answer is left; was there another one?
@@ -773,8 +788,7 @@ class Batches:
     def to_device(self, batch, counts):
         """A batch on the device of the step, with the encodings of what came as pixels and with the step's counts."""
         was, out = self.model.training, {}
-        for part, tensors in batch.items():
-            tensors = {k: v.to(self.device, non_blocking=True) for k, v in tensors.items()}
+        for part, tensors in sent(batch, self.device, self.stream).items():
             for name in [k for k in tensors if k.endswith("pixels_in")]:
                 self.model.eval()
                 encodings = self.model.precompute(tensors.pop(name))

@@ -24,6 +24,7 @@ each masked token, in the order of `masked`.
 import math
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from statistics import NormalDist
 
 import torch
@@ -34,6 +35,7 @@ from PIL import Image
 import vision_encoder as vision
 from checkpoint import atomic, load_strict, read_weights
 from custom_kernels import add_noise, attention, attention_plan, diffusion_loss_rows, linear_cross_entropy, rms_norm
+from custom_kernels.cuda_graph import graphed
 from custom_kernels.diffusion_process import T, diffusion_step, kept_steps, tables_on
 from custom_kernels.products import sdpa
 from custom_kernels.watch import boxes, watching
@@ -339,17 +341,25 @@ class DiffLoss(nn.Module):
         return diffusion_loss_rows(self.net(x_t, t, z[:, None]).flatten(0, 2), x0, noise, t_rows, tables)
 
     @torch.no_grad()
-    def sample(self, z, temperature, cfg, noise):
+    def sample(self, z, temperature, cfg, noise, graph=None, pad_to=1):
         """Conditions z (N, E) -> tokens (N, C). With cfg != 1 z is [conditional rows, as many unconditional rows], and
         epsilon is guided, not the variance. noise: (initial (N or N/2, C), per step (steps, N or N/2, C)); only
-        that of the conditional rows reaches a picture."""
-        timesteps = tables_on(self.spacing, str(z.device))[2]
+        that of the conditional rows reaches a picture. graph: `denoise`, recorded, whose rows should come in few
+        numbers: either kind is padded to a multiple of pad_to."""
         n = len(z) // 2 if cfg != 1 else len(z)
-        x, steps = noise[0].to(z.device).repeat(len(z) // n, 1), noise[1].to(z.device)
-        steps = steps.repeat(1, len(z) // steps.shape[1], 1)
+        more, kinds = -n % pad_to, [t.to(z.device).unflatten(-2, (-1, n)) for t in (z, *noise)]  # (.., 1 or 2, n, ..)
+        z, x, noise = (F.pad(t, (0, 0, 0, more)).flatten(-3, -2) for t in kinds)
+        tokens = (graph or self.denoise)(z, x, noise, temperature, cfg)
+        return tokens.unflatten(0, (-1, n + more))[:, :n].flatten(0, 1)
+
+    def denoise(self, z, x, noise, temperature, cfg):
+        """All steps of `sample`, a function of its arguments and weights alone: z (N, E), x (n, C) and noise (steps, N
+        or n, C) -> (N, C). n is N / 2 with guidance. temperature, cfg: numbers, or tensors ()."""
+        timesteps, n = tables_on(self.spacing, str(z.device))[2], len(x)
+        x, steps = x.repeat(len(z) // n, 1), noise.repeat(1, len(z) // noise.shape[1], 1)
         for j, i in enumerate(reversed(range(len(timesteps)))):
             out = self.net(x[:n].repeat(len(z) // n, 1), torch.full((1,), timesteps[i], device=z.device), z).float()
-            if cfg != 1:
+            if n < len(z):
                 epsilon, v = out.chunk(2, -1)
                 epsilon = epsilon[n:] + cfg * (epsilon[:n] - epsilon[n:])
                 out = torch.cat([epsilon.repeat(2, 1), v], -1)
@@ -504,11 +514,14 @@ class Harmon(nn.Module):
         orders = orders.to(device).repeat(R // len(orders), 1)
         kv = self.llm(context, pads, keep=1)[1]  # the context is read once; the image part is computed in every step
         kv, read = [F.pad(torch.stack(t), (0, 0, 0, L + self.config.buffer_size)) for t in kv], context.shape[1]
-        C, masked_now = latent_channels(self.config), L
-        tokens = torch.zeros(n, L, C, device=device)
+        C, counts = latent_channels(self.config), [L]  # how many tokens are masked before each step, and at the end
         for s in range(steps):
-            masked_next = max(1, min(masked_now - 1, math.floor(L * math.cos(math.pi / 2 * (s + 1) / steps))))
-            left = 0 if s == steps - 1 else masked_next  # the last step takes everything that is left
+            counts.append(max(1, min(counts[-1] - 1, math.floor(L * math.cos(math.pi / 2 * (s + 1) / steps)))))
+        counts[-1] = 0  # the last step takes everything that is left
+        graph = graphed(self.mar.diffloss.denoise, self.mar.diffloss, device)
+        pad_to = n * math.ceil(max(a - b for a, b in pairwise(counts)) / 2) if graph else 1  # two sizes: half, and all
+        tokens = torch.zeros(n, L, C, device=device)
+        for s, (masked_now, left) in enumerate(pairwise(counts)):
             if left == masked_now:  # more steps than tokens
                 continue
             visible = orders[:, masked_now:].sort(1).values
@@ -518,12 +531,12 @@ class Harmon(nn.Module):
                 x = self.fuse(tokens.view(n, *grid, -1), visible[:n], pads, past=past)
                 z = self.mar.decode(x, visible, torch.cat([orders[:, :left], predicted], 1), grid)
             z = z[:, left - masked_now:]
-            scale = cfg if schedule == "constant" else 1 + (cfg - 1) * (L - masked_next) / L
+            scale = cfg if schedule == "constant" else 1 + (cfg - 1) * (L - max(1, left)) / L
             if noise is None:
                 drawn = vision.draw_rows(torch.randn, generators, 1 + times, predicted.shape[1], C)  # (n, .., k, C)
                 drawn = drawn.transpose(0, 1).flatten(1, 2)
             step_noise = (drawn[0], drawn[1:]) if noise is None else noise[s]  # (n*k, C), (times, n*k, C)
-            new = self.mar.diffloss.sample(z.flatten(0, 1), temperature, scale, step_noise)
+            new = self.mar.diffloss.sample(z.flatten(0, 1), temperature, scale, step_noise, graph, pad_to)
             new = new.view(R, -1, C)[:n]
             tokens = tokens.scatter(1, predicted[:n, :, None].expand_as(new), new)
             if watch:
@@ -532,7 +545,6 @@ class Harmon(nn.Module):
                 masked = torch.zeros(L, dtype=torch.bool, device=device).index_fill(0, orders[0, :left], True)
                 self.trace.append(dict(picture=self.decode_latents(tokens[:1].view(1, *grid, -1)), looks=looks,
                                        masked=masked.view(grid), title=f"step {s + 1}"))
-            masked_now = left
         return tokens.view(n, *grid, -1)
 
     def looks(self, seen, width, k):

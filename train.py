@@ -455,7 +455,8 @@ def global_counts(run, micro_batches):
     parts = [part for part, tensors in micro_batches[0].items() if "count" in tensors]
     if not parts:
         return {}
-    counts = torch.stack([sum(batch[part]["count"] for batch in micro_batches) for part in parts]).to(run.device)
+    counts = torch.stack([sum(batch[part]["count"] for batch in micro_batches) for part in parts])
+    counts = counts.to(run.device, non_blocking=True)  # else this would wait for the step before
     if run.world > 1:
         dist.all_reduce(counts)
     return dict(zip(parts, (counts.clamp(min=1) / (run.world * len(micro_batches))).unbind()))

@@ -191,7 +191,7 @@ def a_run(arch, config, device):
     train.place(model, args, dtype, sharded=False)
     named = model.trainable_parameters("reca")
     run = SimpleNamespace(args=args, model=model, named=named, device=torch.device(device), dtype=dtype, world=1,
-                          rank=0, sharded=False, ema=None, weights={"recon": 1.0},
+                          rank=0, sharded=False, ema=None, weights={"recon": 1.0}, stream=None,
                           optimizers=train.make_optimizers(args, model, named))
     run.skipped, run.streak, run.last_skip = torch.zeros(3, dtype=torch.int64, device=device).unbind()
     run.batches = SimpleNamespace(to_device=functools.partial(data.Batches.to_device, run))
@@ -227,6 +227,19 @@ def measure_step(arch, config, n, device, turns=10):
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         print(f"{arch} {config}, {n} pictures, {way:15}", found[way], flush=True)
+    return found
+
+def measure_drawing(arch, config, n, device):
+    """-> {way: median seconds} of n guided pictures: with the CUDA graph of a sampler, and without."""
+    model, found = a_run(arch, config, device).model.eval(), {}
+
+    def draw():
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            model.generate(["a red star"] * n, generator=[torch.Generator() for _ in range(n)]).cpu()
+    for way, choice in (("CUDA graph", "graph"), ("no graph", "reference")):
+        with mock.patch.dict(pick.PICK, {("denoise", None): (choice, "measured here")}):
+            found[way] = statistics.median(timeit.repeat(draw, number=1, repeat=4)[1:])
+        print(f"{arch} {config}, {n} pictures drawn, {way}: {found[way]:.2f} s", flush=True)
     return found
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,7 +361,10 @@ def main():
         steps, device = STEPS, "cpu" if args.dry else "cuda"
         if args.dry:
             steps = [(arch, "tiny", 2) for arch, *_ in STEPS]
-        return write(report, [(*step, measure_step(*step, device)) for step in steps], args.out)
+        measured = [(*step, measure_step(*step, device)) for step in steps]
+        measured += [("draw", *size, measure_drawing(*size, device)) for arch, config, _ in steps if arch == "mar"
+                     for size in ((arch, config, 1), (arch, config, 16))]
+        return write(report, measured, args.out)
     if pick.triton is None or not (pick.INTERPRETING if args.dry else torch.cuda.is_available()):
         print("custom_kernels.bench needs a CUDA GPU and triton (see --help): nothing was measured", file=sys.stderr)
         sys.exit(2)

@@ -17,6 +17,7 @@ PICK = {  # size: head dimension, vocabulary, channels; None = every size that h
     ("linear_cross_entropy", None): ("chunked", NOT_MEASURED),
     ("diffusion_loss_rows", None): ("reference", NOT_MEASURED),
     ("flow_loss_rows", None): ("reference", NOT_MEASURED),
+    ("denoise", None): ("reference", NOT_MEASURED),  # or a CUDA graph
 }
 
 META = "cpu"  # which device meta tensors stand for: a GPU never holds all logits
@@ -41,7 +42,7 @@ def jit(kernel):
     return kernel if triton is None else triton.jit(kernel)
 
 def choose(name, size, device):
-    """-> 'reference', 'triton', 'flex' or 'chunked'."""
+    """-> 'reference', 'triton', 'flex', 'chunked' or 'graph'."""
     if device.type == "meta":
         return "chunked" if META == "cuda" and name == "linear_cross_entropy" else "reference"
     if FORCED == "triton" and device.type == "cpu" and not INTERPRETING:
@@ -50,7 +51,7 @@ def choose(name, size, device):
     if FORCED or device.type != "cuda":
         return FORCED or "reference"
     choice = (PICK.get((name, size)) or PICK[(name, None)])[0]
-    return choice if triton is not None or choice == "chunked" else "reference"
+    return choice if triton is not None or choice in ("chunked", "graph") else "reference"
 
 def compiled(forward):
     """torch.compile of a model that takes a batch. From the first call on it has symbols for the lengths that differ

@@ -496,6 +496,11 @@ else:
         assert pick.FORCED == ""  # the released order's dense masks are its own
         assert "RuntimeError" not in capsys.readouterr().out
 
+    def test_bench_draws_with_and_without_a_graph():
+        from custom_kernels import bench
+        found = bench.measure_drawing("mar", "tiny", 1, "cpu")
+        assert [*found] == ["CUDA graph", "no graph"] and all(seconds > 0 for seconds in found.values()), found
+
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="bfloat16 is tested on a GPU")
     def test_bfloat16_on_a_gpu():
         from custom_kernels import bench

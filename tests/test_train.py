@@ -1,6 +1,7 @@
 """The loop: exact resume, N processes = one, errors in one line, what a run leaves behind. On the tiny models,
 freshly initialised."""
 import argparse
+import contextlib
 import functools
 import io
 import json
@@ -517,6 +518,72 @@ def test_previews_of_a_run(tmp_path):
         assert "\n" not in str(e.value)
     with pytest.raises(ValueError, match="2 prompts, --stage tokenizer: .* no such file where a tokenizer"):
         run(*common, "--stage", "tokenizer", "--mix", "images=1", *prompts, out=tmp_path / "c")
+
+class Orders:
+    """Stands in for CUDA's streams: `seen` has in order what is asked of them, by the stream's name."""
+
+    def __init__(self, monkeypatch):
+        self.seen, self.now = [], "step"
+        true_to, orders = torch.Tensor.to, self
+
+        def to(tensor, *args, **kwargs):
+            if isinstance(args[0], torch.device):
+                self.seen.append((self.now, "copy" if kwargs.get("non_blocking") else "copy, and wait for it"))
+            return true_to(tensor, *args, **kwargs)
+
+        class Stream(contextlib.nullcontext):
+            name = "copies"
+
+            def __enter__(self):
+                orders.now = "copies"
+
+            def __exit__(self, *_):
+                orders.now = "step"
+
+        main = types.SimpleNamespace(wait_stream=lambda other: self.seen.append((self.now, f"after {other.name}")))
+        self.stream = Stream()
+        monkeypatch.setattr(torch.Tensor, "to", to)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, stream: self.seen.append(
+            (self.now, "keep" if stream is main else "wrong stream")))
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+
+class Learner(torch.nn.Module):
+    """Says that it computes."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen, self.p = seen, torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, batch):
+        self.seen.append(("step", "compute"))
+        return {part: self.p * tensors["x"].sum() / tensors["count"] for part, tensors in batch.items()}
+
+@pytest.mark.parametrize("accum", [1, 2])
+def test_copies_to_a_gpu_pass_the_step_before(accum, monkeypatch):
+    """Nothing is waited for between a step and the copies of the next one, so these run beside it; it waits for them
+    itself, on the device; and their memory is kept until it has read them."""
+    orders = Orders(monkeypatch)
+    learner, device = Learner(orders.seen), torch.device("cpu")
+    run_of = types.SimpleNamespace(
+        args=train.parse_args(["--arch", "mar", *SMALL])[0], weights={"t2i": 1.0}, device=device, rank=0, world=1,
+        dtype=torch.float32, forward=learner, model=learner, named=[*learner.named_parameters()], stream=orders.stream)
+    run_of.batches = types.SimpleNamespace(to_device=functools.partial(data.Batches.to_device, run_of))
+    monkeypatch.setattr(train, "apply", lambda *_: None)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.ones(()))  # where gradients already lie
+    batch = {"t2i": {"x": torch.ones(2), "count": torch.tensor(2.0)}}
+    for step in range(2):
+        train.train_step(run_of, step, [batch] * accum)
+    one = [("copies", "copy")] * 2 + [("step", "after copies")] + [("step", "keep")] * 2 + [("step", "compute")]
+    assert orders.seen == ([("step", "copy")] + one * accum) * 2  # first the counts of the whole step
+
+def test_elsewhere_copies_are_in_order(monkeypatch):
+    orders, (_, _, batches) = Orders(monkeypatch), made("--arch", "mar", "--stage", "base", *SMALL)
+    orders.seen.clear()
+    batch = {"t2i": {"x": torch.ones(2), "count": torch.tensor(2.0)}}
+    got = batches.to_device(batch, {})
+    assert batches.stream is None and orders.seen == [("step", "copy")] * 2
+    assert all(got["t2i"][k] is v for k, v in batch["t2i"].items())
 
 def test_processes_wait_long_for_the_first(monkeypatch):
     called = []
