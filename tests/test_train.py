@@ -32,7 +32,7 @@ import train
 
 ARCHS = [arch for arch in checkpoint.architectures() if "base" in checkpoint.model_file(arch).RECIPES["tiny"]]
 SMALL = ["--batch", "8", "--pool", "32", "--eval-n", "0", "--log-every", "1", "--steps", "4", "--warmup", "2",
-         "--device", "cpu", "--threads", "1"]
+         "--device", "cpu", "--threads", "1", "--gemm", "mkl"]  # auto may choose otherwise in a busy moment
 
 def made(*argv, stage=None):
     """args, the model and the batches of a command."""
