@@ -1,6 +1,6 @@
 """The table and the plot of finished runs: the numbers of README.md. Run it from the project's root.
 
-    python results/tables.py results/mar results/ar results/diffusion
+    python results/tables.py results/mar results/ar results/diffusion results/openuni results/janus
     python results/tables.py results/mar --plot gains.png
 
 A folder holds the result.json files of one architecture under the names RUN_seedN.json: `reca`, `sft` (the same steps
@@ -57,9 +57,14 @@ def gains(runs, column, run="reca", control="sft"):
     """What a run gains over captions alone, one number per seed: bases differ more than training changes them."""
     return np.subtract(columns_of(runs, run, column)[1], columns_of(runs, control, column)[1])
 
+def deviation(values):
+    """Standard deviation over seeds; of one seed infinite, as nothing is known of it."""
+    return np.std(values, ddof=1) if len(values) > 1 else np.inf
+
 def spread(values, sign=""):
-    """Mean ± standard deviation over seeds."""
-    return f"{np.mean(values) + 0.0:{sign}.3f} ± {np.std(values, ddof=1):.3f}".replace("0.", ".")
+    """Mean ± standard deviation over seeds; of one seed its number alone."""
+    about = f" ± {deviation(values):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values) + 0.0:{sign}.3f}{about}".replace("0.", ".")
 
 def row(runs):
     """The cells of an architecture's row: of each column base, captions alone and RecA, which is bold where its gain
@@ -68,7 +73,7 @@ def row(runs):
     for column in COLUMNS:
         base, reca = columns_of(runs, "reca", column)
         gain, text = gains(runs, column), spread(reca)
-        text = f"**{text}**" if np.mean(gain) > 2 * np.std(gain, ddof=1) else text
+        text = f"**{text}**" if np.mean(gain) > 2 * deviation(gain) else text
         cells.append("<br>".join([spread(base), spread(columns_of(runs, "sft", column)[1]), text]))
     return cells
 
@@ -86,10 +91,12 @@ def print_table(folder):
         print(f"  objects a picture, short prompts: {spread(objects)}")
 
 def plot(folders, path, scale=2):
-    """RecA's gains over captions alone: a dot for each seed, a bar of the mean ± twice the standard deviation."""
+    """RecA's gains over captions alone: a dot for each seed, a bar of the mean ± twice the standard deviation, where
+    there are several seeds."""
     rows = [(f"{os.path.basename(os.path.normpath(folder))}, {column}", gains(read_results(folder), column))
             for folder in folders for column in list(COLUMNS)[:4]]
-    ends = [np.mean(g) + side * 2 * np.std(g, ddof=1) for _, g in rows for side in (-1, 1)]
+    rows = [(title, g, 2 * deviation(g) if len(g) > 1 else 0.0) for title, g in rows]
+    ends = [np.mean(g) + side * both for _, g, both in rows for side in (-1, 1)]
     low, high = np.floor(min(0, *ends) / 0.05) * 0.05, np.ceil(max(ends) / 0.05) * 0.05
     left, right, top, height = 170 * scale, 690 * scale, 30 * scale, 24 * scale
     bottom = top + height * len(rows)
@@ -104,10 +111,10 @@ def plot(folders, path, scale=2):
         color = (120, 120, 120) if abs(tick) < 1e-6 else (225, 225, 225)
         draw.line([(at(tick), top), (at(tick), bottom)], fill=color, width=scale)
         draw.text((at(tick), bottom + 4 * scale), f"{tick + 0.0:+.2f}", fill=(90, 90, 90), font=font, anchor="ma")
-    for i, (title, values) in enumerate(rows):
-        y, mean, deviation = top + height * (i + 0.5), np.mean(values), np.std(values, ddof=1)
+    for i, (title, values, both) in enumerate(rows):
+        y, mean = top + height * (i + 0.5), np.mean(values)
         draw.text((left - 12 * scale, y), title, fill="black", font=font, anchor="rm")
-        draw.line([(at(mean - 2 * deviation), y), (at(mean + 2 * deviation), y)], fill=(31, 119, 180), width=2 * scale)
+        draw.line([(at(mean - both), y), (at(mean + both), y)], fill=(31, 119, 180), width=2 * scale)
         for x in map(at, values):
             draw.ellipse([x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale], fill=(31, 119, 180))
     sample.save_png(image, path)

@@ -10,7 +10,8 @@ from results import tables
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESULTS = os.path.join(ROOT, "results")
-ROWS = {"MAR": "mar", "AR": "ar", "diffusion": "diffusion"}  # the README's rows and their folders
+ROWS = {"MAR": "mar", "AR": "ar", "diffusion": "diffusion", "OpenUni, one seed": "openuni",
+        "Janus-Pro, one seed": "janus"}  # the README's rows and their folders
 
 def read(*path):
     with open(os.path.join(ROOT, *path), encoding="utf-8") as f:
@@ -22,10 +23,11 @@ def cells(line):
 @pytest.mark.parametrize("row", ROWS)
 def test_the_table_of_the_readme_is_what_its_folders_give(row):
     runs = tables.read_results(os.path.join(RESULTS, ROWS[row]))
-    assert all(sorted(runs[name]) == [0, 1, 2] for name in ("reca", "sft", "reca-whole"))
+    seeds = [0] if "one seed" in row else [0, 1, 2]
+    assert all(sorted(runs[name]) == seeds for name in ("reca", "sft", "reca-whole"))
     line = next(line for line in read("README.md").splitlines() if line.startswith(f"| {row} |"))
     assert cells(line)[1:] == tables.row(runs)
-    for seed in (0, 1, 2):  # all start from the same base
+    for seed in seeds:  # all start from the same base
         before = [runs[name][seed]["curve"][0][1] for name in runs]
         assert all(tables.value(s, c) == tables.value(before[0], c) for s in before for c in tables.COLUMNS)
 
@@ -65,6 +67,12 @@ def test_a_gain_is_bold_where_it_exceeds_twice_its_spread(tmp_path, capsys):
     assert Image.open(tmp_path / "gains.png").width == 1440
     store(folder, "reca", 2, 0.3, 0.32)  # one seed gains little: the spread is large
     assert "**" not in tables.row(tables.read_results(folder))[0]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for run in ("sft", "reca", "reca-whole"):  # of one seed nobody knows the spread
+        store(alone, run, 0, 0.4, 0.6 if run == "reca" else 0.5)
+    assert tables.row(tables.read_results(alone))[0] == ".400<br>.500<br>.600"
+    tables.main([str(alone), "--plot", str(tmp_path / "alone.png")])
 
 def test_a_file_that_is_no_scored_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
