@@ -98,7 +98,7 @@ SIZES = {"janus-pro-1b": dict(OURS, accum=4), "janus-pro-7b": dict(OURS, accum=8
 RECIPES = {
     "tiny": {
         # SigLIP brings nothing here: `words` teaches it to see sooner than questions would.
-        "base": dict(lr=1e-3, muon_lr=0.02, warmup=100, steps=5500, batch=48, pool=40000,
+        "base": dict(lr=2e-3, muon_lr=0.005, muon_decay=0.1, warmup=100, steps=5500, batch=48, pool=40000, questions=4,
                      mix={"t2i": 1.0, "i2t": 0.75, "edit": 0.75, "text": 0.25, "words": 0.5}),
         # Captions stand beside RecA, as in model_mar.py. Image-to-text keeps the shared backbone's understanding.
         "reca": dict(lr=2e-4, steps=600, batch=96, mix={"recon": 0.5, "t2i": 0.5, "i2t": 1.0}),
