@@ -23,8 +23,8 @@ import sample
 import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SMALL = ["--arch", "ar", "--stage", "base", "--batch", "8", "--pool", "32", "--eval-n", "0", "--log-every", "1",
-         "--steps", "4", "--warmup", "2", "--device", "cpu", "--threads", "1", "--gemm", "mkl"]
+SMALL = ["--arch", "ar", "--stage", "base", "--gemm", "mkl", "--batch", "8", "--pool", "32", "--eval-n", "0",
+         "--log-every", "1", "--steps", "4", "--warmup", "2", "--device", "cpu", "--threads", "1"]
 
 def launch(n, *argv, script="train.py"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", script, *argv]
