@@ -6,8 +6,8 @@ this one, and it alone imports that package (0.7.3), which finds it by its entry
     torchrun --nproc_per_node=8 -m lmms_eval --model nanoreca --model_args arch=diffusion,config=bagel-7b-mot,...
 
 --model_args takes the flags of sample.py that say which model, as key=value: arch, config, ckpt, tokenizer_ckpt,
-text_tokenizer, vision_ckpt, weights, dtype, gemm, lora; and seed, for tasks with a temperature. Start it outside of
-this folder: lmms-eval needs another package of the name `evaluate`.
+text_tokenizer, vision_ckpt, rest_ckpt, weights, dtype, gemm, lora; and seed, for tasks with a temperature. Start it
+outside of this folder: lmms-eval needs another package of the name `evaluate`.
 
 VLMEvalKit has no entry points; this, run in its folder instead of run.py and with the same flags, adds a model:
 

@@ -57,7 +57,6 @@ class SanaConfig:
     mlp_ratio: float = 2.5
     caption_channels: int = 2304
     qk_norm: bool = False  # RMSNorm of q and k over all heads: SANA 1.5
-    places: bool = False  # adds a table of places to the latents, which no published size does
 
 @dataclass
 class OpenUniConfig:
@@ -94,7 +93,7 @@ CONFIGS = {
                           num_kv_heads=2, rope_theta=1e4, vit=vision.VISION_ENCODERS["tiny-internvit"],
                           tokens=("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"),
                           system="", queries=16, connector_layers=2, connector_heads=4, connector_mlp=256,
-                          sana=SanaConfig(128, 4, 4, 4, caption_channels=128, places=True), vae=TOKENIZERS["tiny-kl"],
+                          sana=SanaConfig(128, 4, 4, 4, caption_channels=128), vae=TOKENIZERS["tiny-kl"],
                           image_size=48, max_prompt=64, max_dialogue=128, pad_multiple=4, cfg=3.0),
     "openuni-b-512": OpenUniConfig(),
     "openuni-l-512": OpenUniConfig(**LARGE, sana=SanaConfig(2240, 20, 70, 20)),
@@ -243,21 +242,12 @@ class SanaBlock(nn.Module):
         y = modulate(x, shift2, scale2).transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
         return x + gate2 * self.ff(y).flatten(2).transpose(1, 2)
 
-def place_table(h, w, D, device):
-    """Sines and cosines of row and column -> (h*w, D)."""
-    waves = 10000.0 ** -torch.linspace(0, 1, D // 4, device=device)
-    rows, columns = (torch.arange(n, device=device)[:, None] * waves for n in (h, w))
-    rows, columns = (torch.cat([angles.sin(), angles.cos()], 1) for angles in (rows, columns))  # (h or w, D/2)
-    return torch.cat([rows[:, None].expand(-1, w, -1), columns.expand(h, -1, -1)], 2).flatten(0, 1)
-
 class Sana(nn.Module):
-    """The diffusion transformer. Published ones have no table of places: 3x3 convolutions see where a picture ends,
-    which tiny ones do not learn to make use of."""
+    """The diffusion transformer. It has no table of places: its 3x3 convolutions see where a picture ends."""
 
     def __init__(self, c, channels):
         super().__init__()
         D = c.width
-        self.places = c.places
 
         def two_layers(first):
             return nn.ModuleDict({"linear_1": nn.Linear(first, D), "linear_2": nn.Linear(D, D)})
@@ -286,8 +276,6 @@ class Sana(nn.Module):
         """Latents z (B, C, h, w) at times t (B,) in 0..1000, caption (B, Q, caption_channels) -> velocity (B, C, h, w),
         float32, towards noise."""
         x = self.patch_embed.proj(z.to(self.proj_out.weight.dtype)).flatten(2).transpose(1, 2)  # (B, h*w, D)
-        if self.places:
-            x = x + place_table(*z.shape[2:], x.shape[2], x.device).to(x.dtype)
         (e, time), caption = self.time(t), self.read(caption)
         for block in self.transformer_blocks:
             x = block(x, caption, time.unflatten(1, (6, -1)), tuple(z.shape[2:]))
