@@ -58,9 +58,9 @@ def test_readme_names_code_that_exists():
         assert os.path.exists(os.path.join(ROOT, path)), path
 
 def test_readme_keeps_its_budget():
-    """160 lines, 1,694 words, no line over 300 characters, the first command within 200 words."""
+    """165 lines, 1,800 words, no line over 300 characters, the first command within 200 words."""
     lines, words = README.splitlines(), README.split()
-    assert len(lines) <= 160 and len(words) <= 1694, (len(lines), len(words))
+    assert len(lines) <= 165 and len(words) <= 1800, (len(lines), len(words))
     assert max(map(len, lines)) <= 300, [line for line in lines if len(line) > 300]
     assert len(README[:README.index(COMMANDS[0])].split()) <= 200
 
