@@ -466,7 +466,7 @@ def add_flags(parser):
     add("--config", default="tiny", help="model size: tiny or a published one, e.g. harmon-1.5b")
     add("--ckpt", help="folder written by train.py, or a published file (default: shipped weights)")
     add("--tokenizer-ckpt", help="image tokenizer: our folder, or the published file (kl16.ckpt, ...)")
-    add("--vision-ckpt", help="published file or folder a model understands with: CLIP (Show-o), InternVL3 (OpenUni)")
+    add("--vision-ckpt", help="published file or folder of what understands, where --ckpt lacks it (CLIP, InternVL3)")
     add("--rest-ckpt", nargs="+", metavar="PATH", help="published files of what --ckpt leaves out, the best first")
     add("--text-tokenizer", help="published text tokenizer, a folder or file; the tiny one is shipped")
     add("--weights", metavar="KEY", help=f"of a --ckpt with several state dicts: {', '.join(WRAPPERS)} or another key")
@@ -723,7 +723,7 @@ def describe(args, state=None):
     device = f"{os.cpu_count()} CPU cores"
     if args.device.startswith("cuda"):
         device = torch.cuda.get_device_name(args.device)
-    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
+    launcher = "torchrun" if world > 1 or "TORCHELASTIC_RUN_ID" in os.environ else "python"
     command = f"{launcher}{f' --nproc_per_node={world}' * (world > 1)} train.py {shlex.join(sys.argv[1:])}"
     here = dict(commit=git_commit(), torch=torch.__version__, world=world, device=device)
     commands = dict(command=state["command"], resumed_by=command) if state else dict(command=command)

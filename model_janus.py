@@ -66,8 +66,9 @@ class JanusConfig:
     code_width: int = 8  # of gen_embed, a table of its own beside VQ-16's codebook
     head_width: int = 2048  # of the hidden layer of gen_head
     image_size: int = 384  # pixels, training and default of the sampler
+    # the names of Marks in the text tokenizer
     tokens: tuple = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<begin_of_image>",
-                     "<end_of_image>", "<image_placeholder>", "<|User|>", "<|Assistant|>")  # Marks in the tokenizer
+                     "<end_of_image>", "<image_placeholder>", "<|User|>", "<|Assistant|>")
     system: str = ("You are a helpful language and vision assistant. You are able to understand the visual content "
                    "that the user provides, and assist the user with a variety of tasks using natural language.")
     max_prompt: int = 256  # the longest rows in training, in ids: before a picture,

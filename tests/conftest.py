@@ -36,12 +36,15 @@ def pytest_runtestloop(session):
 
 def run_files(session, files, folder, numbers, tell=lambda: None):
     """Runs the files that nobody has begun: whoever comes first makes their mark. The item that follows the last of a
-    file is taken from another one, so that the file's fixtures end."""
+    file is taken from another one, so that the file's fixtures end. -> names of the files that were run."""
+    ran = set()
     for number in numbers:
+        name = files[number][0].path.name
         try:
-            os.close(os.open(f"{folder}/{number}", os.O_CREAT | os.O_EXCL))
+            os.close(os.open(f"{folder}/{name}", os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             continue
+        ran.add(name)
         kept = Reports(session.config)
         session.config.pluginmanager.register(kept)
         try:
@@ -51,8 +54,9 @@ def run_files(session, files, folder, numbers, tell=lambda: None):
         finally:
             session.config.pluginmanager.unregister(kept)
             if FOLDER:
-                checkpoint.write_text(f"{folder}/{number}.json", json.dumps(kept.reports))
+                checkpoint.write_text(f"{folder}/{name}.json", json.dumps(kept.reports))
         tell()
+    return ran
 
 class Reports:
     """A plugin that keeps what is reported of tests, as JSON can hold it."""
@@ -88,7 +92,7 @@ def run_with_another(session, files, folder):
         other = subprocess.Popen(command, cwd=config.invocation_params.dir, stdout=said, stderr=said,
                                  env=os.environ | {"NANORECA_TESTS": folder})
         try:
-            run_files(session, files, folder, range(len(files)), tell)
+            ran = run_files(session, files, folder, range(len(files)), tell)
             while other.poll() is None:
                 tell()
                 time.sleep(0.2)
@@ -97,3 +101,5 @@ def run_with_another(session, files, folder):
             other.kill()
         said.seek(0)
         assert other.returncode in (0, 1), f"the second process of the tests ended: {said.read()[-3000:]}"
+        lost = {items[0].path.name for items in files} - ran - {name.removesuffix(".json") for name in told}
+        assert not lost, f"neither process has run {lost}"

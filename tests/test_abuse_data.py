@@ -255,12 +255,13 @@ def test_captions_in_utf_16_are_read_where_they_are_marked(tmp_path):
     assert [s.caption for s in data.Images(tmp_path / "s.tar", captions=True).samples] == want
 
 def test_names_are_printable_on_any_terminal(tmp_path, monkeypatch, capsys):
-    for name in (b"\xff\xfe.png", "zw\u00f6lf.png".encode(), b"two\nlines.png", b"esc\x1b[2J.png"):
+    names = (b"\xff\xfe.png", "zw\u00f6lf.png".encode(), b"two\nlines.png", b"esc\x1b[2J.png", "\u00f6.png".encode())
+    for name in names:
         with open(os.path.join(os.fsencode(tmp_path), name), "wb") as f:
             f.write(picture() if name[:1] == b"z" else b"broken")
     images = data.Images(tmp_path, max_broken=1)
-    assert len(images) == 4 and all(s.name.isprintable() for s in images.samples)
-    assert sum(images.read(i) is not None for i in range(4)) == 1 and images.summary(1).isprintable()
+    assert len(images) == 5 and all(s.name.isprintable() for s in images.samples)
+    assert sum(images.read(i) is not None for i in range(5)) == 1 and images.summary(1).isprintable()
     path, terminal = os.path.join(ROOT, "data.py"), io.TextIOWrapper(io.BytesIO(), "ascii", "strict")
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as e:
         patch.setattr(sys, "argv", [path, "--check", str(tmp_path)])
@@ -268,8 +269,8 @@ def test_names_are_printable_on_any_terminal(tmp_path, monkeypatch, capsys):
         runpy.run_path(path, run_name="__main__")
     terminal.flush()
     said = terminal.buffer.getvalue()
-    assert e.value.code == 2 and b"4 samples: 1 good, 3 broken" in said and not capsys.readouterr().err
-    assert rb"\udcff\udcfe.png" in said and rb"two\nlines.png" in said and b"\x1b" not in said
+    assert e.value.code == 2 and b"5 samples: 1 good, 4 broken" in said and not capsys.readouterr().err
+    assert rb"\udcff\udcfe.png" in said and rb"two\nlines.png" in said and b"\x1b" not in said and rb"\xf6.png" in said
 
 # ------------------------------------------------------------------------------------------------ tars
 def test_names_with_dots_and_several_pictures_of_a_key(tmp_path):

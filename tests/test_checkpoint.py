@@ -4,7 +4,9 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import shutil
+import subprocess
 import sys
 import types
 from collections import OrderedDict
@@ -429,3 +431,24 @@ def test_one_default_precision(tmp_path, monkeypatch):
             ("fp32", "cuda", "large", None, False)):
         args = argparse.Namespace(dtype=dtype, device=device, config=config, ckpt=ckpt)
         assert checkpoint.dtype_of(args) == (torch.bfloat16 if bf16 else None), args
+
+def test_what_repeats_a_run_is_true(tmp_path, monkeypatch):
+    """The launcher that was used, and whether the files are those of the commit."""
+    args = argparse.Namespace(device="cpu", arch="mar", stage="reca", seed=0)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", "my runs"])
+    for env, want in (({}, "python"), ({"TORCHELASTIC_RUN_ID": "x"}, "torchrun"),
+                      ({"WORLD_SIZE": "2"}, "torchrun --nproc_per_node=2")):
+        with monkeypatch.context() as patch:
+            for name in ("TORCHELASTIC_RUN_ID", "WORLD_SIZE"):
+                patch.delenv(name, raising=False)
+            for name, value in env.items():
+                patch.setenv(name, value)
+            assert checkpoint.describe(args)["command"] == f"{want} train.py --out 'my runs'"
+    monkeypatch.setattr(checkpoint, "HERE", str(tmp_path))
+    assert checkpoint.git_commit() == "unknown"
+    (tmp_path / "a").write_text("1")
+    for words in ("init -q", "add a", "-c user.name=x -c user.email=x commit -qm x"):
+        subprocess.run(["git", "-C", str(tmp_path), *words.split()], check=True)
+    clean = checkpoint.git_commit()
+    (tmp_path / "a").write_text("2")
+    assert re.fullmatch("[0-9a-f]{7,}", clean) and checkpoint.git_commit() == f"{clean}-dirty"
