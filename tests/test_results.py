@@ -11,7 +11,7 @@ from results import tables
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESULTS = os.path.join(ROOT, "results")
 ROWS = {"MAR": "mar", "AR": "ar", "diffusion": "diffusion", "OpenUni, one seed": "openuni",
-        "Janus-Pro, one seed": "janus"}  # the README's rows and their folders
+        "Janus-Pro": "janus"}  # the README's rows and their folders
 
 def read(*path):
     with open(os.path.join(ROOT, *path), encoding="utf-8") as f:
