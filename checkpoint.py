@@ -158,6 +158,8 @@ def one_line_errors(main):
             raise
         if peer:
             e = f"another process of this run has died ({reason_of(e)}): go on with --resume"
+        if isinstance(e, (FileExistsError, NotADirectoryError)) and e.filename:
+            e = f"{e.filename}: a file stands where a folder is needed: give another path"
         if first_to_fail():
             table = getattr(e, "table", "") * ("--verbose" in sys.argv)
             print(f"error: {str(e) or type(e).__name__}{table}", file=sys.stderr, flush=True)

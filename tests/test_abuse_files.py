@@ -162,6 +162,15 @@ def test_what_is_no_fault_of_the_file_passes(raised):
         raise raised
     assert e.value is raised
 
+@pytest.mark.parametrize("below", ["", "run/sheet.png"])
+def test_a_file_where_a_folder_is_needed(below, tmp_path, capfd):
+    file = tmp_path / "taken"
+    file.write_text("kept")
+    with pytest.raises(SystemExit) as ended:
+        checkpoint.one_line_errors(lambda: os.makedirs(file / below, exist_ok=True))
+    assert ended.value.code == 2 and file.read_text() == "kept"
+    assert re.fullmatch(rf"error: {file}\S*: a file stands where a folder is needed: .*\n", capfd.readouterr().err)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # config.json of our folders
 
