@@ -263,7 +263,7 @@ FAULTS = {  # what is wrong: (flags, the line)
     "a number": ("--lr -1", "--lr -1: must be from 0 to 100"), "a device": ("--device mps:3", "--device mps:3: this"),
     "a share": ("--batch 7", "--batch 7 gives 4 recon samples, which 3 processes"),
     "unused": ("--image-root x", "--image-root is for JSON"), "a folder in use": ("--out run", "run holds a run "),
-    "no folder": ("--out bad/config.json", ".*: a file stands where a folder"), "pictures": ("--data no", "no: no such"),
+    "no folder": ("--out bad/config.json", ".*a file stands"), "pictures": ("--data no", "no: no such"),
     "prompts": ("--preview-prompts gone", "gone: no such file of prompts"),
     "a tokenizer": ("--text-tokenizer bad/config.json", "bad/config.json: ")}
 
