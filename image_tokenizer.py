@@ -536,11 +536,11 @@ class DCAutoencoder(nn.Module):
         h, w = images.shape[2:]
         if h % self.stride or w % self.stride:
             raise ValueError(f"images: {h}x{w} pixels, expected sides that are multiples of {self.stride}: crop them")
-        return self.encoder(images) * self.config.scale
+        return self.encoder(channels_last(images)) * self.config.scale
 
     def decode(self, latents):
         """latents (B, z_channels, h, w), scaled as encode() returns them -> images (B, 3, H, W), not clamped."""
-        return self.decoder(latents / self.config.scale)
+        return self.decoder(channels_last(latents / self.config.scale))
 
 def build(config):
     """The image tokenizer of a config, untrained."""

@@ -157,18 +157,33 @@ class DecoderLayer(nn.Module):
                                   "down_proj": nn.Linear(inner, H, bias=False)})
 
     def forward(self, x, cos, sin, plan, past=None, keep=None):
-        """x (B, n, H) -> (x, (k, v)). keep: only the last `keep` positions are queries, and rows that come out."""
+        """x (B, n, H) -> (x, (k, v)). past: (k, v) of what came before; or memory for all, of which the last n are
+        filled in here. keep: only the last `keep` positions are queries, and rows that come out."""
         attn, mlp, y = self.self_attn, self.mlp, self.input_layernorm(x)
         q, k, v = (attn[name](y).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, n, dim)
                    for name in ("q_proj", "k_proj", "v_proj"))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if past is not None:
+        if torch.is_tensor(past):
+            past[0, :, :, -k.shape[2]:], past[1, :, :, -k.shape[2]:] = k, v
+            k, v = past
+        elif past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         if keep is not None:
             x, q = x[:, -keep:], q[:, :, -keep:]
         x = x + attn.o_proj(attention(q, k, v, None, None, plan).transpose(1, 2).flatten(2))
         y = self.post_attention_layernorm(x)
         return x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y)), (k, v)
+
+class Cache:
+    """Keys and values of all layers, in memory for `slots` positions that is taken once; `used` of them are filled."""
+
+    def __init__(self, lm, rows, slots):
+        c, weight = lm.config, lm.lm_head.weight
+        kind, dtype = weight.device.type, weight.dtype
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+        shape = (2, rows, c.num_kv_heads, slots, c.hidden_size // c.num_heads)
+        self.layers = [torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(c.num_layers)]
+        self.used = 0
 
 class Qwen2(nn.Module):
     def __init__(self, c):
@@ -179,23 +194,26 @@ class Qwen2(nn.Module):
                                     "norm": RMSNorm(c.hidden_size, c.rms_norm_eps)})
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)  # not tied
 
-    def forward(self, x, pads, past=None, keep=None):
-        """x (B, n, H) -> final hidden states, of the last `keep` positions (None: all), and the next call's `past`."""
-        c, past = self.config, past or [None] * self.config.num_layers
-        start = past[0][0].shape[2] if past[0] else 0
+    def forward(self, x, pads, past=None, keep=None, cache=None):
+        """x (B, n, H) -> final hidden states, of the last `keep` positions (None: all), and what a next call may be
+        given as `past`. Where many calls follow, a Cache holds the past instead."""
+        c, start = self.config, cache.used if cache else past[0][0].shape[2] if past else 0
         total = start + x.shape[1]
+        if cache:
+            past, cache.used = [layer[:, :, :, :total] for layer in cache.layers], total
+        past = past or [None] * c.num_layers
         slots = torch.arange(start, total, device=x.device)[None]  # (1, n)
         positions = (slots - pads[:, None]).clamp(min=0)  # (B, n): pads do not count
         cos, sin = rope_tables(positions, c.hidden_size // c.num_heads, c.rope_theta)
         lo, hi = pads[:, None].expand(-1, x.shape[1]), (slots + 1).expand(len(x), -1)
-        plan, cache = attention_plan(lo, hi, total), []
+        plan, made = attention_plan(lo, hi, total), []
         for i, layer in enumerate(self.model.layers):
             last = keep if i == c.num_layers - 1 else None  # nobody attends to the last layer's other outputs
             if last is not None:
                 plan = attention_plan(lo[:, -last:], hi[:, -last:], total)
             x, kv = layer(x, cos, sin, plan, past[i], last)
-            cache.append(kv)
-        return self.model.norm(x), cache
+            made.append(kv)
+        return self.model.norm(x), made
 
 # ---------------------------------------------------------------------------------------------------------------------
 # SANA
@@ -529,10 +547,10 @@ class OpenUni(nn.Module):
     @torch.no_grad()
     def generate_tokens(self, x, pads, max_new_tokens, temperature=0.0, generator=None, stop=-1):
         """Continues the rows (B, W, H), greedily at temperature 0, until each has had the id `stop` -> ids (B, new)."""
-        past, out, done, lm = None, [], torch.zeros_like(pads, dtype=torch.bool), self.lmm.language_model
-        generators = vision.row_generators(generator, len(x))
+        lm, out, done = self.lmm.language_model, [], torch.zeros_like(pads, dtype=torch.bool)
+        generators, cache = vision.row_generators(generator, len(x)), Cache(lm, len(x), x.shape[1] + max_new_tokens)
         while len(out) < max_new_tokens and not bool(done.all()):
-            hidden, past = lm(x, pads, past, keep=1)
+            hidden, _ = lm(x, pads, keep=1, cache=cache)
             token = vision.next_token(lm.lm_head(hidden[:, -1]).float(), temperature, generators)  # (B, 1)
             out.append(token)
             done = done | (token[:, 0] == stop)

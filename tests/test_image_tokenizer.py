@@ -44,6 +44,8 @@ SMALL_KL = AutoencoderConfig(ch=16, ch_mult=(1, 2), num_res_blocks=1, z_channels
                              encoder_attn_resolutions=(16,), groups=8)
 SMALL_LFQ = LFQConfig(ch=16, encoder_ch_mult=(1, 2), encoder_res_blocks=(1, 2), decoder_ch_mult=(1, 1),
                       decoder_res_blocks=(2, 1), bits=5, groups=8)
+SMALL_DC = image_tokenizer.DCAutoencoderConfig(widths=(32, 32, 64), encoder_blocks=(1, 1, 1), decoder_blocks=(1, 1, 1),
+                                               attention_from=2, z_channels=8)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # golden numbers, published keys
@@ -172,11 +174,11 @@ def test_bad_images(config):
         with pytest.raises(ValueError, match=re.escape(str(shape)) + f".*at least {m.stride}"):
             m.encode(torch.zeros(shape))
 
-@pytest.mark.parametrize("config", [SMALL_KL, SMALL_LFQ])
+@pytest.mark.parametrize("config", [SMALL_KL, SMALL_LFQ, SMALL_DC], ids=lambda c: type(c).__name__)
 @torch.no_grad()
 def test_every_convolution_gets_channels_last(config, monkeypatch):
     """And what comes out is what it was without."""
-    m = (LFQTokenizer if isinstance(config, LFQConfig) else Autoencoder)(config)
+    m = image_tokenizer.build(config)
     got, wanted = {}, {}
     for seen, way in ((wanted, torch.Tensor.contiguous), (got, image_tokenizer.channels_last)):
         monkeypatch.setattr(image_tokenizer, "channels_last", way)

@@ -137,6 +137,11 @@ def test_language_model():
     at, pads = g["ids"].shape[1] // 2, torch.zeros(len(g["ids"]), dtype=torch.long)
     past = lm(model.embed(g["ids"][:, :at]), pads, keep=1)[1]
     compare(("in two pieces", lm.lm_head(lm(model.embed(g["ids"][:, at:]), pads, past)[0]), g["logits"][:, at:]))
+    cache = model_openuni.Cache(lm, len(pads), g["ids"].shape[1] + 3)
+    memory = [layer.data_ptr() for layer in cache.layers]
+    pieces = [lm(model.embed(part), pads, cache=cache)[0] for part in (g["ids"][:, :at], *g["ids"][:, at:].split(1, 1))]
+    compare(("one by one", lm.lm_head(torch.cat(pieces, 1)), g["logits"]))
+    assert [layer.data_ptr() for layer in cache.layers] == memory and cache.used == g["ids"].shape[1]
 
 @torch.no_grad()
 def test_understanding():
