@@ -176,8 +176,9 @@ def check(device="cuda", dtype=torch.bfloat16, cut=4):
 # ---------------------------------------------------------------------------------------------------------------------
 # complete RecA steps at published sizes, with weights at random
 
-STEPS = (("mar", "harmon-0.5b", 16), ("mar", "harmon-1.5b", 8), ("ar", "show-o-clip-512", 4),
-         ("diffusion", "bagel-7b-mot", 1))  # and how many pictures, each to be reconstructed
+STEPS = (  # and how many pictures, each to be reconstructed
+    ("mar", "harmon-0.5b", 16), ("mar", "harmon-1.5b", 8), ("ar", "show-o-clip-512", 4), ("janus", "janus-pro-1b", 8),
+    ("diffusion", "bagel-7b-mot", 1), ("openuni", "openuni-b-512", 16))
 
 def a_run(arch, config, device):
     """What `train.train_step` and `train.Run.wrapped` ask of a run, of one process, with a model of random weights."""
