@@ -88,7 +88,7 @@ RANGES = {  # lowest and highest value of every flag that is a number, in train.
     **dict.fromkeys(("steps", "log_every", "pool"), (1, MANY)),
     **dict.fromkeys(("warmup", "save_every", "eval_every", "eval_n", "stop_after", "clip", "preview_every"), (0, MANY)),
     **dict.fromkeys(("batch", "n", "max_new_tokens"), (1, 10 ** 6)), **dict.fromkeys(("accum", "threads"), (1, 4096)),
-    "drop": (0, 1), "questions": (1, 64), "workers": (0, 256),
+    "drop": (0, 1), **dict.fromkeys(("listings", "exact_captions"), (0, 1)), "questions": (1, 64), "workers": (0, 256),
     **dict.fromkeys(("betas", "ema"), (0, 1 - 1e-9)), **dict.fromkeys(("lr", "muon_lr", "muon_decay"), (0, 100)),
     **dict.fromkeys(("weight_decay", "temperature"), (0, 100)), **dict.fromkeys(("i2t_weight", "t2i_weight"), (0, 1e6)),
     **dict.fromkeys(("cache_gb", "data_weights"), (0, 1e6)), "preview": (0, 64), "cfg": (1, 1000), "lora": (0, 4096),

@@ -808,7 +808,7 @@ class Batches:
         args, pool = self.args, self.pool_of.get(part)
         sample = self.listed[pool].samples[i] if pool in self.listed else None
         if part in ("words", "text", "i2t") and (pool or "broad") in self.scenes:
-            return shape_world.row(part, self.scenes[pool or "broad"].scene(i), rng, args.questions, RECA_TEMPLATES)
+            return shape_world.row(part, self.scenes[pool or "broad"].scene(i), rng, args, RECA_TEMPLATES)
         if part == "recon":
             # where captions stand beside it, they alone teach the unconditional half of guidance
             return {"prompt": rng.choice(RECA_TEMPLATES), "drop": rng.random() < args.drop * ("t2i" not in self.parts)}

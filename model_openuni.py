@@ -57,6 +57,7 @@ class SanaConfig:
     mlp_ratio: float = 2.5
     caption_channels: int = 2304
     qk_norm: bool = False  # RMSNorm of q and k over all heads: SANA 1.5
+    places: bool = False  # a learned table of places, added to the latents; published models have none
 
 @dataclass
 class OpenUniConfig:
@@ -93,7 +94,8 @@ CONFIGS = {
                           num_kv_heads=2, rope_theta=1e4, vit=vision.VISION_ENCODERS["tiny-internvit"],
                           tokens=("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"),
                           system="", queries=16, connector_layers=2, connector_heads=4, connector_mlp=256,
-                          sana=SanaConfig(128, 4, 4, 4, caption_channels=128), vae=TOKENIZERS["tiny-kl"],
+                          sana=SanaConfig(128, 4, 4, 4, caption_channels=128, places=True),
+                          vae=TOKENIZERS["tiny-kl"],
                           image_size=48, max_prompt=64, max_dialogue=128, pad_multiple=4, cfg=3.0),
     "openuni-b-512": OpenUniConfig(),
     "openuni-l-512": OpenUniConfig(**LARGE, sana=SanaConfig(2240, 20, 70, 20)),
@@ -113,7 +115,7 @@ TINY = dict(lr=2e-4, steps=400, batch=96, i2t_weight=0.0)
 RECIPES = {
     "tiny": {
         # What InternVL3 is to the published model: it sees and reads, and is frozen from then on. It is trained first,
-        # by itself; how drawing is then learned from captions, with --stage sft, is said in weights/README.md.
+        # by itself; how SANA and the queries then learn to draw is said in weights/README.md.
         "base": dict(lr=2e-3, muon_lr=0.005, muon_decay=0.1, warmup=100, steps=3000, batch=48, pool=40000, questions=4,
                      mix={"i2t": 1.0, "text": 0.5, "words": 0.5}),
         # Captions stand beside RecA, as in model_mar.py; edits keep editing alive.
@@ -261,15 +263,17 @@ class SanaBlock(nn.Module):
         return x + gate2 * self.ff(y).flatten(2).transpose(1, 2)
 
 class Sana(nn.Module):
-    """The diffusion transformer. It has no table of places: its 3x3 convolutions see where a picture ends."""
+    """The diffusion transformer. Its 3x3 convolutions see where a picture ends, so it needs no table of places; ours,
+    which is trained for minutes, has one."""
 
-    def __init__(self, c, channels):
+    def __init__(self, c, channels, side):
         super().__init__()
         D = c.width
 
         def two_layers(first):
             return nn.ModuleDict({"linear_1": nn.Linear(first, D), "linear_2": nn.Linear(D, D)})
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(channels, D, 1)})
+        self.places = nn.Parameter(torch.randn(1, D, side, side)) if c.places else None
         self.time_embed = nn.ModuleDict({"emb": nn.ModuleDict({"timestep_embedder": two_layers(256)}),
                                          "linear": nn.Linear(D, 6 * D)})
         self.caption_projection, self.caption_norm = two_layers(c.caption_channels), RMSNorm(D, 1e-5)
@@ -293,7 +297,10 @@ class Sana(nn.Module):
     def forward(self, z, t, caption):
         """Latents z (B, C, h, w) at times t (B,) in 0..1000, caption (B, Q, caption_channels) -> velocity (B, C, h, w),
         float32, towards noise."""
-        x = self.patch_embed.proj(z.to(self.proj_out.weight.dtype)).flatten(2).transpose(1, 2)  # (B, h*w, D)
+        x = self.patch_embed.proj(z.to(self.proj_out.weight.dtype))  # (B, D, h, w)
+        if self.places is not None:
+            x = x + F.interpolate(self.places, z.shape[2:], mode="bilinear")
+        x = x.flatten(2).transpose(1, 2)  # (B, h*w, D)
         (e, time), caption = self.time(t), self.read(caption)
         for block in self.transformer_blocks:
             x = block(x, caption, time.unflatten(1, (6, -1)), tuple(z.shape[2:]))
@@ -350,7 +357,7 @@ class OpenUni(nn.Module):
             vision.EncoderLayer(H, c.connector_heads, c.connector_mlp, 1e-6, partial(F.gelu, approximate="tanh"))
             for _ in range(c.connector_layers))})
         self.projector = nn.Linear(H, c.sana.caption_channels)
-        self.transformer = Sana(c.sana, c.vae.z_channels)
+        self.transformer = Sana(c.sana, c.vae.z_channels, c.image_size // self.stride)
         self.init_weights()
         self.trainable_parameters("reca")
 
@@ -378,6 +385,10 @@ class OpenUni(nn.Module):
         features (B, N, H): of the same image; in editing of another one. noise, u: see the top of the file. count: what
         the sum over images is divided by (None: their number)."""
         caption = self.condition(ids, pads, features)  # (B, Q, caption_channels): the answer of the queries
+        return self.flow_loss(caption, latents, noise, u, count)
+
+    def flow_loss(self, caption, latents, noise, u, count=None):
+        """How well SANA, told `caption`, points from the images to the noise: see reca_loss."""
         t, sigma = self.flow_time(u)
         z = (1 - sigma) * latents + sigma * noise  # (B, C, h, w)
         rows = [x.permute(0, 2, 3, 1).flatten(0, 2) for x in (self.transformer(z, t, caption), latents, noise)]
@@ -385,8 +396,12 @@ class OpenUni(nn.Module):
         return loss.sum() / latents[0, 0].numel() / (len(latents) if count is None else count)
 
     def t2i_loss(self, latents, ids, pads, noise, u, features=None, count=None):
-        """Text-to-image: the same loss, but the prompt is a caption alone, whatever was seen."""
-        return self.reca_loss(latents, ids, pads, noise, u, None, count)
+        """Text-to-image: the same loss, but the prompt is a caption alone, whatever was seen. In base, SANA also learns
+        to read its words, as the published one did before it met queries: from these alone it learns no places."""
+        if self.stage != "base":
+            return self.reca_loss(latents, ids, pads, noise, u, None, count)
+        captions = self.condition(ids, pads, words=True)
+        return sum(self.flow_loss(caption, latents, noise, u, count) for caption in captions) / 2
 
     def i2t_loss(self, ids, pads, labels, features=None, count=None, **_):
         """Next-token cross entropy on answers. ids (B, W), labels (B, A): of the last A positions. InternVL3 alone."""
@@ -399,15 +414,22 @@ class OpenUni(nn.Module):
         t = T - (u * T).floor()
         return t, (t / T)[:, None, None, None]
 
-    def condition(self, ids, pads, features=None):
+    def condition(self, ids, pads, features=None, words=False):
         """Prompts -> what SANA reads (B, Q, caption_channels). Nothing that trains comes before the queries, so without
-        a graph; the queries' gradient goes through the language model, which is frozen."""
-        lm, trains = self.lmm.language_model, torch.is_grad_enabled()
-        with torch.set_grad_enabled(trains and self.stage == "base"):
+        a graph; the queries' gradient goes through the language model, which learns nothing from pictures it asks for.
+        words: -> (this, what it would read if the prompt's own hidden states stood for the queries'), for base."""
+        lm = self.lmm.language_model
+        with torch.no_grad():
             embedded = self.embed(ids, features)
-            past = lm(embedded, pads, keep=1)[1]
+            prompt, past = lm(embedded, pads, keep=None if words else 1)
         queries = self.meta_queries.to(embedded.dtype).expand(len(ids), -1, -1)
-        return self.connect(lm(queries, pads, past)[0])
+        frozen = {name: p.detach() for name, p in lm.named_parameters()} if self.stage == "base" else {}
+        caption = self.connect(torch.func.functional_call(lm, frozen, (queries, pads, past))[0])
+        if not words:
+            return caption
+        here = torch.arange(ids.shape[1], device=ids.device) >= pads[:, None]  # (B, W): others are zero, as is the rest
+        width = self.config.max_prompt - ids.shape[1]  # so that a row does not depend on how wide its batch is
+        return caption, self.connect(F.pad(prompt * here[..., None], (0, 0, width, 0)))
 
     def connect(self, x):
         """Hidden states of the queries (B, Q, H) -> (B, Q, caption_channels)."""

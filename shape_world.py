@@ -171,8 +171,11 @@ def name(shape, color=None):
 def full_name(o):
     return f"{SIZES[o.size]} {name(o.shape, o.color)}"
 
-def caption(scene, rng, other):
-    """A caption as web data has them: a long one or a short one. other: another scene, whose caption this may be."""
+def caption(scene, rng, other, exact=0.0):
+    """A caption as web data has them: a long one or a short one. other: another scene, whose caption this may be.
+    exact: the share of captions that say everything, and nothing that is wrong."""
+    if exact and rng.random() < exact:
+        return dense_caption(scene, rng)
     if rng.random() < LONG_CAPTIONS:
         return dense_caption(with_slips(scene, rng), rng)
     return short_caption(scene, rng, other)
@@ -285,6 +288,12 @@ def text_question(scene, rng):
         text = dense_caption(scene, rng)
         asked, answer, _ = question(scene, rng)
     return f"{text}. {asked}", answer
+
+def listing(scene, rng, written):
+    """(question, answer): what is where, place by place, of a picture or of its written description."""
+    objects = sorted(scene[1], key=lambda o: o.cell)
+    text = dense_caption(scene, rng) + ". " if written else ""
+    return text + "What is where?", ", ".join(f"{PLACES[o.cell]} {full_name(o)}" for o in objects)
 
 def edit(scene, rng):
     """(instruction, edited scene, kind): one change; the rest of the picture stays pixel for pixel."""
@@ -425,22 +434,25 @@ def pools(args, need, text_rng):
     if "captioned" in need:
         scenes = sources["captioned"] = Scenes(args.pool, seed=20 + args.seed, captioned=True)
         texts["captioned"] = [caption(scenes.scene(i), text_rng(args.seed, i, "caption"),
-                                      scenes.scene((i + 1) % args.pool)) for i in range(args.pool)]
+                                      scenes.scene((i + 1) % args.pool), args.exact_captions) for i in range(args.pool)]
     if "edits" in need:
         scenes = sources["edit_sources"] = Scenes(args.pool, seed=30 + args.seed, captioned=True)
         edits = [clean_edit(scenes.scene(i), text_rng(args.seed, i, "edit")) for i in range(len(scenes))]
         texts["edits"], sources["edits"] = [e[0] for e in edits], Scenes.of([e[1] for e in edits])
     return sources, texts
 
-def row(part, scene, rng, questions, requests):
-    """What a row of "words", "text" or "i2t" says of a scene. Rows stay short: a CPU trains them fast."""
+def row(part, scene, rng, args, requests):
+    """What a row of "words", "text" or "i2t" says of a scene. Rows stay short: a CPU trains them fast. args: the flags
+    below; requests: what asks for a description."""
     if part == "words":  # all there is to say: what is not said is not in the picture
         return {"caption": dense_caption(scene, rng)}
+    if args.listings and rng.random() < args.listings:
+        return dict(zip(("question", "answer"), listing(scene, rng, part == "text")))
     if part == "text":
         return dict(zip(("question", "answer"), text_question((scene[0], scene[1][:2]), rng)))
     if len(scene[1]) <= 2 and rng.random() < 0.4:
         return {"question": rng.choice(requests), "answer": dense_caption(scene, rng)}
-    return {"turns": [question(scene, rng)[:2] for _ in range(questions)]}
+    return {"turns": [question(scene, rng)[:2] for _ in range(args.questions)]}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The flags of train.py that belong to this world
@@ -450,6 +462,10 @@ def add_flags(parser):
     add = parser.add_argument_group("shape world (practice pictures, used where no data is given)").add_argument
     add("--pool", type=int, default=8000, metavar="N", help="pictures per pool (default 8000)")
     add("--questions", type=int, default=1, metavar="N", help="questions about a picture in one row (default 1)")
+    add("--listings", type=float, default=0.0, metavar="SHARE", help="of the rows with questions, how many ask for all "
+        "that is in a picture or a text, place by place (default 0)")
+    add("--exact-captions", type=float, default=0.0, metavar="SHARE", help="captions with all there is to say and "
+        "without a fault (default 0)")
     add("--eval-n", type=int, default=300, metavar="N", help="pictures judged before and after (default 300; 0: none)")
     add("--eval-every", type=int, default=0, metavar="N", help="also judge every N steps (default 0: never)")
     add("--eval-split", choices=("dev", "test"), default="test", help="dev: prompts to choose settings (default test)")

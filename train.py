@@ -230,6 +230,8 @@ def check_typed(args, argv=None):
         ("t2i-weight", parts & drawn, "parts that --mix leaves out: t2i, edit, uncond"),
         ("no-exif", args.data or args.i2t_data, "--data and --i2t-data"), ("image-root", llava, "JSON of --i2t-data"),
         ("pool", world, "the shape world"), ("questions", "i2t" in world, "the shape world's part i2t"),
+        ("listings", world & {"i2t", "text"}, "the shape world's parts i2t and text"),
+        ("exact-captions", "t2i" in world, "the shape world's part t2i"),
         ("eval-n", tiny, "tiny models"), ("eval-every eval-split", judged, "tiny models with --eval-n above 0"))
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -395,7 +395,7 @@ class Model(torch.nn.Module):
 def batches(folder, world=1, rank=0, **settings):
     args = SimpleNamespace(mix={"recon": 1.0, "i2t": 1.0}, batch=8, stage="reca", config="tiny",
                            data=[str(folder)], i2t_data=None, image_root=None, pool=8, seed=3, cache_gb=1,
-                           accum=1, drop=0, questions=1)
+                           accum=1, drop=0, questions=1, listings=0)
     vars(args).update(settings)
     return data.Batches(args, Model(), "cpu", rank, world)
 

@@ -6,8 +6,8 @@ import re
 import checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-BUDGET = {"train.py": 839, "sample.py": 436, "evaluate.py": 600, "vision_encoder.py": 450, "image_tokenizer.py": 655,
-          "text_tokenizer.py": 260, "data.py": 947, "shape_world.py": 460, "checkpoint.py": 1034,
+BUDGET = {"train.py": 841, "sample.py": 436, "evaluate.py": 600, "vision_encoder.py": 450, "image_tokenizer.py": 655,
+          "text_tokenizer.py": 260, "data.py": 947, "shape_world.py": 471, "checkpoint.py": 1034,
           "benchmarks.py": 465, "lmms_eval_adapter.py": 125, "model_mar.py": 781}
 MODELS = ("model_mar.py", "model_ar.py", "model_diffusion.py", "model_openuni.py",
           "model_janus.py")  # a reader's own is not counted
@@ -41,7 +41,7 @@ def test_every_file_stays_within_its_budget():
     kernels = [n for path, n in lengths.items() if path.startswith("custom_kernels") and not path.endswith("bench.py")]
     assert sum(kernels) <= 1491, kernels
     ours = {path: n for path, n in lengths.items() if not path.startswith("model_") or path in MODELS}
-    assert sum(ours.values()) <= 11659, (sum(ours.values()), ours)
+    assert sum(ours.values()) <= 11709, (sum(ours.values()), ours)
 
 def test_no_line_is_longer_than_120_characters():
     for path in PRODUCT + list(python_files("tests", "weights", "results")):

@@ -45,7 +45,7 @@ def adapted(model, rank=3, alpha=6):
     named = add_lora(model, model.trainable_parameters("reca"), rank, torch.Generator().manual_seed(1), alpha)
     torch.manual_seed(2)
     for _, p in named:
-        p.data += 0.05 * torch.randn(p.shape)
+        p.data += 0.15 * torch.randn(p.shape)
     return named
 
 def losses(model, batch):

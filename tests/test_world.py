@@ -100,6 +100,11 @@ def test_captions_are_short_and_poor_or_long_with_few_slips():
         assert not any(f"{c} {s}" in text for s, c in HELD_OUT_COMBOS)
     whole = [(text, scene) for text, scene in rows if any(f"{a} background" == text.split(", ")[-1] for a in GROUNDS)]
     assert abs(len(whole) / 6000 - shape_world.LONG_CAPTIONS) < 0.02
+    args = argparse.Namespace(pool=50, seed=0, mix={}, exact_captions=1.0)
+    pools, texts = shape_world.pools(args, {"captioned"}, lambda *key: random.Random(str(key)))
+    for i, text in enumerate(texts["captioned"]):  # that of its own scene
+        scene = pools["captioned"].scene(i)
+        assert sorted(text.split(", ")) == sorted(shape_world.dense_caption(scene, rng).split(", "))
     facts = []  # of scenes with one object: what is said of shape, color, size, place, ground, and what is so
     for text, (ground, objects) in whole:
         if len(objects) == 1:
@@ -155,8 +160,20 @@ def test_uint8_round_trip():
 def test_flags():
     parser = argparse.ArgumentParser()
     shape_world.add_flags(parser)
-    assert vars(parser.parse_args([])) == dict(pool=8000, questions=1, eval_n=300, eval_every=0,
-                                               eval_split="test")
+    assert vars(parser.parse_args([])) == dict(pool=8000, questions=1, listings=0, exact_captions=0, eval_n=300,
+                                               eval_every=0, eval_split="test")
+
+def test_listings_say_what_is_where():
+    """Of a picture, or of its description in the same row, place by place; as many rows as asked for."""
+    objects = [Object(3, 2, 0, 4, 15), Object(0, 4, 1, 0, 7)]
+    for part, text in (("i2t", ""), ("text", shape_world.dense_caption((1, objects), random.Random(3)) + ". ")):
+        rng, args = random.Random(3), argparse.Namespace(questions=1, listings=0.5)
+        rng.random = lambda: 0.4
+        row = shape_world.row(part, (1, objects), rng, args, [])
+        answer = "top left large purple circle, center small blue star"
+        assert row == dict(question=text + "What is where?", answer=answer)
+        args.listings = 0.3
+        assert "What is where" not in str(shape_world.row(part, (1, objects), rng, args, ["Say it."]))
 
 def test_the_world_stays_as_it_is():
     """The shipped weights were trained on these words and pictures, and scores are of these prompts."""
