@@ -499,7 +499,7 @@ def test_how_many_pictures_a_preview_has(monkeypatch):
 
 def test_previews_of_a_run(tmp_path):
     (tmp_path / "prompts.txt").write_text("a red star\n\n  ein gr\u00fcner Kreis \n")
-    common = ["--arch", "ar", "--stage", "base", *SMALL, "--steps", "3"]
+    common = ["--arch", "ar", "--stage", "base", *SMALL, "--steps", "3", "--gemm", "mkl"]  # auto may choose otherwise
     prompts = ["--preview-prompts", str(tmp_path / "prompts.txt")]
     assert run(*common, "--preview", "3", "--preview-every", "2", *prompts, out=tmp_path / "a") == 0
     sizes = {name: Image.open(tmp_path / "a" / name).size for name in ("before_after.png", "preview-2.png")}
